@@ -1,0 +1,102 @@
+"""Argument checks shared by the public functions: one line that names the argument, what was got, what is accepted.
+
+Wrong dtypes raise `TypeError`; wrong shapes, devices and values raise `ValueError`.  Nothing here reads tensor
+contents, so nothing synchronises with the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FLOATING",
+    "check_choice",
+    "check_finite",
+    "check_floating",
+    "check_non_negative",
+    "check_parameter",
+    "check_same_device",
+    "check_same_dtype",
+    "check_shape",
+]
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`[2, 3]` for a shape or a list of sizes."""
+    return "[" + ", ".join([str(size) for size in shape]) + "]"
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Each given tensor is fp32, bf16, fp16 or fp64."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, *accepted: torch.dtype) -> None:
+    """The tensor has one of the accepted dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+    if tensor.dtype not in accepted:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {' or '.join([str(d) for d in accepted])}")
+
+
+def check_same_device(op: str, lead_name: str, lead: Tensor, **tensors: Tensor | None) -> None:
+    """Each given tensor is on the device of `lead`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != lead.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {lead.device} (the device of {lead_name})")
+
+
+def check_same_dtype(op: str, lead_name: str, lead: Tensor, **tensors: Tensor | None) -> None:
+    """Each given tensor has the dtype of `lead`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != lead.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {lead.dtype} (the dtype of {lead_name})")
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int], why: str = "") -> None:
+    """The tensor, where given, has exactly this shape; `why` says where the expectation comes from."""
+    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+        reason = f" ({why})" if why else ""
+        raise ValueError(f"{op}: {name} has shape {shape_text(tensor.shape)}, expected {shape_text(expected)}{reason}")
+
+
+def check_parameter(op: str, lead_name: str, lead: Tensor, **parameters: Tensor | None) -> None:
+    """Each given parameter is floating, on `lead`'s device, of shape [hidden] with hidden = lead's last dimension."""
+    if lead.dim() == 0:
+        raise ValueError(f"{op}: {lead_name} has no dimensions, expected [..., hidden]")
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        check_floating(op, **{name: parameter})
+        check_shape(op, name, parameter, (lead.shape[-1],), f"the last dimension of {lead_name}")
+        check_same_device(op, lead_name, lead, **{name: parameter})
+
+
+def check_non_negative(op: str, name: str, value: float) -> None:
+    """`value` is a finite number, 0 or larger."""
+    if not 0 <= value < math.inf:  # False for NaN; math.isfinite does not trace
+        raise ValueError(f"{op}: {name} is {value}, expected a finite number that is not negative")
+
+
+def check_finite(op: str, name: str, value: float | None) -> None:
+    """`value`, where given, is a finite number."""
+    if value is not None and not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} is {value}, expected a finite number")
+
+
+def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is {value!r}, expected {' or '.join([repr(c) for c in choices])}")

@@ -1,0 +1,55 @@
+"""Every environment variable that llmkern reads, on one page.
+
+They are read once, when `llmkern` is imported; call :func:`reload` after changing `os.environ`
+in a running process.  Unset and empty mean the same.
+
+====================  ==========  =====================================================================
+variable              default     meaning
+====================  ==========  =====================================================================
+LLMKERN_BACKEND       (none)      force one backend for every call, as ``use_backend(name)`` does; a call
+                                  that it cannot serve raises
+LLMKERN_STRICT        0           1: raise where no kernel backend (cuda, triton, cpu) can serve a call,
+                                  instead of falling back to PyTorch
+LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
+LLMKERN_CUDA          auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
+                                  nvcc is found
+LLMKERN_CUDA_ARCHS    80;90a      while building: compute capabilities to compile for
+====================  ==========  =====================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["Settings", "reload", "settings"]
+
+
+@dataclass
+class Settings:
+    """The values in force.  Fields may be assigned; they are read at every dispatched call."""
+
+    backend: str | None = None
+    strict: bool = False
+    library: str | None = None
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}={value!r}: 0 or 1 is accepted")
+    return value == "1"
+
+
+settings = Settings()
+
+
+def reload() -> Settings:
+    """Read the environment again; returns the one `settings` object, updated in place."""
+    settings.backend = os.environ.get("LLMKERN_BACKEND") or None
+    settings.strict = _flag("LLMKERN_STRICT")
+    settings.library = os.environ.get("LLMKERN_LIBRARY") or None
+    return settings
+
+
+reload()

@@ -1,0 +1,59 @@
+"""Ops as torch.library operators: schema, fake, autograd and the default kernel of `torch.ops.llmkern.<op>`.
+
+`torch.ops.llmkern.<op>` is the door to the native kernels: the library registers its CPU and CUDA kernels there,
+and where it has none (or is not built) the op computes the reference.  Public functions (llmkern.ops) go
+through the dispatcher instead, which takes that door only when a native kernel is the best choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmkern import dispatch
+
+__all__ = ["define", "native"]
+
+NAMESPACE = "llmkern"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Define `torch.ops.llmkern.<op>` and make the op known to the dispatcher.
+
+    schema: as in native_functions.yaml, without the namespace; the first argument is a Tensor, and its device
+        and dtype are what implementations declare theirs against.
+    fake: shapes, dtypes and devices of the outputs, for torch.compile and torch.export; arguments as in the schema.
+    backward, setup_context: as for `torch.library.register_autograd`; an op without them has no gradient.
+    """
+    parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+    name = parsed.name.removeprefix(f"{NAMESPACE}::")
+    qualified = f"{NAMESPACE}::{name}"
+    arguments = parsed.arguments
+
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        # The dispatcher drops trailing arguments that equal their defaults.
+        call = {a.name: a.default_value for a in arguments[len(args) :] if a.has_default_value()}
+        call.update(zip((a.name for a in arguments), args, strict=False))
+        call.update(kwargs)
+        return dispatch.implementation(name, "reference").fn(**call)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    dispatch.define_op(name, lead=arguments[0].name, differentiable=backward is not None)
+
+
+def native(op: str) -> Callable[..., Any]:
+    """The call of `torch.ops.llmkern.<op>` as an implementation's function: arguments by keyword."""
+    return getattr(torch.ops.llmkern, op).default

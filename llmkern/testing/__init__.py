@@ -1,0 +1,1 @@
+"""What tests, benchmarks and `llmkern check` share: the accuracy rule and each op's cases."""
