@@ -17,6 +17,7 @@ __all__ = [
     "check_choice",
     "check_finite",
     "check_floating",
+    "check_has_hidden",
     "check_non_negative",
     "check_parameter",
     "check_same_device",
@@ -72,10 +73,15 @@ def check_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[in
         raise ValueError(f"{op}: {name} has shape {shape_text(tensor.shape)}, expected {shape_text(expected)}{reason}")
 
 
+def check_has_hidden(op: str, name: str, tensor: Tensor) -> None:
+    """The tensor has a last dimension."""
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} has no dimensions, expected [..., hidden]")
+
+
 def check_parameter(op: str, lead_name: str, lead: Tensor, **parameters: Tensor | None) -> None:
     """Each given parameter is floating, on `lead`'s device, of shape [hidden] with hidden = lead's last dimension."""
-    if lead.dim() == 0:
-        raise ValueError(f"{op}: {lead_name} has no dimensions, expected [..., hidden]")
+    check_has_hidden(op, lead_name, lead)
     for name, parameter in parameters.items():
         if parameter is None:
             continue

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from llmkern import dispatch
 
-__all__ = ["Call", "Case", "Make", "each_dtype", "cases", "ops_with_cases"]
+__all__ = ["Call", "Case", "Make", "Rule", "each_dtype", "cases", "ops_with_cases"]
 
 
 Call = dict[str, Any]
 """The arguments of an op's schema, by name."""
+
+Rule = Literal["accuracy", "bits", "codes"]
+"""How `llmkern.testing.judge` judges a result; described there."""
 
 
 class Make:
@@ -47,6 +50,8 @@ class Case:
     name: shape and speciality, as shown in test ids.  dtype: of the op's floating inputs.
     build: takes a `Make`, returns the call: exactly the arguments of the op's schema, by name.
     differentiable: names of the arguments whose gradients are tested (the op's whole list; None arguments are skipped).
+    rule: how a result is judged.
+    value: for the rule "codes", the floating result that the codes stand for, computed from the call.
     """
 
     op: str
@@ -54,6 +59,8 @@ class Case:
     dtype: torch.dtype
     build: Callable[[Make], Call]
     differentiable: tuple[str, ...] = ()
+    rule: Rule = "accuracy"
+    value: Callable[[Call], Tensor] | None = None
 
     def make(self, device: str | torch.device = "cpu", *, seed: int = 0, dtype: torch.dtype | None = None) -> Call:
         """The call's arguments; `dtype` replaces the case's own (float64 for gradient checks)."""
@@ -70,9 +77,11 @@ def each_dtype(
     *,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     differentiable: tuple[str, ...] = (),
+    rule: Rule = "accuracy",
+    value: Callable[[Call], Tensor] | None = None,
 ) -> list[Case]:
     """The same inputs in several dtypes."""
-    return [Case(op, name, dtype, build, differentiable) for dtype in dtypes]
+    return [Case(op, name, dtype, build, differentiable, rule, value) for dtype in dtypes]
 
 
 def cases(op: str) -> list[Case]:

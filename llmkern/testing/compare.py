@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Error", "assert_as_accurate", "errors", "upcast"]
+__all__ = ["Error", "as_list", "assert_as_accurate", "assert_same_bits", "cast", "errors", "upcast"]
 
 FACTOR = 2.0
 
@@ -32,18 +32,24 @@ class Error:
         return self.candidate <= self.allowed
 
 
-def upcast(value: Any) -> Any:
-    """`value` with every floating tensor in float64; containers and other values as they are."""
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with every floating tensor in `dtype`; containers and other values as they are."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {k: upcast(v) for k, v in value.items()}
+        return {k: cast(v, dtype) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(upcast(v) for v in value)
+        return type(value)(cast(v, dtype) for v in value)
     return value
 
 
-def _as_list(value: Any) -> list[Tensor]:
+def upcast(value: Any) -> Any:
+    """`value` with every floating tensor in float64; containers and other values as they are."""
+    return cast(value, torch.float64)
+
+
+def as_list(value: Any) -> list[Tensor]:
+    """The outputs of an op, whether it has one or several."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -60,7 +66,7 @@ def _distance(a: Tensor, exact: Tensor) -> float:
 def errors(out: Any, baseline: Any, exact: Any, *, factor: float = FACTOR) -> list[Error]:
     """One `Error` per output tensor.  Shapes must agree; integer outputs are allowed no error at all."""
     found = []
-    for o, b, e in zip(_as_list(out), _as_list(baseline), _as_list(exact), strict=True):
+    for o, b, e in zip(as_list(out), as_list(baseline), as_list(exact), strict=True):
         if o is None or e is None:
             if (o is None) != (e is None):
                 raise AssertionError("one of the results has an output that the other lacks")
@@ -88,3 +94,9 @@ def assert_as_accurate(
                 f"{name}: error {error.candidate:.3g} against the exact result; PyTorch's is {error.baseline:.3g}, "
                 f"so {error.allowed:.3g} is allowed"
             )
+
+
+def assert_same_bits(out: Any, expected: Any) -> None:
+    """Raise AssertionError where an output differs at all; NaN equals NaN, whatever its payload."""
+    for o, e in zip(as_list(out), as_list(expected), strict=True):
+        torch.testing.assert_close(o, e, rtol=0, atol=0, equal_nan=True)

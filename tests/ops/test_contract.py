@@ -6,82 +6,77 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkern import dispatch
-from llmkern.testing.case import Case, cases, ops_with_cases
-from llmkern.testing.compare import assert_as_accurate, upcast
+from llmkern import dispatch, ops
+from llmkern.testing.case import Call, Case, cases, ops_with_cases
+from llmkern.testing.compare import as_list, assert_same_bits, upcast
+from llmkern.testing.judge import assert_right, reference
 
 OPS = ops_with_cases()
 ALL_CASES = [case for op in OPS for case in cases(op)]
 CASES_WITH_GRADIENT = [case for case in ALL_CASES if case.differentiable]
+FP32_CASES = [case for case in ALL_CASES if case.dtype == torch.float32]
 
 
 def case_id(case: Case) -> str:
     return f"{case.op}-{case}"
 
 
-def implementation_pairs() -> list:
+def pairs() -> list:
     return [
         pytest.param(case, impl, id=f"{case_id(case)}-{impl.backend.name}")
         for case in ALL_CASES
         for impl in dispatch.implementations(case.op)
-        if impl.backend.name != "torch"  # the baseline itself
     ]
 
 
-def run_or_skip(impl: dispatch.Implementation, call: dict):
-    if reason := impl.why_not(**call):
-        pytest.skip(reason)  # the dispatcher's own words
-    return impl.fn(**call)
+def first_of_each_op(candidates: list[Case]) -> list[Case]:
+    return list({case.op: case for case in reversed(candidates)}.values())
 
 
-def baseline(case: Case, call: dict):
-    """PyTorch's operator where it can express the call, else the reference in the case's own precision."""
-    for name in ("torch", "reference"):
-        for impl in dispatch.implementations(case.op):
-            if impl.backend.name == name and impl.why_not(**call) is None:
-                return impl.fn(**call)
-    raise AssertionError(f"no baseline for {case_id(case)}")
+def tensors(call: Call) -> dict[str, Tensor]:
+    return {name: value for name, value in call.items() if isinstance(value, Tensor)}
 
 
-def reference(case: Case):
-    return dispatch.implementation(case.op, "reference").fn
-
-
-def snapshot(call: dict) -> dict:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
-
-
-@pytest.mark.parametrize(("case", "impl"), implementation_pairs())
-def test_as_accurate_as_pytorch(case: Case, impl: dispatch.Implementation) -> None:
-    call = case.make(device="cpu")
-    before = snapshot(call)
-    out = run_or_skip(impl, call)
-    assert_as_accurate(out, baseline=baseline(case, call), exact=reference(case)(**upcast(call)))
-    for name, value in before.items():
-        if isinstance(value, Tensor):
-            torch.testing.assert_close(call[name], value, rtol=0, atol=0, equal_nan=True)
-
-
-def has_nan(call: dict) -> bool:
-    return any(isinstance(v, Tensor) and bool(v.isnan().any()) for v in call.values())
-
-
-@pytest.mark.parametrize("case", [c for c in ALL_CASES if c.dtype == torch.float32], ids=case_id)
-def test_opcheck(case: Case) -> None:
-    if has_nan(case.make()):
-        pytest.skip("opcheck compares outputs with equal_nan=False")
-    operator = getattr(torch.ops.llmkern, case.op).default
-    call = case.make()
-    torch.library.opcheck(operator, (), call)
-    if case.differentiable:
-        torch.library.opcheck(operator, (), require_grad(case, call))
-
-
-def require_grad(case: Case, call: dict) -> dict:
+def require_grad(case: Case, call: Call) -> Call:
     return {
         k: v.detach().clone().requires_grad_() if k in case.differentiable and isinstance(v, Tensor) else v
         for k, v in call.items()
     }
+
+
+def gradients(outputs: list[Tensor], call: Call) -> list[Tensor]:
+    """Of fixed random weights of the outputs, in the order of the call's arguments that need one."""
+    outputs = [o for o in outputs if o.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+    return list(torch.autograd.grad(outputs, [v for v in tensors(call).values() if v.requires_grad], weights))
+
+
+@pytest.mark.parametrize(("case", "impl"), pairs())
+def test_implementation(case: Case, impl: dispatch.Implementation) -> None:
+    """Right by the case's rule; inputs untouched; outputs contiguous, and never a view of an input."""
+    call = case.make()
+    if reason := impl.why_not(**call):
+        pytest.skip(reason)  # the dispatcher's own words
+    before = {name: value.clone() for name, value in tensors(call).items()}
+    out = impl.fn(**call)
+    assert_right(case, call, out)
+    assert_same_bits(list(tensors(call).values()), list(before.values()))
+    inputs = {value.untyped_storage().data_ptr() for value in tensors(call).values() if value.numel()}
+    for i, output in enumerate(as_list(out)):
+        assert output.is_contiguous(), f"output {i} has strides {output.stride()} for shape {tuple(output.shape)}"
+        assert output.numel() == 0 or output.untyped_storage().data_ptr() not in inputs, f"output {i} is an input"
+
+
+@pytest.mark.parametrize("case", FP32_CASES, ids=case_id)
+def test_opcheck(case: Case) -> None:
+    call = case.make()
+    if any(bool(value.isnan().any()) for value in tensors(call).values()):
+        pytest.skip("opcheck compares outputs with equal_nan=False")
+    operator = getattr(torch.ops.llmkern, case.op).default
+    torch.library.opcheck(operator, (), call)
+    if case.differentiable:
+        torch.library.opcheck(operator, (), require_grad(case, call))
 
 
 @pytest.mark.parametrize("case", CASES_WITH_GRADIENT, ids=case_id)
@@ -90,14 +85,34 @@ def test_gradients_match_autograd_of_the_reference_in_float64(case: Case) -> Non
     call = upcast(case.make())
     ours, theirs = require_grad(case, call), require_grad(case, call)
     out = getattr(torch.ops.llmkern, case.op)(**ours)
-    expected = reference(case)(**theirs)
-    outs = [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
-    wants = [o for o in ([expected] if isinstance(expected, Tensor) else expected) if o.requires_grad]
-    gradients = [
-        torch.randn(o.shape, generator=torch.Generator().manual_seed(i), dtype=o.dtype) for i, o in enumerate(outs)
-    ]
-    torch.autograd.backward(outs, gradients)
-    torch.autograd.backward(wants, gradients)
-    for name in case.differentiable:
-        if isinstance(call[name], Tensor):
-            torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-9, atol=1e-9)
+    for got, want in zip(
+        gradients(as_list(out), ours), gradients(as_list(reference(case, theirs)), theirs), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", first_of_each_op(FP32_CASES), ids=case_id)
+def test_compiles_without_a_graph_break(case: Case) -> None:
+    """The public function, whose keyword arguments are named as the schema's."""
+    torch._dynamo.reset()
+    public = getattr(ops, case.op)
+    compiled = torch.compile(lambda call: public(**call), backend="aot_eager", fullgraph=True)
+    call = case.make()
+    assert_same_bits(compiled(call), public(**call))
+    if case.differentiable:
+        ours, theirs = require_grad(case, call), require_grad(case, call)
+        for got, want in zip(
+            gradients(as_list(compiled(ours)), ours), gradients(as_list(public(**theirs)), theirs), strict=True
+        ):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("case", first_of_each_op(FP32_CASES), ids=case_id)
+def test_exports(case: Case) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, **call):
+            return getattr(ops, case.op)(**call)
+
+    call = case.make()
+    program = torch.export.export(Module(), (), call)
+    assert_same_bits(program.module()(**call), Module()(**call))
