@@ -11,6 +11,8 @@ LLMKERN_BACKEND       (none)      force one backend for every call, as ``use_bac
 LLMKERN_STRICT        0           1: raise where no kernel backend (cuda, triton, cpu) can serve a call,
                                   instead of falling back to PyTorch
 LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
+LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept
+                      llmkern
 LLMKERN_CUDA          auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
                                   nvcc is found
 LLMKERN_CUDA_ARCHS    80;90a      while building: compute capabilities to compile for
@@ -32,6 +34,7 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     library: str | None = None
+    cache: str = "~/.cache/llmkern"
 
 
 def _flag(name: str) -> bool:
@@ -49,6 +52,7 @@ def reload() -> Settings:
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
     settings.strict = _flag("LLMKERN_STRICT")
     settings.library = os.environ.get("LLMKERN_LIBRARY") or None
+    settings.cache = os.environ.get("LLMKERN_CACHE") or Settings.cache
     return settings
 
 
