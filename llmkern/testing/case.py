@@ -51,7 +51,7 @@ class Case:
     build: takes a `Make`, returns the call: exactly the arguments of the op's schema, by name.
     differentiable: names of the arguments whose gradients are tested (the op's whole list; None arguments are skipped).
     rule: how a result is judged.
-    value: for the rule "codes", the floating result that the codes stand for, computed from the call.
+    value: for the rule "codes": takes the call, returns the op, and its call, whose fp32 result the codes stand for.
     """
 
     op: str
@@ -60,7 +60,7 @@ class Case:
     build: Callable[[Make], Call]
     differentiable: tuple[str, ...] = ()
     rule: Rule = "accuracy"
-    value: Callable[[Call], Tensor] | None = None
+    value: Callable[[Call], tuple[str, Call]] | None = None
 
     def make(self, device: str | torch.device = "cpu", *, seed: int = 0, dtype: torch.dtype | None = None) -> Call:
         """The call's arguments; `dtype` replaces the case's own (float64 for gradient checks)."""
@@ -78,7 +78,7 @@ def each_dtype(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     differentiable: tuple[str, ...] = (),
     rule: Rule = "accuracy",
-    value: Callable[[Call], Tensor] | None = None,
+    value: Callable[[Call], tuple[str, Call]] | None = None,
 ) -> list[Case]:
     """The same inputs in several dtypes."""
     return [Case(op, name, dtype, build, differentiable, rule, value) for dtype in dtypes]

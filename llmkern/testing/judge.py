@@ -3,9 +3,10 @@
 Three rules, chosen by `Case.rule`:
 - "accuracy": every output keeps the accuracy rule (llmkern.testing.compare).
 - "bits": every output has the bits of the reference run in the case's own dtype.
-- "codes": the first two outputs are int8 codes and their scale, computed from a floating value, so codes next to
-  a tie may go either way.  The scale and any further output keep the accuracy rule, and what the codes stand for,
-  q·scale, is within half a step of the exact value plus the error that the accuracy rule allows an fp32 value.
+- "codes": the first two outputs are int8 codes q and their scale, which stand for the fp32 result of another op,
+  `Case.value`.  Codes next to a tie may go either way, so q·scale is to be within half a step of the exact value,
+  plus the error that the accuracy rule allows that op in fp32; scale·127 is to be within that error of the row's
+  largest exact magnitude.  Further outputs keep the accuracy rule.
 """
 
 from __future__ import annotations
@@ -21,54 +22,61 @@ from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bit
 
 __all__ = ["assert_right", "baseline", "reference"]
 
-# Rounding the scale, its inverse and their products with the value: three roundings, half an ulp each.
-QUANTIZATION_ROUNDING = 1.5 * torch.finfo(torch.float32).eps
+# Of q·scale against the value, relative: the scale, its inverse and their product are each rounded, half an ulp.
+CODE_ROUNDING = 1.5 * torch.finfo(torch.float32).eps
+SCALE_ROUNDING = 0.5 * torch.finfo(torch.float32).eps
 
 
-def reference(case: Case, call: Call) -> Any:
+def reference(op: str, call: Call) -> Any:
     """What the reference backend computes from `call`, in the call's own dtype."""
-    return dispatch.implementation(case.op, "reference").fn(**call)
+    return dispatch.implementation(op, "reference").fn(**call)
 
 
-def baseline(case: Case, call: Call) -> Any:
-    """PyTorch's operator where it can express the call, else the reference in the case's own precision."""
+def baseline(op: str, call: Call) -> Any:
+    """PyTorch's operator where it can express the call, else the reference in the call's own dtype."""
     for name in ("torch", "reference"):
-        for impl in dispatch.implementations(case.op):
+        for impl in dispatch.implementations(op):
             if impl.backend.name == name and impl.why_not(**call) is None:
                 return impl.fn(**call)
-    raise AssertionError(f"no baseline for {case.op}-{case}")
+    raise AssertionError(f"no baseline for {op}")
 
 
 def assert_right(case: Case, call: Call, out: Any) -> None:
     """Raise AssertionError, with the numbers, unless `out` is a right result of `case`, which was run on `call`."""
-    for i, (ours, expected) in enumerate(zip(as_list(out), as_list(reference(case, call)), strict=True)):
-        assert ours.dtype == expected.dtype, f"output {i} is {ours.dtype}, expected {expected.dtype}"
+    outputs, expected = as_list(out), as_list(reference(case.op, call))
+    for i, (o, e) in enumerate(zip(outputs, expected, strict=True)):
+        assert o.dtype == e.dtype, f"output {i} is {o.dtype}, expected {e.dtype}"
     if case.rule == "bits":
-        assert_same_bits(out, reference(case, call))
-    elif case.rule == "accuracy":
-        assert_as_accurate(out, baseline=baseline(case, call), exact=reference(case, upcast(call)))
-    else:
-        _assert_codes(case, call, as_list(out))
+        assert_same_bits(outputs, expected)
+        return
+    base, exact = as_list(baseline(case.op, call)), as_list(reference(case.op, upcast(call)))
+    names = [f"output {i}" for i in range(len(outputs))]
+    if case.rule == "codes":
+        _assert_codes(case, call, outputs[0], outputs[1])
+        names, outputs, base, exact = names[2:], outputs[2:], base[2:], exact[2:]
+    assert_as_accurate(outputs, baseline=base, exact=exact, names=names)
 
 
-def _assert_codes(case: Case, call: Call, out: list[Tensor]) -> None:
+def _assert_codes(case: Case, call: Call, codes: Tensor, scale: Tensor) -> None:
     assert case.value is not None, "a case judged by its codes says what value they stand for"
-    names = ["scale", *[f"output {i}" for i in range(2, len(out))]]
-    base, exact = as_list(baseline(case, call)), as_list(reference(case, upcast(call)))
-    assert_as_accurate(out[1:], baseline=base[1:], exact=exact[1:], names=names)
-
-    codes, scale = out[0], out[1].double()
-    value = case.value(upcast(call)).double()
-    in_fp32 = case.value(cast(call, torch.float32)).float()
+    op, value_call = case.value(call)
+    value_call = cast(value_call, torch.float32)
+    value = reference(op, upcast(value_call))
+    if value.numel() == 0:
+        return
+    in_fp32 = baseline(op, value_call)
     (error,) = errors(in_fp32, in_fp32, value)
-    magnitude = value.abs().amax(-1, keepdim=True) if value.numel() else value
-    allowed = scale / 2 + QUANTIZATION_ROUNDING * magnitude + error.allowed
-    gap = (codes.double() * scale - value).abs()
-    wrong = ~((gap <= allowed) | ((codes.double() * scale).isnan() & value.isnan()))
+    largest, step = value.abs().amax(-1, keepdim=True), scale.double()
+    _assert_near("scale·127", step * 127, largest, error.allowed + SCALE_ROUNDING * largest)
+    _assert_near("q·scale", codes * step, value, error.allowed + CODE_ROUNDING * largest + step / 2)
+
+
+def _assert_near(name: str, got: Tensor, exact: Tensor, allowed: Tensor) -> None:
+    wrong = ~(((got - exact).abs() <= allowed) | (got.isnan() & exact.isnan()))
     if bool(wrong.any()):
-        worst = (gap - allowed).nan_to_num(nan=float("inf")).argmax()
+        at = int(wrong.flatten().nonzero()[0])
+        gap = float(allowed.expand_as(got).flatten()[at])
         raise AssertionError(
-            f"{int(wrong.sum())} of {codes.numel()} codes are wrong; at flat index {int(worst)} the code stands for "
-            f"{float((codes.double() * scale).flatten()[worst]):.9g}, exact is {float(value.flatten()[worst]):.9g}, "
-            f"a distance of {float(allowed.expand_as(gap).flatten()[worst]):.3g} is allowed"
+            f"{name}: {int(wrong.sum())} of {got.numel()} are wrong; at flat index {at} it is "
+            f"{float(got.flatten()[at]):.9g}, exact is {float(exact.flatten()[at]):.9g}, within {gap:.3g} is allowed"
         )
