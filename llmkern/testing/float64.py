@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 _GATHERS = (_aten.embedding.default, _aten.index_select.default, _aten.gather.default, _aten.index.Tensor)
 
 
-# They compare dtypes before an operator is dispatched (and raise or warn), so their arguments are widened at the Python call.
+# They compare dtypes before an operator is dispatched, and raise or warn: widened at the Python call instead.
 _COMPARE_FIRST = (
     torch.conv1d,
     torch.conv2d,
