@@ -77,8 +77,12 @@ class Implementation:
 
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
+        return self.why_not_on(None, call)
+
+    def why_not_on(self, capability: tuple[int, int] | None, call: dict[str, Any]) -> str | None:
+        """As `why_not`, on a GPU of this compute capability; None: on this machine."""
         lead = call[_OPS[self.op].lead]
-        reason = _static_reason(self, lead.device, lead.dtype, _needs_grad(call))
+        reason = _static_reason(self, lead.device, lead.dtype, _needs_grad(call), capability)
         if reason is None and self.refuse is not None:
             reason = self.refuse(**call)
         return reason
@@ -99,6 +103,7 @@ class _State:
 
     forced: str | None = None
     recorder: Callable[..., None] | None = None
+    interceptor: Callable[[str, dict[str, Any]], Any] | None = None
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -131,17 +136,24 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _static_reason(impl: Implementation, device: torch.device, dtype: torch.dtype, grad: bool) -> str | None:
-    """What speaks against `impl` whatever the shapes are."""
-    missing = _missing(impl.backend.name)
-    if missing is not None:
-        return missing
+def _static_reason(
+    impl: Implementation,
+    device: torch.device,
+    dtype: torch.dtype,
+    grad: bool,
+    assumed: tuple[int, int] | None = None,
+) -> str | None:
+    """What speaks against `impl` whatever the shapes are; `assumed`: as on a GPU of that compute capability."""
+    if assumed is None or impl.devices is None or device.type not in impl.devices:
+        missing = _missing(impl.backend.name)
+        if missing is not None:
+            return missing
     if impl.devices is not None and device.type not in impl.devices:
         return f"runs on {' and '.join(impl.devices)}, not on {device.type}"
     if impl.dtypes is not None and dtype not in impl.dtypes:
         return f"takes {', '.join([_dtype_name(d) for d in impl.dtypes])}, not {_dtype_name(dtype)}"
     if impl.min_capability is not None and device.type == "cuda":
-        have = _capability(device.index)
+        have = _capability(device.index) if assumed is None else assumed
         if have < impl.min_capability:
             need = impl.min_capability
             return f"needs compute capability {need[0]}.{need[1]}, the device has {have[0]}.{have[1]}"
@@ -166,9 +178,14 @@ def _usable(
 _usable_cached = functools.lru_cache(maxsize=4096)(_usable)
 
 
-def refusals(op: str, call: dict[str, Any]) -> list[tuple[Implementation, str | None]]:
-    """Every implementation of `op`, best first, with the sentence why it cannot serve the call, or None."""
-    return [(impl, impl.why_not(**call)) for impl in _OPS[op].implementations]
+def refusals(
+    op: str, call: dict[str, Any], *, capability: tuple[int, int] | None = None
+) -> list[tuple[Implementation, str | None]]:
+    """Every implementation of `op`, best first, with the sentence why it cannot serve the call, or None.
+
+    capability: judge as if the call's device were a GPU of this compute capability and its backends were there.
+    """
+    return [(impl, impl.why_not_on(capability, call)) for impl in _OPS[op].implementations]
 
 
 def select(op: str, call: dict[str, Any]) -> Implementation:
@@ -209,6 +226,8 @@ def _explain_refusal(op: str, call: dict[str, Any], forced: str | None) -> str:
 
 def dispatch(op: str, **call: Any) -> Any:
     """Run `op` on the backend that `select` picks.  `call` has exactly the arguments of the op's schema."""
+    if _state.interceptor is not None:
+        return _state.interceptor(op, call)
     impl = select(op, call)
     recorder = _state.recorder
     if recorder is None:
@@ -227,6 +246,16 @@ def recording(recorder: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _state.recorder = before
+
+
+@contextlib.contextmanager
+def intercepting(interceptor: Callable[[str, dict[str, Any]], Any]) -> Iterator[None]:
+    """Within the block `interceptor(op, call)` answers every call, and no backend is asked."""
+    before, _state.interceptor = _state.interceptor, interceptor
+    try:
+        yield
+    finally:
+        _state.interceptor = before
 
 
 @contextlib.contextmanager
