@@ -13,6 +13,9 @@ LLMKERN_STRICT        0           1: raise where no kernel backend (cuda, triton
 LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
 LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept
                       llmkern
+LLMKERN_CPU_ISA       (best)      instruction set of the native CPU kernels: portable, avx2 or avx512; read
+                                  when the library is loaded
+LLMKERN_BUILD         1           while building: 0 = no native library
 LLMKERN_CUDA          auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
                                   nvcc is found
 LLMKERN_CUDA_ARCHS    80;90a      while building: compute capabilities to compile for
@@ -34,6 +37,7 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     library: str | None = None
+    cpu_isa: str | None = None
     cache: str = "~/.cache/llmkern"
 
 
@@ -52,6 +56,7 @@ def reload() -> Settings:
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
     settings.strict = _flag("LLMKERN_STRICT")
     settings.library = os.environ.get("LLMKERN_LIBRARY") or None
+    settings.cpu_isa = os.environ.get("LLMKERN_CPU_ISA") or None
     settings.cache = os.environ.get("LLMKERN_CACHE") or Settings.cache
     return settings
 

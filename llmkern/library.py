@@ -1,8 +1,10 @@
 """Ops as torch.library operators: schema, fake, autograd and the default kernel of `torch.ops.llmkern.<op>`.
 
 `torch.ops.llmkern.<op>` is the door to the native kernels: the library registers its CPU and CUDA kernels there,
-and where it has none (or is not built) the op computes the reference.  Public functions (llmkern.ops) go
-through the dispatcher instead, which takes that door only when a native kernel is the best choice.
+and where it has none (or is not built) the op computes the reference.  What a native kernel cannot serve, float64
+for one, it hands to `torch.ops.llmkern_reference.<op>`, so that the op answers every call its schema allows.
+Public functions (llmkern.ops) go through the dispatcher instead, which takes that door only when a native kernel
+is the best choice.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ __all__ = ["define", "native"]
 
 NAMESPACE = "llmkern"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_reference_library = torch.library.Library(f"{NAMESPACE}_reference", "FRAGMENT")
 
 
 def define(
@@ -46,8 +49,9 @@ def define(
         call.update(kwargs)
         return dispatch.implementation(name, "reference").fn(**call)
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    for library in (_library, _reference_library):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
@@ -56,4 +60,13 @@ def define(
 
 def native(op: str) -> Callable[..., Any]:
     """The call of `torch.ops.llmkern.<op>` as an implementation's function: arguments by keyword."""
-    return getattr(torch.ops.llmkern, op).default
+    operator = getattr(torch.ops.llmkern, op).default
+
+    def call(**arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return operator(**arguments)
+        # Without gradients the operator's autograd layer, which is Python, only costs: half of a small call.
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(**arguments)
+
+    return call

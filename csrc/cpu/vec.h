@@ -1,0 +1,133 @@
+// F32: one register of floats of the instruction set being compiled for, on the compilers' vector extensions, with
+// loads and stores that convert from and to every storage type.  Arithmetic is written with plain operators.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if LLMKERN_ISA_LEVEL > 0
+#include <immintrin.h>
+#endif
+
+#include "llmkern/dtype.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+constexpr int kVectorBytes = 16 << LLMKERN_ISA_LEVEL;
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float F32 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class To, class From>
+inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline U32 load_u16(const void* p) {
+  U16 v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, U32);
+}
+
+inline void store_u16(void* p, U32 v) {
+  const U16 narrow = __builtin_convertvector(v, U16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+inline F32 load(const float* p) {
+  F32 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline void store(float* p, F32 v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline F32 load(const BFloat16* p) {
+  return bits_as<F32>(load_u16(p) << 16);
+}
+
+// Round to nearest even; a NaN stays one (the addition could carry its mantissa away).
+inline void store(BFloat16* p, F32 v) {
+  const U32 u = bits_as<U32>(v);
+  const U32 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  store_u16(p, v == v ? rounded : u >> 16 | 0x40);
+}
+
+#if LLMKERN_ISA_LEVEL == 2
+inline F32 load(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline void store(Float16* p, F32 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif LLMKERN_ISA_LEVEL == 1
+inline F32 load(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline void store(Float16* p, F32 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Half's exponent and mantissa, moved to float's place, are a float too small by 2^(127-15), subnormals included.
+inline F32 load(const Float16* p) {
+  const U32 h = load_u16(p);
+  const U32 magnitude = (h & 0x7fff) << 13;
+  const U32 scaled = bits_as<U32>(bits_as<F32>(magnitude) * 0x1p112f);
+  const U32 special = magnitude | 0x7f800000;  // infinity and NaN
+  return bits_as<F32>(((h & 0x7fff) >= 0x7c00 ? special : scaled) | (h & 0x8000) << 16);
+}
+
+// Round to nearest even.  Below half's smallest normal number, 2^-14, the addition of 0.5 aligns the mantissa and
+// rounds it.
+inline void store(Float16* p, F32 v) {
+  const U32 u = bits_as<U32>(v), magnitude = u & 0x7fffffff;
+  const U32 normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const U32 subnormal = bits_as<U32>(bits_as<F32>(magnitude) + 0.5f) - 0x3f000000;
+  const U32 nan = (magnitude >> 13 & 0x3ff) | 0x7e00, infinity = magnitude * 0 + 0x7c00;
+  U32 h = magnitude < 0x38800000 ? subnormal : normal;
+  h = magnitude >= 0x47800000 ? infinity : h;  // 65536 and more
+  h = magnitude > 0x7f800000 ? nan : h;
+  store_u16(p, h | (u >> 16 & 0x8000));
+}
+#endif
+
+// The first n < kLanes elements at p; the other lanes are 0.
+template <class T>
+inline F32 load_first(const T* p, int n) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_first(T* p, F32 v, int n) {
+  T padded[kLanes];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+inline F32 broadcast(float value) {
+  return F32{} + value;
+}
+
+// Pairwise, so that the result has the least rounding.
+inline float sum(F32 v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA

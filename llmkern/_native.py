@@ -1,0 +1,100 @@
+"""The native library: found and loaded once, when this module is first imported, and why it is missing where it is.
+
+Nothing here raises: without the library, llmkern runs on PyTorch's operators, and `reason` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkern.config import settings
+
+__all__ = ["build_info", "cpu_isa", "part_missing", "path", "reason", "set_cpu_isa"]
+
+_PACKAGE = Path(__file__).parent
+_HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
+
+
+def path() -> Path:
+    """Where the library is looked for: LLMKERN_LIBRARY, or the package's own."""
+    return Path(settings.library) if settings.library else _PACKAGE / "_ops.abi3.so"
+
+
+def _build_reasons() -> dict[str, str | None]:
+    """What setup.py left: for each part None where it was built, else the sentence why not; empty if it never ran."""
+    try:
+        reasons = json.loads((_PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return reasons if isinstance(reasons, dict) else {}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The loaded library, or the sentence why there is none."""
+    where = path()
+    if not where.is_file():
+        if settings.library:
+            return None, f"the native library was not loaded: LLMKERN_LIBRARY={where} is not a file"
+        why = _build_reasons().get("library") or "the build did not run"
+        return None, f"the native library was not built: {why}; {_HOW}"
+    try:
+        torch.ops.load_library(os.fspath(where))
+        library = ctypes.CDLL(os.fspath(where))
+        library.llmkern_cpu_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError, RuntimeError) as error:
+        return None, f"the native library {where} was not loaded: {' '.join(str(error).split())}"
+    return library, None
+
+
+_library, _reason = _load()
+
+
+def reason() -> str | None:
+    """None where the native library is loaded, else the sentence why it is not."""
+    return _reason
+
+
+def part_missing(part: str) -> str | None:
+    """None where the loaded library has kernels for `part` ("CPU" or "CUDA"), else the sentence why not."""
+    if _reason is not None:
+        return _reason
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key(part)
+    if any(name.startswith("llmkern::") for name in registered):
+        return None
+    why = None if settings.library else _build_reasons().get(part.lower())
+    return f"the native library was built without its {part} part" + (f": {why}" if why else "")
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use; None without the library."""
+    return None if _library is None else _library.llmkern_cpu_isa().decode()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Have the CPU kernels use instruction set `name`: portable, avx2 or avx512.
+
+    Raises ValueError where there is no such set or this CPU cannot run it, RuntimeError without the library.
+    """
+    if _library is None:
+        raise RuntimeError(_reason)
+    if _library.llmkern_set_cpu_isa(name.encode()) != 0:
+        raise ValueError(f"CPU instruction set {name!r}: expected portable, avx2 or avx512, as far as this CPU has it")
+
+
+def build_info() -> dict[str, Any]:
+    """How the library in the package was built: compilers, versions, flags, parts.  Empty without `llmkern._C`."""
+    try:
+        return dict(importlib.import_module("llmkern._C").build_info())
+    except ImportError:
+        return {}
+
+
+if _library is not None and settings.cpu_isa is not None:
+    set_cpu_isa(settings.cpu_isa)

@@ -1,0 +1,149 @@
+"""Builds the native library: writes ninja files, runs ninja, and says why whatever is missing is missing.
+
+llmkern/_ops.abi3.so has the kernels, on torch's stable ABI; llmkern/_C*.so tells how they were built; in
+llmkern/_build.json each part has null where it was built, else the sentence why not.  The package works without them,
+so a machine without a compiler installs all the same.  llmkern/config.py describes the LLMKERN_* variables read here.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import setuptools
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC, OBJECTS = ROOT / "csrc", ROOT / "build" / "native"
+COMMON = ["-O3", "-std=c++20", f"-I{CSRC / 'include'}"]
+HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+WARN = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own immintrin.h
+ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch that the library loads into: 2.11
+KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and infinity stay what IEEE makes them
+# Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.
+ISAS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"]}
+ARCHS = (os.environ.get("LLMKERN_CUDA_ARCHS") or "80;90a").split(";")
+RULES = "rule compile\n command = $tool -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc\n"
+RULES += "rule link\n command = $tool -o $out $in $libraries\n"
+
+
+class Unavailable(Exception):
+    """A part cannot be built; the message is the sentence that users are shown."""
+
+
+def find_compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return found
+    raise Unavailable(f"no C++ compiler was found (looked for {', '.join(names)}; CXX can name another)")
+
+
+def find_nvcc() -> tuple[str | None, str | None]:
+    """nvcc, or None and the sentence why there will be no CUDA part."""
+    if os.environ.get("LLMKERN_CUDA") == "0":
+        return None, "LLMKERN_CUDA=0 was set while building"
+    if not any(CSRC.glob("cuda/*.cu")):
+        return None, "there are no CUDA kernels in csrc/cuda"
+    wheels = [str(folder) for site in sys.path for folder in Path(site).glob("nvidia/*/bin")]
+    folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin", *wheels]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
+    return found, None if found else "nvcc was not found in CUDA_HOME, PATH, /usr/local/cuda or NVIDIA's wheels"
+
+
+def folder_of(package: str) -> Path:
+    """Where a Python package is, found without importing it."""
+    if (spec := importlib.util.find_spec(package)) is None:
+        raise Unavailable(f"{package} was not found while building; install it, and build with --no-build-isolation")
+    return Path(spec.origin).parent
+
+
+def build(text: list[str], rule: str, output: Path, inputs: list[Path], tool: list[str], libraries: str = "") -> Path:
+    into, *sources = [str(path).replace(" ", "$ ").replace(":", "$:") for path in (output, *inputs)]
+    text += [f"build {into}: {rule} {' '.join(sources)}\n description = {output.name}\n"]
+    text += [f" tool = {shlex.join(tool)}\n libraries = {libraries}\n"]
+    return output
+
+
+def compile_all(text: list[str], pattern: str, tool: list[str], tag: str = "") -> list[Path]:
+    sources = sorted(CSRC.glob(pattern))
+    return [build(text, "compile", OBJECTS / f"{s.relative_to(CSRC)}{tag}.o", [s], tool) for s in sources]
+
+
+def library(text: list[str], output: Path, nvcc: str | None) -> None:
+    compiler, torch = find_compiler(), folder_of("torch")
+    host, stable = [compiler, *COMMON, *HOST, *WARN], [f"-isystem{torch / 'include'}", ABI]
+    objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
+    for level, (isa, flags) in enumerate(ISAS.items()):
+        defines = [f"-DLLMKERN_ISA={isa}", f"-DLLMKERN_ISA_LEVEL={level}"]
+        objects += compile_all(text, "cpu/*.cpp", [*host, *KERNEL, *flags, *defines], f".{isa}")
+    link = [compiler]
+    if nvcc:  # it compiles the CUDA bindings and links too: it alone knows where its headers and libraries are
+        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        gencode += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]  # PTX, for devices to come
+        device = [nvcc, "-ccbin", compiler, "-Xcompiler", ",".join(HOST), *gencode, *COMMON]
+        objects += compile_all(text, "cuda/*.cu", device)
+        objects += compile_all(text, "bindings/cuda/*.cpp", [*device, *stable, "-DUSE_CUDA"])
+        link = [nvcc, "-ccbin", compiler, "-cudart", "static"]
+    link += ["-shared", f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs=ALL"]
+    build(text, "link", output, objects, link, "-ltorch -ltorch_cpu -Xlinker -z -Xlinker defs")
+
+
+def introspection(text: list[str], output: Path, nvcc: str | None) -> None:
+    facts = {"FLAGS": [*COMMON[:2], *KERNEL], "ISAS": ISAS, "NVCC": [nvcc or ""], "ARCHS": ARCHS if nvcc else []}
+    folders = [folder_of("torch") / "include", folder_of("pybind11") / "include", sysconfig.get_path("include")]
+    flags = [ABI, *(f"-isystem{folder}" for folder in folders)]
+    flags += [f"-DLLMKERN_{name}={json.dumps(' '.join(value))}" for name, value in facts.items()]
+    objects = compile_all(text, "python/*.cpp", [find_compiler(), *COMMON, *HOST, *WARN, *flags])
+    build(text, "link", output, objects, [find_compiler(), "-shared"])
+
+
+def make(part, output: Path, nvcc: str | None) -> str | None:
+    """Bring `output` up to date; the sentence why it could not be built, or None.  A stale library never stays."""
+    try:
+        if os.environ.get("LLMKERN_BUILD") == "0":
+            raise Unavailable("LLMKERN_BUILD=0 was set while building")
+        beside = os.path.dirname(sys.executable)  # where the ninja wheel puts it, in an environment not activated
+        if (ninja := shutil.which("ninja") or shutil.which("ninja", path=beside)) is None:
+            raise Unavailable("ninja was not found; pip install ninja")
+        script, log = OBJECTS / f"{part.__name__}.ninja", OBJECTS / f"{part.__name__}.log"
+        part(text := [f"builddir = {OBJECTS / part.__name__}\n", RULES], output, nvcc)
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        script.write_text("".join(text))
+        run = subprocess.run([ninja, "-f", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log.write_text(run.stdout)
+        print(run.stdout, end="")
+        if run.returncode:
+            first = next((line for line in run.stdout.splitlines() if "error:" in line), "ninja failed")
+            raise Unavailable(f"it did not compile: {first.strip()} (more in {log})")
+    except Unavailable as why:
+        output.unlink(missing_ok=True)
+        print(f"llmkern: {output.name} was not built: {why}", file=sys.stderr)
+        return str(why)
+    return None
+
+
+class BuildNative(build_ext):
+    def run(self) -> None:
+        package = ROOT / "llmkern" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "llmkern"
+        package.mkdir(parents=True, exist_ok=True)
+        nvcc, no_cuda = find_nvcc()
+        no_library = make(library, package / "_ops.abi3.so", nvcc)
+        if nvcc and no_library:  # better the CPU part alone than nothing
+            nvcc, no_cuda = None, no_library
+            no_library = make(library, package / "_ops.abi3.so", nvcc)
+        if no_cuda and os.environ.get("LLMKERN_CUDA") == "1":
+            raise SystemExit(f"llmkern: LLMKERN_CUDA=1, but {no_cuda}")
+        no_info = make(introspection, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", nvcc)
+        (package / "_build.json").write_text(json.dumps({"library": no_library, "cuda": no_cuda, "_C": no_info}))
+
+
+# The Extension has build_ext called and makes the wheel a platform's own; BuildNative finds the sources itself.
+setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})
