@@ -3,5 +3,21 @@
 from llmkern import backends as backends
 from llmkern import ops
 from llmkern.dispatch import implements, register, use_backend
+from llmkern.explain import explain
+from llmkern.info import Info, info
+from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
 
-__all__ = ["implements", "ops", "register", "use_backend"]
+__all__ = [
+    "Info",
+    "SwapReport",
+    "SwapRow",
+    "explain",
+    "implements",
+    "info",
+    "ops",
+    "optimize_",
+    "patched",
+    "register",
+    "restore_",
+    "use_backend",
+]

@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,11 +98,21 @@ class _Op:
     implementations: tuple[Implementation, ...] = ()
 
 
+class Recorder(Protocol):
+    """What `recording` takes."""
+
+    def served(self, op: str, call: dict[str, Any], implementation: Implementation, start: float) -> None:
+        """`implementation` has served the call; `start` is time.perf_counter() before it."""
+
+    def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
+        """The caller turns to other means (`to`), for the given reason."""
+
+
 class _State:
     """Process-wide, like torch.backends: torch.compile guards on attributes, not on context variables."""
 
     forced: str | None = None
-    recorder: Callable[..., None] | None = None
+    recorder: Recorder | None = None
     interceptor: Callable[[str, dict[str, Any]], Any] | None = None
 
 
@@ -136,6 +146,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _wrong_device(devices: tuple[str, ...], device: torch.device) -> str:
+    return f"runs on {' and '.join(devices)}, not on {device.type}"
+
+
 def _static_reason(
     impl: Implementation,
     device: torch.device,
@@ -144,12 +158,11 @@ def _static_reason(
     assumed: tuple[int, int] | None = None,
 ) -> str | None:
     """What speaks against `impl` whatever the shapes are; `assumed`: as on a GPU of that compute capability."""
-    if assumed is None or impl.devices is None or device.type not in impl.devices:
-        missing = _missing(impl.backend.name)
-        if missing is not None:
-            return missing
     if impl.devices is not None and device.type not in impl.devices:
-        return f"runs on {' and '.join(impl.devices)}, not on {device.type}"
+        return _wrong_device(impl.devices, device)
+    missing = None if assumed is not None else _missing(impl.backend.name)
+    if missing is not None:
+        return missing
     if impl.dtypes is not None and dtype not in impl.dtypes:
         return f"takes {', '.join([_dtype_name(d) for d in impl.dtypes])}, not {_dtype_name(dtype)}"
     if impl.min_capability is not None and device.type == "cuda":
@@ -178,14 +191,28 @@ def _usable(
 _usable_cached = functools.lru_cache(maxsize=4096)(_usable)
 
 
-def refusals(
+def decisions(
     op: str, call: dict[str, Any], *, capability: tuple[int, int] | None = None
-) -> list[tuple[Implementation, str | None]]:
-    """Every implementation of `op`, best first, with the sentence why it cannot serve the call, or None.
+) -> list[tuple[Backend, Implementation | None, str | None]]:
+    """Every backend, best first, with its implementation of `op` and the sentence why it cannot serve the call.
 
+    The sentence is None for those that can: the first of them is the one that `select` takes when none is forced.
+    Kernel backends that do not implement the op at all are listed too.
     capability: judge as if the call's device were a GPU of this compute capability and its backends were there.
     """
-    return [(impl, impl.why_not_on(capability, call)) for impl in _OPS[op].implementations]
+    found: list[tuple[Backend, Implementation | None, str | None]] = []
+    for impl in implementations(op):
+        found.append((impl.backend, impl, impl.why_not_on(capability, call)))
+    present = {backend.name for backend, _, _ in found}
+    device = call[_OPS[op].lead].device
+    for backend in backends():
+        if backend.kernels and backend.name not in present:
+            if backend.devices is not None and device.type not in backend.devices:
+                reason = _wrong_device(backend.devices, device)
+            else:
+                reason = (None if capability else backend.missing) or f"does not implement {op}"
+            found.append((backend, None, reason))
+    return sorted(found, key=lambda entry: -(entry[1].priority if entry[1] else entry[0].priority))
 
 
 def select(op: str, call: dict[str, Any]) -> Implementation:
@@ -198,7 +225,7 @@ def select(op: str, call: dict[str, Any]) -> Implementation:
     grad = _needs_grad(call)
     if grad and not spec.differentiable:
         raise Refused(f"{op} has no gradient: detach its inputs or call it under torch.no_grad()")
-    forced = _state.forced if _state.forced is not None else settings.backend
+    forced = forced_backend()
     usable = _usable if torch.compiler.is_compiling() else _usable_cached
     for impl in usable(op, lead.device, lead.dtype, grad, forced):
         if impl.refuse is None or impl.refuse(**call) is None:
@@ -209,19 +236,13 @@ def select(op: str, call: dict[str, Any]) -> Implementation:
 
 
 def _explain_refusal(op: str, call: dict[str, Any], forced: str | None) -> str:
+    reasons = [(backend.name, reason) for backend, _, reason in decisions(op, call) if reason is not None]
     if forced is not None:
         backend_named(forced)
-        reasons = [f"{reason}" for impl, reason in refusals(op, call) if impl.backend.name == forced and reason]
-        why = "; ".join(reasons) or f"it does not implement {op}"
+        why = "; ".join(reason for name, reason in reasons if name == forced) or f"it does not implement {op}"
         return f"{op}: the forced backend {forced!r} cannot serve this call: {why}"
-    lines = [f"{impl.backend.name}: {reason}" for impl, reason in refusals(op, call) if reason]
-    lines += [
-        f"{b.name}: does not implement {op}"
-        for b in backends()
-        if b.kernels and all(i.backend is not b for i in _OPS[op].implementations)
-    ]
     kind = "kernel backend" if settings.strict else "backend"
-    return f"{op}: no {kind} can serve this call ({'; '.join(lines)})"
+    return f"{op}: no {kind} can serve this call ({'; '.join([f'{name}: {reason}' for name, reason in reasons])})"
 
 
 def dispatch(op: str, **call: Any) -> Any:
@@ -234,13 +255,21 @@ def dispatch(op: str, **call: Any) -> Any:
         return impl.fn(**call)
     start = time.perf_counter()
     result = impl.fn(**call)
-    recorder(op, call, impl, start)
+    recorder.served(op, call, impl, start)
     return result
 
 
+def record_fallback(op: str, to: str, reason: str, call: dict[str, Any]) -> None:
+    """A caller is about to compute `op` by other means than `dispatch`: to the record, or an error where strict."""
+    if settings.strict:
+        raise Refused(f"{op}: {reason}, so {to} would serve this call")
+    if _state.recorder is not None:
+        _state.recorder.fell_back(op, call, to, reason)
+
+
 @contextlib.contextmanager
-def recording(recorder: Callable[..., None]) -> Iterator[None]:
-    """Within the block, `recorder(op, call, implementation, start_time)` is called after every dispatched call."""
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Within the block, `recorder` hears of every dispatched call and of every fallback outside the dispatcher."""
     before, _state.recorder = _state.recorder, recorder
     try:
         yield
@@ -270,6 +299,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _state.forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or `LLMKERN_BACKEND` forces on every call; None where the order decides."""
+    return _state.forced if _state.forced is not None else settings.backend
 
 
 def backend_named(name: str) -> Backend:

@@ -7,13 +7,14 @@ there: this module's class gets a copy of its forward that sees another function
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkern import ops
+from llmkern import dispatch, ops
 from llmkern.swap.derive import derive, mentioned_globals, rebind
 from llmkern.swap.found import Found, agrees
 
@@ -22,14 +23,30 @@ KIND = "rope"
 _HEAD_DIM = 8
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How a function pairs dimensions, and whether cos has one value per pair instead of one per dimension."""
+
+    interleaved: bool
+    per_pair: bool
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        rotary_dim = 2 * cos.shape[-1] if self.per_pair else None
+        return ops.rope(q, k, cos, sin, interleaved=self.interleaved, rotary_dim=rotary_dim)
+
+
 def find(module: nn.Module) -> Found | None:
     forward = type(module).forward
     for name, function in _rotary_functions(forward).items():
-        if _computes_rope(function):
-            cls = derive(type(module), rebind(forward, name, _replacement(function)))
-            return Found("rope", "rope", cls=cls, sample=partial(_sample, getattr(module, "head_dim", _HEAD_DIM)))
-        return Found("rope", "rope", f"{name} is not the rotary embedding that llmkern knows")
+        form = _form(function)
+        if form is None:
+            return Found("rope", "", f"{name} is not the rotary embedding of ops.rope")
+        cls = derive(type(module), _rebound(forward, name, _replacement(function, form)))
+        return Found("rope", "rope", cls=cls, sample=partial(_sample, form))
     return None
+
+
+_rebound = cache(rebind)  # the same forward for every layer, so that they share one class
 
 
 @cache
@@ -42,41 +59,48 @@ def _rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., An
 
 
 @cache
-def _computes_rope(function: Callable[..., Any]) -> bool:
-    """Whether it agrees with ops.rope for full and partial rotary dimensions, in every form that it accepts."""
+def _form(function: Callable[..., Any]) -> _Form | None:
+    """The form in which ops.rope computes what the function does, for whichever widths of cos it accepts."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 3, _HEAD_DIM, generator=generator)
     k = torch.randn(2, 2, 3, _HEAD_DIM, generator=generator)
-    accepted = 0
+    seen = []
     for width in (_HEAD_DIM, _HEAD_DIM // 2):
-        half = torch.randn(2, 3, width // 2, generator=generator)
-        angles = torch.cat((half, half), dim=-1)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.randn(2, 2, 3, width, generator=generator)
         try:
             with torch.no_grad():
-                rotated = function(q, k, cos, sin)
-        except Exception:  # foreign code: a width that it does not take
+                seen.append(((q, k, cos, sin), function(q, k, cos, sin)))
+        except Exception:  # foreign code, and a width that it does not take
             continue
-        accepted += 1
-        for got, want in zip(rotated, ops.rope(q, k, cos, sin), strict=True):
-            if not agrees(got, want):
-                return False
-    return accepted > 0
+    for form in (_Form(False, False), _Form(True, False), _Form(False, True), _Form(True, True)):
+        if seen and all(_same(form, *call_and_result) for call_and_result in seen):
+            return form
+    return None
+
+
+def _same(form: _Form, call: tuple[Tensor, ...], result: Any) -> bool:
+    cos = call[2]
+    if form.per_pair and 2 * cos.shape[-1] > _HEAD_DIM or not isinstance(result, tuple) or len(result) != 2:
+        return False
+    with torch.no_grad():
+        return all(agrees(got, want) for got, want in zip(result, form(*call), strict=True))
 
 
 @cache
-def _replacement(function: Callable[..., Any]) -> Callable[..., Any]:
+def _replacement(function: Callable[..., Any], form: _Form) -> Callable[..., Any]:
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        # Anything but the plain call (another unsqueeze_dim, position_ids, mixed dtypes) is the original's business.
-        if args or kwargs or cos.dim() != 3 or q.dtype != k.dtype:
+        # Anything but the plain call (another unsqueeze_dim, mixed dtypes) is the original's business.
+        if args or kwargs or cos.dim() != 3 or cos.dtype != q.dtype or q.dtype != k.dtype:
+            reason = "the model calls its rotary embedding with other arguments or dtypes than ops.rope takes"
+            dispatch.record_fallback("rope", function.__module__, reason, {"q": q, "k": k})
             return function(q, k, cos, sin, *args, **kwargs)
-        return ops.rope(q, k, cos, sin)
+        return form(q, k, cos, sin)
 
     return apply_rotary_pos_emb
 
 
-def _sample(head_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    q = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
-    return {"q": q, "k": q, "cos": q[0], "sin": q[0]}
+def _sample(form: _Form, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    q = torch.zeros(1, 1, 1, _HEAD_DIM, dtype=dtype, device=device)
+    return {"q": q, "k": q, "cos": q[0], "sin": q[0], "rotary_dim": _HEAD_DIM, "interleaved": form.interleaved}

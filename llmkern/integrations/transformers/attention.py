@@ -1,0 +1,165 @@
+"""llmkern's attention behind transformers' AttentionInterface, and the mask function that goes with it.
+
+Whatever the op cannot do is handed to the implementation that the untouched model uses, with the reason on record
+(`llmkern.explain`; an error under LLMKERN_STRICT=1): dropout, returned attention weights, a paged cache, and any
+argument that a future transformers may add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern import dispatch, ops
+from llmkern.integrations.transformers.config_view import NAME, original_of
+from llmkern.swap.derive import mentioned_globals, original_class
+
+__all__ = ["attention_forward", "register_once"]
+
+# What a model passes along with every call and attention has no use for, or has used already to build the mask.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+def register_once() -> None:
+    """Make `NAME` known to transformers: one entry in two registries, which nothing uses until a model is swapped."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Boolean masks with broadcast strides, and none at all where `causal` says it: what the op takes.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: q [B, Hq, Sq, D], k/v [B, Hkv, Skv, D] → ([B, Sq, Hq, D], weights or None)."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # As in transformers: a mask says everything, and a single query sees all the keys that it is given.
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    reason = _beyond_the_op(module, query, key, attention_mask, dropout, causal, sliding_window, kwargs)
+    if reason is not None:
+        arguments = {
+            "dropout": dropout,
+            "scaling": scaling,
+            "is_causal": is_causal,
+            "sliding_window": sliding_window,
+            "softcap": softcap,
+            "s_aux": s_aux,
+            "position_bias": position_bias,
+        }
+        given = {k: v for k, v in arguments.items() if v is not None}
+        return _untouched(module, query, key, value, attention_mask, causal, reason, given | kwargs)
+    if causal and key.shape[2] > query.shape[2]:
+        # Prefill into a static cache: without a mask the first query sits at the first key, and the slots after
+        # the last query are empty.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if position_bias is not None:
+        position_bias = position_bias[..., : key.shape[2]]
+        attention_mask = _biased(position_bias, attention_mask)
+    out = ops.attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        causal=causal,
+        sm_scale=scaling,
+        window=sliding_window if causal else None,
+        softcap=softcap,
+        sinks=s_aux if s_aux is None else s_aux.to(query.dtype),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _beyond_the_op(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """The sentence why this call is not one for the op, or None."""
+    if dropout > 0.0 and module.training:
+        return f"attention dropout is {dropout} in training"
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        return "the attention weights are asked for (output_attentions), and a fused kernel has none"
+    for name, argument in kwargs.items():
+        if argument is not None and argument is not False and name not in _HARMLESS and name != "output_attentions":
+            return f"the model passes {name}, which llmkern does not know"
+    if attention_mask is None and not causal and sliding_window is not None and query.shape[2] > 1:
+        return "a window without a mask is only defined for causal attention"
+    return None
+
+
+def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """One additive mask from a relative position bias and the model's mask."""
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
+    return position_bias + mask
+
+
+def _untouched(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    reason: str,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The call as the model without llmkern makes it."""
+    wants_weights = reason.startswith("the attention weights")
+    name = "eager" if wants_weights else original_of(module.config)._attn_implementation
+    dispatch.record_fallback("attention", f"transformers {name}", reason, {"q": query, "k": key})
+    interface = mentioned_globals(original_class(module).forward)
+    eager = interface.get("eager_attention_forward")
+    if name == "eager" and eager is not None:
+        return eager(module, query, key, value, _additive(mask, causal, query, key), **arguments)
+    function: Callable[..., Any] = interface["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)
+    return function(module, query, key, value, mask, **arguments)
+
+
+def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask in the form that eager attention adds to the scores: 0 and the most negative number."""
+    if mask is None:
+        if not causal:
+            return None
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=query.dtype, device=query.device), torch.finfo(query.dtype).min)

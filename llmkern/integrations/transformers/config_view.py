@@ -1,0 +1,95 @@
+"""A view of a transformers config that differs from it in one thing: the attention implementation it names.
+
+transformers reads `config._attn_implementation` at every forward, and several models may share one config object.
+So the config itself is left alone, and each module of the optimized model gets a view instead: the instance of
+a subclass of the config's own class, with the same name and the *same* `__dict__`.  Whatever is written through
+either is seen through both, and a pickled or saved view is the untouched config.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+__all__ = ["NAME", "is_view", "original_of", "view_of"]
+
+NAME = "llmkern"
+"""What a view answers for `_attn_implementation`; registered in AttentionInterface and AttentionMaskInterface."""
+
+
+class _View:
+    """What a view's class adds to its config's class.  Each view has a class of its own, which holds its state:
+    the instance's `__dict__` is the config's, and torch.compile reads class attributes like any others."""
+
+    _llmkern_original: Any
+    _llmkern_chosen: bool
+
+    # The view answers `NAME` until somebody names another implementation through it: an explicit choice wins, and is
+    # written to the config behind, as it would be without the view.
+    @property
+    def _attn_implementation_internal(self) -> Any:
+        return NAME if self._llmkern_chosen else self._llmkern_original._attn_implementation_internal
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value: Any) -> None:
+        type(self)._llmkern_chosen = value == NAME
+        if value != NAME:
+            self._llmkern_original._attn_implementation_internal = value
+
+    @property
+    def output_attentions(self) -> Any:
+        return self._llmkern_original.output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: Any) -> None:
+        self._llmkern_original.output_attentions = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Protocol 1's form: pickle insists that protocol 2's names the class of the object at hand.
+        return self._llmkern_original.__reduce_ex__(1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return view_of(copy.deepcopy(self._llmkern_original, memo))
+
+
+def view_of(config: Any, views: dict[int, Any] | None = None) -> Any:
+    """The view of `config` in `views` (by the config's id), or a new one, kept there; a view is returned as it is."""
+    views = {} if views is None else views
+    if is_view(config):
+        views.setdefault(id(original_of(config)), config)
+        return config
+    if id(config) in views:
+        return views[id(config)]
+    cls = type(config)
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_llmkern_original": config,
+        "_llmkern_chosen": True,
+    }
+    for name in getattr(cls, "sub_configs", {}):
+        if hasattr(getattr(config, name, None), "_attn_implementation"):
+            namespace[name] = _sub_config(name, view_of(getattr(config, name), views))
+    view = object.__new__(type(cls.__name__, (_View, cls), namespace))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    views[id(config)] = view
+    return view
+
+
+def _sub_config(name: str, sub_view: Any) -> property:
+    def get(self: Any) -> Any:
+        value = getattr(self._llmkern_original, name)
+        return sub_view if value is sub_view._llmkern_original else value
+
+    return property(get, lambda self, value: setattr(self._llmkern_original, name, value))
+
+
+def original_of(config: Any) -> Any:
+    """The config behind a view; any other object is returned as it is."""
+    return config._llmkern_original if is_view(config) else config
+
+
+def is_view(config: Any) -> bool:
+    """Whether `config` is a view."""
+    return isinstance(config, _View)

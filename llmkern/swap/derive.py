@@ -1,0 +1,124 @@
+"""How a module is swapped: its class becomes a subclass of the one it had, and nothing else about it changes.
+
+The instance keeps its parameters, hooks, attributes and identity; `isinstance`, names and printed structure stay
+what they were; undoing it is assigning the old class.  Other instances keep their class.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "Swapped",
+    "derive",
+    "forward_is_replaced",
+    "mentioned_globals",
+    "original_class",
+    "rebind",
+    "set_class",
+]
+
+
+class Swapped:
+    """Mixin of every class made by `derive`.  A swapped module pickles as the original would."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Protocol 1's form: pickle insists that protocol 2's names the class of the object at hand.
+        constructor, arguments, *state = super().__reduce_ex__(1)  # type: ignore[misc]
+        original = original_class(self)
+        return (constructor, tuple(original if a is type(self) else a for a in arguments), *state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+@functools.cache
+def derive(cls: type[nn.Module], forward: Callable[..., Any], *attributes: tuple[str, Any]) -> type[nn.Module]:
+    """The subclass of `cls` with this `forward` and these class attributes; the same one for the same arguments."""
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_llmkern_original": cls,
+        "forward": forward,
+        **dict(attributes),
+    }
+    return type(cls.__name__, (Swapped, cls), namespace)
+
+
+def original_class(module: object) -> type:
+    """The class that the module had before it was swapped; its own class if it is not swapped."""
+    return getattr(type(module), "_llmkern_original", type(module))
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether calling the module runs something else than its class's forward.
+
+    accelerate's hooks (device_map) keep the class's forward in `_old_forward` and call it from theirs: that is fine.
+    """
+    if "forward" not in vars(module):
+        return False
+    inner = vars(module).get("_old_forward")
+    return getattr(inner, "__func__", None) is not type(module).forward
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Give the module a class, and let accelerate's hooks call that class's forward."""
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]
+
+
+def rebind(function: Any, name: str, replacement: Any, _above: tuple[Any, ...] = ()) -> Any:
+    """`function` as it would be if the global `name` of its module were `replacement`.
+
+    Decorators are followed through their closures.  The function itself is returned where nothing refers to `name`.
+    """
+    if not isinstance(function, types.FunctionType) or function in _above:
+        return function
+    scope = function.__globals__
+    if name in function.__code__.co_names and name in scope:
+        # Without __name__, torch.compile looks globals up in this dict instead of in the module of that name.
+        scope = {key: value for key, value in scope.items() if key != "__name__"} | {name: replacement}
+    cells = []
+    for cell, content in _cells(function):
+        rebound = rebind(content, name, replacement, (*_above, function))
+        cells.append(cell if rebound is content else types.CellType(rebound))
+    closure = tuple(cells) if function.__closure__ else None
+    if scope is function.__globals__ and closure == function.__closure__:
+        return function
+    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copied, function)
+    del copied.__wrapped__
+    return copied
+
+
+def mentioned_globals(function: Any, _above: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The globals that the function, or what its decorators wrap, refers to by name."""
+    if not isinstance(function, types.FunctionType) or function in _above:
+        return {}
+    found = {n: function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__}
+    for _, content in _cells(function):
+        found |= mentioned_globals(content, (*_above, function))
+    return found
+
+
+def _cells(function: types.FunctionType) -> list[tuple[types.CellType, Any]]:
+    """The closure's cells with their contents (None for a cell that is still empty)."""
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append((cell, cell.cell_contents))
+        except ValueError:
+            found.append((cell, None))
+    return found

@@ -1,0 +1,77 @@
+"""What a rule says of a module, and how a rule convinces itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PROBE_TOLERANCE", "Found", "agrees", "is_stateless", "linear_like", "probe", "stand_in"]
+
+PROBE_TOLERANCE = 1e-5
+"""Of the largest value: probes run in fp32, and may sum in another order.  Another definition is off by far more."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module of a kind that llmkern knows.
+
+    kind, op: as in `SwapRow`.  reason: why it must be left alone, "" where it can be swapped.
+    cls: the class to give it (None where the swap is not a matter of the module's own class).
+    sample: given a dtype and a device, a small call of the op with this module's sizes, to name the backend that
+        will serve it.
+    """
+
+    kind: str
+    op: str
+    reason: str = ""
+    cls: type[nn.Module] | None = None
+    sample: Callable[[torch.dtype, torch.device], dict[str, Any]] | None = field(default=None, repr=False)
+
+
+def is_stateless(module: nn.Module) -> bool:
+    """Whether running the module's forward can leave no trace: it holds nothing that a call could fill."""
+    plain = (bool, int, float, str, bytes, tuple, type(None), torch.dtype, torch.device)
+    own = [v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and k not in _OF_ACCELERATE]
+    return not module._buffers and all(isinstance(v, plain) or callable(v) or hasattr(v, "to_dict") for v in own)
+
+
+def stand_in(
+    module: nn.Module, children: Mapping[str, nn.Module] | None = None, parameters: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A shell of the same class in eval mode with other children or parameters, so that a probe of it costs little."""
+    shell = object.__new__(type(module))
+    vars(shell).update(vars(module))
+    vars(shell)["_modules"] = {**module._modules, **(children or {})}
+    vars(shell)["_parameters"] = {**module._parameters, **(parameters or {})}
+    vars(shell)["training"] = False
+    return shell
+
+
+def probe(module: nn.Module, *inputs: Tensor) -> Tensor | None:
+    """What the class's own forward computes, without hooks and gradients; None where it cannot take the inputs."""
+    try:
+        with torch.no_grad():
+            out = type(module).forward(module, *inputs)
+    except Exception:  # whatever foreign code raises on inputs that it was not made for, it is not the kind sought
+        return None
+    return out if isinstance(out, Tensor) else None
+
+
+def agrees(out: Tensor | None, expected: Tensor) -> bool:
+    """Whether a probe's result is the expected one, up to rounding."""
+    if out is None or out.shape != expected.shape or not out.is_floating_point():
+        return False
+    scale = float(expected.abs().max()) or 1.0
+    return float((out.double() - expected.double()).abs().max()) <= PROBE_TOLERANCE * scale
+
+
+def linear_like(module: nn.Module) -> bool:
+    """nn.Linear, its subclasses, and adapters around one (peft): anything that says its `in_` and `out_features`."""
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))

@@ -1,0 +1,196 @@
+"""`optimize_`, its exact undo `restore_`, and both as a context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from llmkern import dispatch
+from llmkern.integrations.transformers.attention import register_once
+from llmkern.integrations.transformers.config_view import is_view, original_of, view_of
+from llmkern.swap import derive
+from llmkern.swap.found import Found
+from llmkern.swap.report import SwapReport, SwapRow
+from llmkern.swap.rules import RULES
+
+__all__ = ["optimize_", "patched", "restore_"]
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A module that a rule has found, and what is to become of it."""
+
+    path: str
+    module: nn.Module
+    found: Found
+    excluded: str  # why the caller does not want it, "" if it does
+
+
+def optimize_(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    norms: bool = True,
+    mlp: bool = True,
+    rope: bool = True,
+    filter_fn: FilterFn | None = None,
+    on_unsupported: Literal["warn", "error", "ignore"] = "warn",
+) -> SwapReport:
+    """Swap llmkern's ops into `model`, in place and in this instance only.
+
+    attention, norms, mlp, rope: which kinds of modules to swap (mlp includes GELU modules).
+    filter_fn: called with a module's path and the module; False leaves it alone.
+    on_unsupported: what to do where a module of these kinds cannot be swapped: warn once, raise `RuntimeError`
+        before anything has changed, or say nothing.  The report has the reasons in any case.
+    Returns the report.  Calling it again adds what was left out before and changes nothing else; `restore_` undoes
+    all of it.  Modules are found by structure and by what they compute on a small probe, never by name.
+    Raises TypeError for what is not a module, ValueError for a model on the meta device; a failure half-way leaves
+    the model as it was.
+    """
+    _check(model, filter_fn, on_unsupported)
+    switches = {"attention": attention, "norms": norms, "mlp": mlp, "rope": rope}
+    sites = list(_sites(model, switches, filter_fn))
+    unsupported = [s for s in sites if s.found.reason and not s.excluded]
+    if unsupported and on_unsupported == "error":
+        raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
+    wanted = [s for s in sites if not s.excluded and not s.found.reason]
+    with _undo_on_failure(model):
+        for site in wanted:
+            if site.found.cls is not None:
+                derive.set_class(site.module, site.found.cls)
+        attending = [s.module for s in wanted if s.found.kind == "attention"]
+        if attending:
+            register_once()
+            everywhere = len(attending) == sum(s.found.kind == "attention" for s in sites)
+            _give_views(list(model.modules()) if everywhere else attending)
+        report = SwapReport(tuple(_row(model, site) for site in sites))
+    if unsupported and on_unsupported == "warn":
+        reasons = sorted({s.found.reason for s in unsupported})
+        warnings.warn(
+            f"llmkern leaves {len(unsupported)} modules as they are: {'; '.join(reasons)}", UserWarning, stacklevel=2
+        )
+    return report
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Undo `optimize_` exactly: every module has its own class, forward and config again.  Returns `model`.
+
+    A model that was never optimized is left as it is.  Raises RuntimeError where something (FSDP, for one) has
+    derived another class from a swapped module's since: that has to be undone first.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore_: model is a {type(model).__name__}, expected a torch.nn.Module")
+    swapped = [(path, m) for path, m in model.named_modules() if isinstance(m, derive.Swapped)]
+    for path, module in swapped:
+        if "_llmkern_original" not in vars(type(module)):
+            raise RuntimeError(f"restore_: {path} has become a {type(module).__name__} since; undo that first")
+    for _, module in swapped:
+        derive.set_class(module, derive.original_class(module))
+    for module in model.modules():
+        if "config" in vars(module):
+            vars(module)["config"] = original_of(vars(module)["config"])
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[SwapReport]:
+    """`optimize_(model, **options)` within the block, the untouched model after it, whatever happens in between."""
+    report = optimize_(model, **options)
+    try:
+        yield report
+    finally:
+        restore_(model)
+
+
+def _check(model: nn.Module, filter_fn: FilterFn | None, on_unsupported: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize_: model is a {type(model).__name__}, expected a torch.nn.Module")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"optimize_: filter_fn is a {type(filter_fn).__name__}, expected a function or None")
+    if on_unsupported not in ("warn", "error", "ignore"):
+        raise ValueError(f"optimize_: on_unsupported is {on_unsupported!r}, expected 'warn', 'error' or 'ignore'")
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and not hasattr(module, "_hf_hook"):
+                where = f"{path}.{name}" if path else name
+                raise ValueError(f"optimize_: {where} is on the meta device; load the weights first")
+
+
+def _sites(model: nn.Module, switches: dict[str, bool], filter_fn: FilterFn | None) -> Iterator[_Site]:
+    for path, module in model.named_modules():
+        for rule in RULES:
+            found = rule.find(_as_before(module))
+            if found is None:
+                continue
+            excluded = ""
+            if _is_swapped(module, found):
+                pass
+            elif not switches[rule.KIND]:
+                excluded = f"switched off by {rule.KIND}=False"
+            elif filter_fn is not None and not filter_fn(path, module):
+                excluded = "left out by filter_fn"
+            elif not found.reason and derive.forward_is_replaced(module):
+                found = Found(found.kind, found.op, "its forward was replaced on the instance")
+            yield _Site(path, module, found, excluded)
+
+
+def _as_before(module: nn.Module) -> nn.Module:
+    """The module as rules should see it: a shell of its former class, if it is swapped already."""
+    if not isinstance(module, derive.Swapped):
+        return module
+    shell = object.__new__(derive.original_class(module))
+    vars(shell).update(vars(module))
+    return shell
+
+
+def _is_swapped(module: nn.Module, found: Found) -> bool:
+    if found.kind == "attention":
+        return is_view(vars(module).get("config"))
+    return found.cls is type(module)
+
+
+def _give_views(modules: list[nn.Module]) -> None:
+    """Let the modules see a config that names llmkern's attention; one view for each config."""
+    views: dict[int, Any] = {}
+    holders = [m for m in modules if hasattr(vars(m).get("config"), "_attn_implementation")]
+    for module in sorted(holders, key=lambda m: not is_view(m.config)):  # views that are there already come first
+        vars(module)["config"] = view_of(module.config, views)
+
+
+def _row(model: nn.Module, site: _Site) -> SwapRow:
+    found = site.found
+    reason = site.excluded or found.reason
+    if reason:
+        return SwapRow(site.path, found.kind, found.op, "left", "", reason)
+    return SwapRow(site.path, found.kind, found.op, "swapped", _serving(model, site), "")
+
+
+def _serving(model: nn.Module, site: _Site) -> str:
+    """The backend that serves the site for inputs of its parameters' dtype on their device."""
+    parameters = itertools.chain(site.module.parameters(), model.parameters())
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    assert site.found.sample is not None  # whatever can be swapped has one
+    with torch.no_grad():
+        return dispatch.select(site.found.op, site.found.sample(like.dtype, like.device)).backend.name
+
+
+@contextlib.contextmanager
+def _undo_on_failure(model: nn.Module) -> Iterator[None]:
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise

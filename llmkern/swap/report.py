@@ -1,0 +1,63 @@
+"""What `optimize_` did, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from llmkern.table import collapse, render
+
+__all__ = ["SwapReport", "SwapRow"]
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One place in the model.
+
+    path: the module's name within the model.  kind: norm, mlp, activation, rope, attention, experts.
+    op: the llmkern op that serves it, "" where there is none.  action: "swapped" or "left".
+    backend: the one that serves it here, for inputs of the parameters' dtype on their device; "" if left.
+    reason: why it was left alone; "" if swapped.
+    """
+
+    path: str
+    kind: str
+    op: str
+    action: Literal["swapped", "left"]
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """The rows of one `optimize_` call; prints as a table in which repeated layers take one line."""
+
+    rows: tuple[SwapRow, ...]
+
+    @property
+    def swapped(self) -> tuple[SwapRow, ...]:
+        return tuple(row for row in self.rows if row.action == "swapped")
+
+    @property
+    def left(self) -> tuple[SwapRow, ...]:
+        return tuple(row for row in self.rows if row.action == "left")
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"rows": [{"path", "kind", "op", "action", "backend", "reason"}]}`."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def __iter__(self) -> Iterator[SwapRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = collapse(
+            (row.path, (row.kind, row.op, row.action if row.action == "left" else row.backend, row.reason))
+            for row in self.rows
+        )
+        cells = [(path, count, *rest) for path, count, rest, _ in lines]
+        title = f"{len(self.swapped)} swapped, {len(self.left)} left alone"
+        return render(title, ("module", "×", "kind", "op", "served by", "left alone because"), cells)

@@ -1,0 +1,11 @@
+"""One file for each kind of module.
+
+A rule file has `KIND`, the switch of `optimize_` that it answers to, and `find(module) -> Found | None`, which
+recognises a module by structure and by what it computes on a probe, never by the name of its class.
+"""
+
+from __future__ import annotations
+
+from llmkern.discovery import import_children
+
+RULES = import_children(__name__)

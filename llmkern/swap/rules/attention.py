@@ -1,0 +1,59 @@
+"""Attention in transformers models: modules whose forward looks its function up in AttentionInterface."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmkern.integrations.transformers.config_view import original_of
+from llmkern.swap.derive import mentioned_globals
+from llmkern.swap.found import Found
+
+KIND = "attention"
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_REPLACEABLE = ("eager", "sdpa")
+
+
+def find(module: nn.Module) -> Found | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return Found("attention", "", "torch.nn.MultiheadAttention chooses among PyTorch's own fused paths by itself")
+    config = getattr(module, "config", None)
+    if _INTERFACE in mentioned_globals(type(module).forward):
+        name = getattr(original_of(config), "_attn_implementation", None)
+        if name not in _REPLACEABLE:
+            return Found("attention", "attention", f"the model was given attn_implementation={name!r}")
+        return Found("attention", "attention", sample=partial(_sample, module))
+    if _projects_queries_and_keys(module):
+        return Found("attention", "", "its forward does not look its attention up in transformers' AttentionInterface")
+    return None
+
+
+def _projects_queries_and_keys(module: nn.Module) -> bool:
+    """Whether the module has the layers of an attention: then leaving it alone deserves a line in the report."""
+    names = set(module._modules)
+    return any(names >= layers for layers in ({"q_proj", "k_proj"}, {"query", "key"}, {"q", "k", "v"}))
+
+
+def _sample(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    config = module.config
+    head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or 64
+    groups = getattr(module, "num_key_value_groups", 1)
+    q = torch.zeros(1, groups, 2, head_dim, dtype=dtype, device=device)
+    kv = q[:, :1]
+    return {
+        "q": q,
+        "k": kv,
+        "v": kv,
+        "attn_mask": None,
+        "key_padding_mask": None,
+        "sinks": None,
+        "causal": True,
+        "sm_scale": head_dim**-0.5,
+        "window": [-1, -1],
+        "softcap": 0.0,
+        "return_lse": False,
+    }

@@ -1,0 +1,105 @@
+"""Gated MLPs, `down(act(gate(x)) * up(x))`, with gate and up apart or packed in one projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from llmkern import ops
+from llmkern.swap.derive import derive
+from llmkern.swap.found import Found, agrees, is_stateless, linear_like, probe, stand_in
+
+KIND = "mlp"
+
+_HIDDEN, _INTERMEDIATE = 6, 10  # of the small layers that the class's forward is probed with
+
+# The op that computes `act(gate) * up` for each activation, and the activation as the probe expects it.
+_GATED: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": ("swiglu", F.silu, lambda gate, up: ops.swiglu(gate, up)),
+    "gelu": ("gelu", F.gelu, lambda gate, up: ops.gelu(gate) * up),
+    "gelu_tanh": (
+        "gelu",
+        lambda gate: F.gelu(gate, approximate="tanh"),
+        lambda gate, up: ops.gelu(gate, "tanh") * up,
+    ),
+}
+
+
+def find(module: nn.Module) -> Found | None:
+    linears = {name: child for name, child in module._modules.items() if child is not None and linear_like(child)}
+    if len(linears) not in (2, 3) or module._parameters or not is_stateless(module):
+        return None
+    for names in permutations(linears):
+        if not _shapes_fit([linears[n] for n in names]):
+            continue
+        for activation, (op, function, _) in _GATED.items():
+            for packed_gate_first in (True, False) if len(names) == 2 else (True,):
+                if _computes_gated(module, names, function, packed_gate_first):
+                    attributes = (
+                        ("_llmkern_linears", names),
+                        ("_llmkern_activation", activation),
+                        ("_llmkern_gate_first", packed_gate_first),
+                        ("_llmkern_dropout", _has_dropout(module)),
+                    )
+                    cls = derive(type(module), _forward, *attributes)
+                    sample = partial(_sample, op, activation, linears[names[-1]].in_features)
+                    return Found("mlp", op, cls=cls, sample=sample)
+    return None
+
+
+def _shapes_fit(linears: list[Any]) -> bool:
+    """Whether these are (gate, up, down), or (gate and up packed, down), by their sizes."""
+    *into, down = linears
+    hidden, intermediate = down.out_features, down.in_features
+    packed = 2 if len(into) == 1 else 1
+    return all(layer.in_features == hidden and layer.out_features == packed * intermediate for layer in into)
+
+
+def _computes_gated(
+    module: nn.Module, names: tuple[str, ...], activation: Callable[[Tensor], Tensor], gate_first: bool
+) -> bool:
+    """Whether the class's forward, run on small layers, is the gated MLP with these roles."""
+    generator = torch.Generator().manual_seed(0)
+    into_sizes = [(_HIDDEN, _INTERMEDIATE)] * 2 if len(names) == 3 else [(_HIDDEN, 2 * _INTERMEDIATE)]
+    sizes = [*into_sizes, (_INTERMEDIATE, _HIDDEN)]
+    small = {name: skip_init(nn.Linear, *size) for name, size in zip(names, sizes, strict=True)}
+    with torch.no_grad():
+        for layer in small.values():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        x = torch.randn(2, 3, _HIDDEN, generator=generator)
+        *into, down = [small[name] for name in names]
+        gate, up = _gate_and_up([layer(x) for layer in into], gate_first)
+        expected = down(activation(gate) * up)
+    return agrees(probe(stand_in(module, small), x), expected)
+
+
+def _gate_and_up(projected: list[Tensor], gate_first: bool) -> tuple[Tensor, Tensor]:
+    first, second = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    return (first, second) if gate_first else (second, first)
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module._modules.values())
+
+
+def _sample(op: str, activation: str, intermediate: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    x = torch.zeros(1, 1, intermediate, dtype=dtype, device=device)
+    if op == "swiglu":
+        return {"gate": x, "up": x}
+    return {"x": x, "approximate": "tanh" if activation == "gelu_tanh" else "none"}
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    if self._llmkern_dropout and self.training:
+        return self._llmkern_original.forward(self, x)
+    *into, down = [self._modules[name] for name in self._llmkern_linears]
+    gate, up = _gate_and_up([layer(x) for layer in into], self._llmkern_gate_first)
+    return down(_GATED[self._llmkern_activation][2](gate, up))
