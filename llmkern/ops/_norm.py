@@ -1,8 +1,36 @@
-"""What the normalisations share: the gradients' fakes."""
+"""What the normalisations share: their checks and the fake of their gradients."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from llmkern.checks import (
+    check_finite,
+    check_floating,
+    check_non_negative,
+    check_parameter,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+
+
+def check_norm(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float = 0.0
+) -> None:
+    """x is floating [..., hidden], the parameters fit it, eps is not negative, the offset finite."""
+    check_floating(op, x=x)
+    check_parameter(op, "x", x, weight=weight, bias=bias)
+    check_non_negative(op, "eps", eps)
+    check_finite(op, "weight_offset", weight_offset)
+
+
+def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
+    """The residual has x's dtype, shape and device."""
+    check_floating(op, residual=residual)
+    check_same_dtype(op, "x", x, residual=residual)
+    check_shape(op, "residual", residual, x.shape, "the shape of x")
+    check_same_device(op, "x", x, residual=residual)
 
 
 def fake_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

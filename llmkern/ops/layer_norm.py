@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.checks import check_floating, check_non_negative, check_parameter
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._norm import fake_gradients
+from llmkern.ops._norm import check_norm, fake_gradients
 
 __all__ = ["layer_norm"]
 
@@ -22,9 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Returns a contiguous tensor of x's shape and dtype.  Differentiable in x, weight and bias.
     Raises TypeError for other dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_floating("layer_norm", x=x)
-    check_parameter("layer_norm", "x", x, weight=weight, bias=bias)
-    check_non_negative("layer_norm", "eps", eps)
+    check_norm("layer_norm", x, weight, bias, eps)
     return dispatch("layer_norm", x=x, weight=weight, bias=bias, eps=eps)
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.checks import check_finite, check_floating, check_non_negative, check_parameter
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._norm import fake_gradients
+from llmkern.ops._norm import check_norm, fake_gradients
 
 __all__ = ["rms_norm"]
 
@@ -30,10 +29,7 @@ def rms_norm(
     Returns a contiguous tensor of x's shape and dtype.  Differentiable in x, weight and bias.
     Raises TypeError for other dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_floating("rms_norm", x=x)
-    check_parameter("rms_norm", "x", x, weight=weight, bias=bias)
-    check_non_negative("rms_norm", "eps", eps)
-    check_finite("rms_norm", "weight_offset", weight_offset)
+    check_norm("rms_norm", x, weight, bias, eps, weight_offset)
     return dispatch("rms_norm", x=x, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset)
 
 

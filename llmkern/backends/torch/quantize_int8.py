@@ -8,11 +8,11 @@ from llmkern.backends.torch import TORCH
 from llmkern.dispatch import implements
 
 
-def _refuse(x: Tensor) -> str | None:
+def refuse_empty_rows(x: Tensor, **_: object) -> str | None:
     return "the largest of no elements has no value" if x.shape[-1] == 0 else None
 
 
-@implements("quantize_int8", TORCH, refuse=_refuse)
+@implements("quantize_int8", TORCH, refuse=refuse_empty_rows)
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition with one fp32 temporary: the maximum is exact in x's own dtype, and x * inv promotes."""
     amax = x.abs().amax(-1, keepdim=True)

@@ -10,6 +10,7 @@ import torch
 from llmkern.testing.case import Call, Case, Make, Rule, each_dtype
 
 SIZES = ((1, 1), (3, 7), (2, 8), (5, 300), (199, 64), (2, 577), (1, 4096))
+FUSED_SIZES = ((1, 1), (3, 7), (67, 64), (2, 577), (1, 4096))
 
 
 def _call(

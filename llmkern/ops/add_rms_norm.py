@@ -1,0 +1,66 @@
+"""The residual sum and the root-mean-square normalisation of it, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from llmkern.dispatch import dispatch
+from llmkern.library import define
+from llmkern.ops._norm import check_norm, check_residual
+
+__all__ = ["add_rms_norm"]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(rms_norm(x + residual), x + residual)`.
+
+    x, residual: [..., hidden], the same shape and dtype (fp32, bf16, fp16 or fp64), any strides.
+    weight, bias, weight_offset: as in rms_norm.
+    Returns (norm, sum), contiguous, of x's shape and dtype.  The sum is rounded to that dtype, and the norm is of
+    the rounded sum: what a model that adds first and normalises afterwards computes.  Differentiable.
+    Raises TypeError for other or different dtypes, ValueError for other shapes, devices, or a negative eps.
+    """
+    check_norm("add_rms_norm", x, weight, bias, eps, weight_offset)
+    check_residual("add_rms_norm", x, residual)
+    return dispatch(
+        "add_rms_norm", x=x, residual=residual, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset
+    )
+
+
+def _fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, bias, ctx.eps, ctx.weight_offset = inputs
+    ctx.save_for_backward(output[1], weight, bias)
+
+
+def _backward(ctx: Any, dout: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    total, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = dispatch(
+        "rms_norm_backward", dy=dout, x=total, weight=weight, bias=bias, eps=ctx.eps, weight_offset=ctx.weight_offset
+    )
+    dx = dx + dtotal
+    return dx, dx, dweight if weight is not None else None, dbias if bias is not None else None, None, None
+
+
+define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float weight_offset)"
+    " -> (Tensor out, Tensor total)",
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

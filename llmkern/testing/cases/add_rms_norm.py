@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+from llmkern.testing.cases._norm import FUSED_SIZES, norm_cases
+
+CASES = norm_cases(
+    "add_rms_norm",
+    optional=("residual", "weight_offset"),
+    sizes=FUSED_SIZES,
+    differentiable=("x", "residual", "weight", "bias"),
+)
