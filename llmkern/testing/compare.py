@@ -33,9 +33,11 @@ class Error:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with every floating tensor in `dtype`; containers and other values as they are."""
+    """`value` with every floating tensor, and every floating dtype asked for, in `dtype`; the rest as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, torch.dtype):
+        return dtype if value.is_floating_point else value
     if isinstance(value, dict):
         return {k: cast(v, dtype) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
