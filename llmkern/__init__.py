@@ -6,8 +6,10 @@ from llmkern.dispatch import implements, register, use_backend
 from llmkern.explain import explain
 from llmkern.info import Info, info
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
+from llmkern.verify import Accuracy, verify
 
 __all__ = [
+    "Accuracy",
     "Info",
     "SwapReport",
     "SwapRow",
@@ -20,4 +22,5 @@ __all__ = [
     "register",
     "restore_",
     "use_backend",
+    "verify",
 ]

@@ -10,6 +10,7 @@ LLMKERN_BACKEND       (none)      force one backend for every call, as ``use_bac
                                   that it cannot serve raises
 LLMKERN_STRICT        0           1: raise where no kernel backend (cuda, triton, cpu) can serve a call,
                                   instead of falling back to PyTorch
+LLMKERN_DEBUG         0           1: the command line shows the traceback of every error, not only its line
 LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
 LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept
                       llmkern
@@ -36,6 +37,7 @@ class Settings:
 
     backend: str | None = None
     strict: bool = False
+    debug: bool = False
     library: str | None = None
     cpu_isa: str | None = None
     cache: str = "~/.cache/llmkern"
@@ -55,6 +57,7 @@ def reload() -> Settings:
     """Read the environment again; returns the one `settings` object, updated in place."""
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
     settings.strict = _flag("LLMKERN_STRICT")
+    settings.debug = _flag("LLMKERN_DEBUG")
     settings.library = os.environ.get("LLMKERN_LIBRARY") or None
     settings.cpu_isa = os.environ.get("LLMKERN_CPU_ISA") or None
     settings.cache = os.environ.get("LLMKERN_CACHE") or Settings.cache
