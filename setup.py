@@ -98,7 +98,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
 
 def introspection(text: list[str], output: Path, nvcc: str | None) -> None:
     facts = {"FLAGS": [*COMMON[:2], *KERNEL], "ISAS": ISAS, "NVCC": [nvcc or ""], "ARCHS": ARCHS if nvcc else []}
-    folders = [folder_of("torch") / "include", folder_of("pybind11") / "include", sysconfig.get_path("include")]
+    folders = [folder_of("pybind11") / "include", folder_of("torch") / "include", sysconfig.get_path("include")]
     flags = [ABI, *(f"-isystem{folder}" for folder in folders)]
     flags += [f"-DLLMKERN_{name}={json.dumps(' '.join(value))}" for name, value in facts.items()]
     objects = compile_all(text, "python/*.cpp", [find_compiler(), *COMMON, *HOST, *WARN, *flags])

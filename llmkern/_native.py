@@ -20,6 +20,7 @@ __all__ = ["build_info", "cpu_isa", "part_missing", "path", "reason", "set_cpu_i
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
+_ISAS = "expected portable, avx2 or avx512, as far as this CPU has it"
 
 
 def path() -> Path:
@@ -48,6 +49,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(os.fspath(where))
         library = ctypes.CDLL(os.fspath(where))
         library.llmkern_cpu_isa.restype = ctypes.c_char_p
+        if settings.cpu_isa is not None and library.llmkern_set_cpu_isa(settings.cpu_isa.encode()) != 0:
+            return None, f"the native library is not used: LLMKERN_CPU_ISA={settings.cpu_isa!r}: {_ISAS}"
     except (OSError, AttributeError, RuntimeError) as error:
         return None, f"the native library {where} was not loaded: {' '.join(str(error).split())}"
     return library, None
@@ -85,16 +88,12 @@ def set_cpu_isa(name: str) -> None:
     if _library is None:
         raise RuntimeError(_reason)
     if _library.llmkern_set_cpu_isa(name.encode()) != 0:
-        raise ValueError(f"CPU instruction set {name!r}: expected portable, avx2 or avx512, as far as this CPU has it")
+        raise ValueError(f"set_cpu_isa: {name!r}: {_ISAS}")
 
 
 def build_info() -> dict[str, Any]:
-    """How the library in the package was built: compilers, versions, flags, parts.  Empty without `llmkern._C`."""
+    """How the package's library was built: compilers, versions, flags, parts; or, under "built", why that is unknown."""
     try:
         return dict(importlib.import_module("llmkern._C").build_info())
-    except ImportError:
-        return {}
-
-
-if _library is not None and settings.cpu_isa is not None:
-    set_cpu_isa(settings.cpu_isa)
+    except ImportError as error:
+        return {"built": f"unknown, llmkern._C is missing: {_build_reasons().get('_C') or error}"}

@@ -52,7 +52,7 @@ class Info:
 
     def __str__(self) -> str:
         def text(value: Any) -> str:
-            return "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value or "-")
 
         tables = [
             render(title, ("", ""), [(key.replace("_", " "), text(value)) for key, value in rows.items()])

@@ -19,7 +19,11 @@ py::object text_or_none(const char* text) {
 
 py::dict build_info() {
   py::dict info;
+#ifdef __clang__
   info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
   info["flags"] = LLMKERN_FLAGS;
   info["torch"] = TORCH_VERSION;
   info["abi_target"] = version_text(TORCH_TARGET_VERSION);

