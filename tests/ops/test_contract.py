@@ -8,8 +8,8 @@ from torch import Tensor
 
 from llmkern import dispatch, ops
 from llmkern.testing.case import Call, Case, cases, ops_with_cases
-from llmkern.testing.compare import as_list, assert_same_bits, upcast
-from llmkern.testing.judge import assert_right, reference
+from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, upcast
+from llmkern.testing.judge import assert_right, baseline, reference
 
 OPS = ops_with_cases()
 ALL_CASES = [case for op in OPS for case in cases(op)]
@@ -81,14 +81,44 @@ def test_opcheck(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES_WITH_GRADIENT, ids=case_id)
 def test_gradients_match_autograd_of_the_reference_in_float64(case: Case) -> None:
-    """The operator's backward formula against autograd through the reference's forward."""
+    """The operator's autograd on the formulas of the reference, against autograd through the reference's forward."""
     call = upcast(case.make())
     ours, theirs = require_grad(case, call), require_grad(case, call)
     out = getattr(torch.ops.llmkern, case.op)(**ours)
-    for got, want in zip(
-        gradients(as_list(out), ours), gradients(as_list(reference(case.op, theirs)), theirs), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    expected = gradients(as_list(reference(case.op, theirs)), theirs)
+    with dispatch.use_backend("reference"):
+        for got, want in zip(gradients(as_list(out), ours), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+class Served:
+    """A recorder that keeps the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Call]] = []
+
+    def served(self, op: str, call: Call, implementation: dispatch.Implementation, start: float) -> None:
+        self.calls.append((op, call))
+
+    def fell_back(self, op: str, call: Call, to: str, reason: str) -> None:
+        raise AssertionError(f"{op} fell back to {to}: {reason}")
+
+
+@pytest.mark.parametrize("case", CASES_WITH_GRADIENT, ids=case_id)
+def test_implementations_of_the_backward(case: Case) -> None:
+    """Whatever ops the gradient asks for, each of their implementations keeps the accuracy rule."""
+    call, recorder = require_grad(case, case.make()), Served()
+    out = getattr(torch.ops.llmkern, case.op)(**call)
+    with dispatch.recording(recorder):
+        gradients(as_list(out), call)
+    assert recorder.calls or f"{case.op}_backward" not in dispatch.ops()  # a gradient may be plain torch
+    for op, recorded in recorder.calls:
+        asked = {k: v.detach() if isinstance(v, Tensor) else v for k, v in recorded.items()}
+        exact, base = reference(op, upcast(asked)), baseline(op, asked)
+        for impl in dispatch.implementations(op):
+            if impl.why_not(**asked) is None:
+                names = [f"{op} on {impl.backend.name}, output {i}" for i in range(len(as_list(exact)))]
+                assert_as_accurate(impl.fn(**asked), baseline=base, exact=exact, names=names)
 
 
 @pytest.mark.parametrize("case", first_of_each_op(FP32_CASES), ids=case_id)

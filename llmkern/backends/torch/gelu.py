@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,3 +11,8 @@ from llmkern.dispatch import implements
 @implements("gelu", TORCH, has_backward=True)
 def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate).contiguous()
+
+
+@implements("gelu_backward", TORCH)
+def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu_backward(dy, x, approximate=approximate).contiguous()
