@@ -1,0 +1,5 @@
+"""Drop-in modules over the ops."""
+
+from llmkern.nn.int8_linear import Int8Linear
+
+__all__ = ["Int8Linear"]
