@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PROBE_TOLERANCE", "Found", "agrees", "is_stateless", "linear_like", "probe", "stand_in"]
+__all__ = ["PROBE_TOLERANCE", "Found", "agrees", "attention_sample", "is_stateless", "linear_like", "probe", "stand_in"]
 
 PROBE_TOLERANCE = 1e-5
 """Of the largest value: probes run in fp32, and may sum in another order.  Another definition is off by far more."""
@@ -33,6 +33,11 @@ class Found:
     reason: str = ""
     cls: type[nn.Module] | None = None
     sample: Callable[[torch.dtype, torch.device], dict[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def is_frame(self) -> bool:
+        """Whether it calls no op itself, and is swapped only so that the modules within it are called: no row."""
+        return not self.op and not self.reason
 
 
 def is_stateless(module: nn.Module) -> bool:
@@ -75,3 +80,24 @@ def agrees(out: Tensor | None, expected: Tensor) -> bool:
 def linear_like(module: nn.Module) -> bool:
     """nn.Linear, its subclasses, and adapters around one (peft): anything that says its `in_` and `out_features`."""
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def attention_sample(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """A small causal self-attention call."""
+    q = torch.zeros(1, heads, 2, head_dim, dtype=dtype, device=device)
+    kv = torch.zeros(1, kv_heads, 2, head_dim, dtype=dtype, device=device)
+    return {
+        "q": q,
+        "k": kv,
+        "v": kv,
+        "attn_mask": None,
+        "key_padding_mask": None,
+        "sinks": None,
+        "causal": True,
+        "sm_scale": head_dim**-0.5,
+        "window": [-1, -1],
+        "softcap": 0.0,
+        "return_lse": False,
+    }

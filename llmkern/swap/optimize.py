@@ -63,6 +63,7 @@ def optimize_(
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
     wanted = [s for s in sites if not s.excluded and not s.found.reason]
+    wanted = [s for s in wanted if not s.found.is_frame or any(w.path.startswith(f"{s.path}.") for w in wanted)]
     with _undo_on_failure(model):
         for site in wanted:
             if site.found.cls is not None:
@@ -71,8 +72,8 @@ def optimize_(
         if attending:
             register_once()
             everywhere = len(attending) == sum(s.found.kind == "attention" for s in sites)
-            _give_views(list(model.modules()) if everywhere else attending)
-        report = SwapReport(tuple(_row(model, site) for site in sites))
+            _give_views([m for m in model.modules() if m is not model] if everywhere else attending)
+        report = SwapReport(tuple(_row(model, site) for site in sites if not site.found.is_frame))
     if unsupported and on_unsupported == "warn":
         reasons = sorted({s.found.reason for s in unsupported})
         warnings.warn(
@@ -126,20 +127,22 @@ def _check(model: nn.Module, filter_fn: FilterFn | None, on_unsupported: str) ->
 
 
 def _sites(model: nn.Module, switches: dict[str, bool], filter_fn: FilterFn | None) -> Iterator[_Site]:
+    absorbed: set[int] = set()
     for path, module in model.named_modules():
         for rule in RULES:
             found = rule.find(_as_before(module))
-            if found is None:
+            if found is None or id(module) in absorbed:
                 continue
             excluded = ""
-            if _is_swapped(module, found):
-                pass
-            elif not switches[rule.KIND]:
-                excluded = f"switched off by {rule.KIND}=False"
-            elif filter_fn is not None and not filter_fn(path, module):
-                excluded = "left out by filter_fn"
-            elif not found.reason and derive.forward_is_replaced(module):
-                found = Found(found.kind, found.op, "its forward was replaced on the instance")
+            if not _is_swapped(module, found):
+                if not any(switches[switch] for switch in rule.SWITCHES):
+                    excluded = f"switched off by {' and '.join([f'{switch}=False' for switch in rule.SWITCHES])}"
+                elif filter_fn is not None and not found.is_frame and not filter_fn(path, module):
+                    excluded = "left out by filter_fn"
+                elif not found.reason and derive.forward_is_replaced(module):
+                    found = Found(found.kind, found.op, "its forward was replaced on the instance")
+            if found.kind == "mlp" and not found.reason and not excluded:
+                absorbed |= {id(child) for child in module.children()}  # its activation is no longer called
             yield _Site(path, module, found, excluded)
 
 
@@ -159,7 +162,10 @@ def _is_swapped(module: nn.Module, found: Found) -> bool:
 
 
 def _give_views(modules: list[nn.Module]) -> None:
-    """Let the modules see a config that names llmkern's attention; one view for each config."""
+    """Let the modules see a config that names llmkern's attention; one view for each config.
+
+    The model itself is never among them: `model.config` stays the object that it was, for its owner to use.
+    """
     views: dict[int, Any] = {}
     holders = [m for m in modules if hasattr(vars(m).get("config"), "_attn_implementation")]
     for module in sorted(holders, key=lambda m: not is_view(m.config)):  # views that are there already come first

@@ -22,17 +22,17 @@ class _View:
     the instance's `__dict__` is the config's, and torch.compile reads class attributes like any others."""
 
     _llmkern_original: Any
-    _llmkern_chosen: bool
+    _llmkern_named: Any  # what the config behind named when the view was made
 
-    # The view answers `NAME` until somebody names another implementation through it: an explicit choice wins, and is
-    # written to the config behind, as it would be without the view.
+    # The view answers `NAME` until the config behind it names something else (model.set_attn_implementation): an
+    # explicit choice wins.
     @property
     def _attn_implementation_internal(self) -> Any:
-        return NAME if self._llmkern_chosen else self._llmkern_original._attn_implementation_internal
+        named = self._llmkern_original._attn_implementation_internal
+        return NAME if named == self._llmkern_named else named
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value: Any) -> None:
-        type(self)._llmkern_chosen = value == NAME
         if value != NAME:
             self._llmkern_original._attn_implementation_internal = value
 
@@ -66,7 +66,7 @@ def view_of(config: Any, views: dict[int, Any] | None = None) -> Any:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_llmkern_original": config,
-        "_llmkern_chosen": True,
+        "_llmkern_named": config._attn_implementation_internal,
     }
     for name in getattr(cls, "sub_configs", {}):
         if hasattr(getattr(config, name, None), "_attn_implementation"):

@@ -13,7 +13,7 @@ from llmkern import ops
 from llmkern.swap.derive import derive
 from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
 
-KIND = "mlp"
+SWITCHES = ("mlp",)
 
 
 def find(module: nn.Module) -> Found | None:

@@ -10,17 +10,15 @@ from torch import nn
 
 from llmkern.integrations.transformers.config_view import original_of
 from llmkern.swap.derive import mentioned_globals
-from llmkern.swap.found import Found
+from llmkern.swap.found import Found, attention_sample
 
-KIND = "attention"
+SWITCHES = ("attention",)
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _REPLACEABLE = ("eager", "sdpa")
 
 
 def find(module: nn.Module) -> Found | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return Found("attention", "", "torch.nn.MultiheadAttention chooses among PyTorch's own fused paths by itself")
     config = getattr(module, "config", None)
     if _INTERFACE in mentioned_globals(type(module).forward):
         name = getattr(original_of(config), "_attn_implementation", None)
@@ -39,21 +37,5 @@ def _projects_queries_and_keys(module: nn.Module) -> bool:
 
 
 def _sample(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    config = module.config
-    head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or 64
-    groups = getattr(module, "num_key_value_groups", 1)
-    q = torch.zeros(1, groups, 2, head_dim, dtype=dtype, device=device)
-    kv = q[:, :1]
-    return {
-        "q": q,
-        "k": kv,
-        "v": kv,
-        "attn_mask": None,
-        "key_padding_mask": None,
-        "sinks": None,
-        "causal": True,
-        "sm_scale": head_dim**-0.5,
-        "window": [-1, -1],
-        "softcap": 0.0,
-        "return_lse": False,
-    }
+    head_dim = getattr(module, "head_dim", None) or getattr(module.config, "head_dim", None) or 64
+    return attention_sample(getattr(module, "num_key_value_groups", 1), 1, head_dim, dtype, device)

@@ -16,7 +16,7 @@ from llmkern import ops
 from llmkern.swap.derive import derive
 from llmkern.swap.found import Found, agrees, is_stateless, linear_like, probe, stand_in
 
-KIND = "mlp"
+SWITCHES = ("mlp",)
 
 _HIDDEN, _INTERMEDIATE = 6, 10  # of the small layers that the class's forward is probed with
 

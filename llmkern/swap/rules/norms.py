@@ -13,7 +13,7 @@ from llmkern.dispatch import implementation
 from llmkern.swap.derive import derive
 from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
 
-KIND = "norms"
+SWITCHES = ("norms",)
 
 _DEFAULT_HIDDEN = 64  # to probe a norm that has no parameters and states no shape
 

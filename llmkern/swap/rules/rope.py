@@ -18,7 +18,7 @@ from llmkern import dispatch, ops
 from llmkern.swap.derive import derive, mentioned_globals, rebind
 from llmkern.swap.found import Found, agrees
 
-KIND = "rope"
+SWITCHES = ("rope",)
 
 _HEAD_DIM = 8
 
