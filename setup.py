@@ -79,7 +79,7 @@ def compile_all(text: list[str], pattern: str, tool: list[str], tag: str = "") -
 
 def library(text: list[str], output: Path, nvcc: str | None) -> None:
     compiler, torch = find_compiler(), folder_of("torch")
-    host, stable = [compiler, *COMMON, *HOST, *WARN], [f"-isystem{torch / 'include'}", ABI]
+    host, stable = [compiler, *COMMON, *HOST, *WARN], ["-isystem", str(torch / "include"), ABI]
     objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
     for level, (isa, flags) in enumerate(ISAS.items()):
         defines = [f"-DLLMKERN_ISA={isa}", f"-DLLMKERN_ISA_LEVEL={level}"]
@@ -99,7 +99,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
 def introspection(text: list[str], output: Path, nvcc: str | None) -> None:
     facts = {"FLAGS": [*COMMON[:2], *KERNEL], "ISAS": ISAS, "NVCC": [nvcc or ""], "ARCHS": ARCHS if nvcc else []}
     folders = [folder_of("pybind11") / "include", folder_of("torch") / "include", sysconfig.get_path("include")]
-    flags = [ABI, *(f"-isystem{folder}" for folder in folders)]
+    flags = [ABI, *(flag for folder in folders for flag in ("-isystem", str(folder)))]
     flags += [f"-DLLMKERN_{name}={json.dumps(' '.join(value))}" for name, value in facts.items()]
     objects = compile_all(text, "python/*.cpp", [find_compiler(), *COMMON, *HOST, *WARN, *flags])
     build(text, "link", output, objects, [find_compiler(), "-shared"])
@@ -121,7 +121,9 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
         log.write_text(run.stdout)
         print(run.stdout, end="")
         if run.returncode:
-            first = next((line for line in run.stdout.splitlines() if "error:" in line), "ninja failed")
+            first = next(
+                (line for line in run.stdout.splitlines() if "error:" in line or "fatal" in line), "ninja failed"
+            )
             raise Unavailable(f"it did not compile: {first.strip()} (more in {log})")
     except Unavailable as why:
         output.unlink(missing_ok=True)
