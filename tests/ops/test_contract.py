@@ -29,8 +29,9 @@ def pairs() -> list:
     ]
 
 
-def first_of_each_op(candidates: list[Case]) -> list[Case]:
-    return list({case.op: case for case in reversed(candidates)}.values())
+def second_of_each_op(candidates: list[Case]) -> list[Case]:
+    """The first tends to be the smallest possible, whose sizes of 1 hide mistakes."""
+    return [[case for case in candidates if case.op == op][1] for op in OPS]
 
 
 def tensors(call: Call) -> dict[str, Tensor]:
@@ -121,12 +122,13 @@ def test_implementations_of_the_backward(case: Case) -> None:
                 assert_as_accurate(impl.fn(**asked), baseline=base, exact=exact, names=names)
 
 
-@pytest.mark.parametrize("case", first_of_each_op(FP32_CASES), ids=case_id)
-def test_compiles_without_a_graph_break(case: Case) -> None:
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("case", second_of_each_op(FP32_CASES), ids=case_id)
+def test_compiles_without_a_graph_break(case: Case, dynamic: bool) -> None:
     """The public function, whose keyword arguments are named as the schema's."""
     torch._dynamo.reset()
     public = getattr(ops, case.op)
-    compiled = torch.compile(lambda call: public(**call), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda call: public(**call), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     call = case.make()
     assert_same_bits(compiled(call), public(**call))
     if case.differentiable:
@@ -137,7 +139,7 @@ def test_compiles_without_a_graph_break(case: Case) -> None:
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("case", first_of_each_op(FP32_CASES), ids=case_id)
+@pytest.mark.parametrize("case", second_of_each_op(FP32_CASES), ids=case_id)
 def test_exports(case: Case) -> None:
     call = case.make()
     inputs = tensors(call)
