@@ -121,9 +121,7 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
         log.write_text(run.stdout)
         print(run.stdout, end="")
         if run.returncode:
-            first = next(
-                (line for line in run.stdout.splitlines() if "error:" in line or "fatal" in line), "ninja failed"
-            )
+            first = next((s for s in run.stdout.splitlines() if "error:" in s or "fatal" in s), "ninja failed")
             raise Unavailable(f"it did not compile: {first.strip()} (more in {log})")
     except Unavailable as why:
         output.unlink(missing_ok=True)
