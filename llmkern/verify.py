@@ -93,11 +93,11 @@ def verify(model: nn.Module, reference: nn.Module, **inputs: Any) -> Accuracy:
     if not inputs:
         raise ValueError("verify: no inputs were given, expected the forward's arguments by keyword (input_ids=…)")
     with _eval_mode(model, reference), torch.no_grad():
-        outputs = _outputs(model, inputs)
-        expected = _outputs(reference, inputs)
+        outputs = outputs_of(model, inputs)
+        expected = outputs_of(reference, inputs)
         # A compiled graph would not see the float64 mode.
         with torch.compiler.set_stance("force_eager"), Float64():
-            exact = _outputs(reference, inputs)
+            exact = outputs_of(reference, inputs)
     _check_same_outputs(outputs, expected)
     kept = _real_positions(inputs, reference)
     compared = [_compare(name, outputs[name], expected[name], exact[name], kept) for name in outputs]
@@ -124,7 +124,7 @@ def _eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors to compare, by name."""
     # A cache among the inputs is written by the forward: each run gets its own.
     own = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()}

@@ -1,0 +1,5 @@
+"""`python -m llmkern` is `llmkern`."""
+
+from llmkern.cli import main
+
+main()

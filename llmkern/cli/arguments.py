@@ -1,0 +1,25 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["dtype_named"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of an option `--dtype`."""
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype is {name!r}, expected float32, bfloat16, float16 or float64")
+    return _DTYPES[name]

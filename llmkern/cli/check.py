@@ -1,0 +1,199 @@
+"""`llmkern check`: swap, compare with the original, undo."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, token_ids
+from llmkern.cli.output import print_json, save, say, task, working
+from llmkern.swap import SwapReport, optimize_, restore_
+from llmkern.table import render
+from llmkern.verify import Accuracy, outputs_of, verify
+
+__all__ = ["Check", "check", "run_check"]
+
+# Perplexity may be this many times the original's.
+OPTIMIZED_BOUND = 1.001
+INT8_BOUND = 1.02
+# Of the two rows that are compared in float64; perplexity reads as many tokens as asked for.
+VERIFIED_LENGTH = 256
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `llmkern check` found.  `perplexity` has None where a model has none or it was not asked for."""
+
+    model: str
+    report: SwapReport
+    accuracy: Accuracy
+    perplexity: dict[str, float | None]
+    int8: Any
+    restored_bit_equal: bool
+
+    @property
+    def failures(self) -> list[str]:
+        """What is outside the rule, one sentence each."""
+        found = [] if self.accuracy.verdict else [self.accuracy.sentence]
+        original = self.perplexity["original"]
+        for kind, bound in (("optimized", OPTIMIZED_BOUND), ("int8", INT8_BOUND)):
+            value = self.perplexity[kind]
+            if original is not None and value is not None and not value <= bound * original:
+                found.append(f"perplexity {kind} is {value:.4f}, at most {bound} · {original:.4f} is accepted")
+        if not self.restored_bit_equal:
+            found.append("the restored model's outputs are not bit-equal to the original's")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [asdict(row) for row in self.report.rows]
+        numbers = self.accuracy.to_dict()
+        return {
+            "model": self.model,
+            "swapped": [row for row in rows if row["action"] == "swapped"],
+            "left": [row for row in rows if row["action"] == "left"],
+            "accuracy": {name: numbers[name] for name in ("max_abs", "rel", "kl", "top1")},
+            "perplexity": self.perplexity,
+            "restored_bit_equal": self.restored_bit_equal,
+            "verdict": not self.failures,
+        }
+
+    def __str__(self) -> str:
+        parts = [str(self.report), str(self.accuracy)]
+        if self.int8 is not None:
+            parts.append(str(self.int8))
+        rows = [(name, f"{value:.4f}") for name, value in self.perplexity.items() if value is not None]
+        if rows:
+            parts.append(render("perplexity", ("model", "perplexity"), rows))
+        parts.append(f"restored bit-equal: {'yes' if self.restored_bit_equal else 'no'}")
+        parts.append("\n".join(f"FAIL  {failure}" for failure in self.failures) or "OK    within the rule")
+        return "\n".join(parts)
+
+
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
+        typer.Option(metavar="SCHEME", help="int8: measure the perplexity of the quantized model too."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of real prose for the perplexity.")] = 4096,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
+    save_to: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--save", metavar="FILE", help="Write the result, with this environment, as JSON."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Swap kernels into a model, compare it with the original on real text, undo.  Exit status 1 outside the rule.
+
+    The rule: the largest error against a float64 run is at most twice the original's own, plus one rounding;
+    perplexity grows by at most 0.1%, with int8 by at most 2%; the restored model is bit-equal.
+
+    \b
+    llmkern check demo:smollm2
+    llmkern check ./my-checkpoint --dtype bfloat16 --json
+    llmkern check demo:smollm2 --quantize int8 --tokens 20480
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"--quantize is {quantize!r}, expected int8")
+    if tokens < 2:
+        raise ValueError(f"--tokens is {tokens}, expected at least 2")
+    loaded = load(model, dtype=dtype, device=device)
+    found = run_check(loaded, tokens=tokens, int8=quantize is not None)
+    if save_to is not None:
+        options = f" --quantize {quantize}" if quantize else ""
+        save(save_to, f"llmkern check {model}{options} --tokens {tokens} --dtype {dtype}", found.to_dict())
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print(found)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+def run_check(loaded: Loaded, *, tokens: int, int8: bool) -> Check:
+    """Everything that `llmkern check` measures; the loaded model itself stays as it is."""
+    original = loaded.model
+    ids = token_ids(loaded, tokens).to(_device_of(original))
+    inputs = _inputs(loaded, ids)
+    model = copy.deepcopy(original)
+    report = optimize_(model, on_unsupported="ignore")
+    with working("comparing with the original, and both with float64"):
+        accuracy = verify(model, original, **inputs)
+    perplexity: dict[str, float | None] = {"original": None, "optimized": None, "int8": None}
+    if loaded.is_language_model:
+        perplexity["original"] = _perplexity(original, ids, "perplexity of the original")
+        perplexity["optimized"] = _perplexity(model, ids, "perplexity of the optimized model")
+    restore_(model)
+    restored = _bit_equal(model, original, inputs)
+    del model
+    quantized = None
+    if int8:
+        quantized, perplexity["int8"] = _int8(loaded, ids)
+    return Check(loaded.name, report, accuracy, perplexity, quantized, restored)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _inputs(loaded: Loaded, ids: Tensor) -> dict[str, Tensor]:
+    """Two rows of text, one of them half padding: on the left for what continues text, else on the right."""
+    config: Any = loaded.model.config
+    if loaded.model.main_input_name != "input_ids":
+        raise ValueError(f"MODEL {loaded.name} takes {loaded.model.main_input_name}; check compares models of text")
+    # Positions of RoBERTa and its kin begin behind the padding index.
+    room = (getattr(config, "max_position_embeddings", None) or math.inf) - 2
+    length = int(max(min(VERIFIED_LENGTH, len(ids), room), 1))
+    half = length // 2
+    rows = torch.stack([ids[:length], ids[:length]])
+    mask = torch.ones_like(rows)
+    padding = slice(0, half) if loaded.is_language_model else slice(length - half, length)
+    mask[1, padding] = 0
+    rows[1, padding] = getattr(config, "pad_token_id", None) or 0
+    inputs = {"input_ids": rows, "attention_mask": mask}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = rows[:, : max(half, 1)]
+    return inputs
+
+
+def _perplexity(model: nn.Module, ids: Tensor, what: str) -> float:
+    from llmkern.testing.perplexity import perplexity
+
+    limit = getattr(model.config, "max_position_embeddings", None) or CONTEXT
+    with task(what) as progress:
+        return perplexity(model, ids, context=min(CONTEXT, limit), progress=progress)
+
+
+def _bit_equal(model: nn.Module, original: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    """Outputs and parameters of both are the same bits."""
+    with torch.no_grad():
+        outputs, expected = outputs_of(model, inputs), outputs_of(original, inputs)
+    states = model.state_dict(), original.state_dict()
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in ((outputs, expected), states)
+    )
+
+
+def _int8(loaded: Loaded, ids: Tensor) -> tuple[Any, float | None]:
+    """The report of quantizing a copy, and the copy's perplexity with kernels swapped in."""
+    from llmkern.quantization import quantize_
+
+    model = copy.deepcopy(loaded.model)
+    with working("quantizing to int8"):
+        report = quantize_(model, "int8")
+    optimize_(model, on_unsupported="ignore")
+    if not loaded.is_language_model:
+        say("int8 is judged by perplexity, which this kind of model does not have")
+        return report, None
+    value = _perplexity(model, ids, "perplexity in int8")
+    return report, value

@@ -1,0 +1,144 @@
+"""MODEL on the command line: a local folder or GGUF file, a Hugging Face name, or one of the two demo models."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.cli.arguments import dtype_named
+from llmkern.cli.output import say, working
+
+__all__ = ["Loaded", "load", "token_ids"]
+
+HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2 or demo:minilm."
+DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
+DTYPE_HELP = "float32, bfloat16 or float16; auto takes the checkpoint's own."
+DEMOS = ("demo:smollm2", "demo:minilm")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode; `tokenizer` is None where the checkpoint has none."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def is_language_model(self) -> bool:
+        """Predicts the next token from those before it, so that it has a perplexity."""
+        config: Any = self.model.config
+        return self.model.can_generate() and not config.is_encoder_decoder  # type: ignore[operator]
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """Load MODEL; ValueError with one line where it is missing, corrupt or of a kind that is not supported."""
+    wanted = None if dtype == "auto" else dtype_named(dtype)
+    place = _device(device)
+    _quiet()
+    with working(f"loading {name}"):
+        loaded = _load_demo(name, wanted) if name.startswith("demo:") else _load(name, wanted)
+        loaded.model.eval().to(place)
+    return loaded
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, expected cpu, cuda or auto")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, and PyTorch finds no CUDA device; there is cpu")
+    return torch.device(name)
+
+
+def _quiet() -> None:
+    """The libraries' own progress and advice would be between the lines of ours."""
+    transformers = _transformers()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|huggingface_hub")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ValueError(
+            "models are loaded by transformers, which is not installed: pip install transformers"
+        ) from None
+    return transformers
+
+
+def _load_demo(name: str, dtype: torch.dtype | None) -> Loaded:
+    from llmkern.testing.real_models import load_minilm, load_smollm2
+
+    if name == "demo:smollm2":
+        return Loaded(name, *load_smollm2(dtype or torch.float32))
+    if name == "demo:minilm":
+        model, tokenizer = load_minilm()
+        return Loaded(name, model.to(dtype or torch.float32), tokenizer)  # type: ignore[arg-type]
+    raise ValueError(f"MODEL is {name!r}, expected {' or '.join(DEMOS)}, a local folder or a Hugging Face name")
+
+
+def _load(name: str, dtype: torch.dtype | None) -> Loaded:
+    transformers = _transformers()
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
+    if looks_local and not path.exists():
+        raise ValueError(f"MODEL {name} does not exist")
+    source, options = (str(path), {}) if path.exists() else (name, {})
+    if path.is_file():
+        source, options = str(path.parent), {"gguf_file": path.name}
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"MODEL {name} has no config.json, expected the folder of a transformers checkpoint")
+    # The loaders raise whatever their file formats raise; all of it means that this checkpoint cannot be used.
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        family = _class_of(transformers, config)
+        model, found = family.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
+    except Exception as error:
+        raise ValueError(f"cannot load MODEL {name}: {_first_sentence(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"MODEL {name} lacks {len(missing)} weights, {missing[0]} among them: they would be random")
+    tokenizer = None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    return Loaded(name, model, tokenizer)
+
+
+def _class_of(transformers: Any, config: Any) -> Any:
+    """The class that the checkpoint was saved from, or a causal language model, or the bare model."""
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+
+
+def _first_sentence(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{type(error).__name__}: {line}"
+
+
+def token_ids(loaded: Loaded, count: int) -> Tensor:
+    """The first `count` tokens of real prose, [count]; fewer where the text is shorter.
+
+    A checkpoint without a tokenizer gets the text's bytes, folded into its vocabulary.
+    """
+    from llmkern.testing.real_models import prose
+
+    text = prose()
+    if loaded.tokenizer is None:
+        say(f"{loaded.name} has no tokenizer: the bytes of the text stand for tokens")
+        vocabulary: int = loaded.model.config.vocab_size  # type: ignore[union-attr, assignment]
+        return torch.tensor(list(text.encode()[:count])) % vocabulary
+    # No tokenizer makes fewer than one token of this many characters of English.
+    ids = loaded.tokenizer(text[: 16 * count], add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[:count])

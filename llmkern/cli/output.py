@@ -1,0 +1,74 @@
+"""How commands print: JSON on stdout for programs, progress on stderr for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+__all__ = ["print_json", "say", "save", "task", "working"]
+
+_stderr = Console(stderr=True, highlight=False, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """JSON that every parser reads: numbers that are infinite or NaN become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def save(path: Path, command: str, result: dict[str, Any]) -> None:
+    """Write `result` with the command and the environment that it was measured in."""
+    from llmkern.info import info
+
+    content = {"command": command, "environment": info().to_dict(), "result": result}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    _stderr.print(text, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that `what` is going on: a spinner on a terminal, else one line."""
+    if _stderr.is_terminal:
+        with _stderr.status(what):
+            yield
+    else:
+        say(what)
+        yield
+
+
+@contextlib.contextmanager
+def task(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `progress(done, total)`: a bar on a terminal, else one line."""
+    if not _stderr.is_terminal:
+        say(what)
+        yield lambda done, total: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        identity = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(identity, completed=done, total=total)

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def build(
+    make: Any, B: int, Hq: int, Hkv: int, Sq: int, Skv: int, D: int, *, block_size: int = 0, sinks: bool = False
+) -> dict[str, Any]:
+    """Skv: the cache's capacity per sequence; block_size: tokens in a block of a paged cache, 0 for a contiguous one."""
+    if block_size < 0:
+        raise ValueError(f"why: block_size is {block_size}, expected 0 or more")
+    blocks = -(-Skv // block_size) if block_size else 0
+    cache = (B * blocks, Hkv, block_size, D) if block_size else (B, Hkv, Skv, D)
+    arguments = {
+        "q": make.randn(B, Hq, Sq, D),
+        "k_cache": make.randn(*cache),
+        "v_cache": make.randn(*cache),
+        "seq_lens": make.randint(Sq, Skv + 1, B, dtype=torch.int32),
+    }
+    if block_size:
+        arguments["block_table"] = make.randint(0, B * blocks, B, blocks, dtype=torch.int32)
+    if sinks:
+        arguments["sinks"] = make.randn(Hq)
+    return arguments
