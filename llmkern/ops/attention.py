@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,36 @@ from llmkern.library import define
 __all__ = ["attention"]
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    window: int | Sequence[int] | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    window: int | Sequence[int] | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -105,6 +135,8 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: s
 
 def check_sinks(op: str, q: Tensor, sinks: Tensor | None) -> None:
     """`sinks`, where given, is floating, on q's device, one number for each of q's heads."""
+    if sinks is None:
+        return
     check_floating(op, sinks=sinks)
     check_shape(op, "sinks", sinks, (q.shape[1],), "q's heads")
     check_same_device(op, "q", q, sinks=sinks)

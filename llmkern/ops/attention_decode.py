@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,34 @@ __all__ = ["attention_decode"]
 MAX_QUERIES = 16
 
 
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    sm_scale: float | None = None,
+    window: int | Sequence[int] | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    sm_scale: float | None = None,
+    window: int | Sequence[int] | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,

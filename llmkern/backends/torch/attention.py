@@ -48,7 +48,7 @@ def attention(
 
     plain = softcap == 0 and sinks is None
     queries, keys = q.shape[2], k.shape[2]
-    tiny = q.device.type == "cpu" and keys < LANES
+    tiny = q.is_cpu and keys < LANES
     # is_causal aligns to the upper left, which is the same thing for as many keys as queries only.
     top_left = plain and causal and queries == keys and not tiny and not 0 <= left < keys - 1
     if top_left and attn_mask is None and key_padding_mask is None:
@@ -70,7 +70,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
     query is fastest with its group of heads in the place of queries.
     """
     shape = (*q.shape[:3], v.shape[3])
-    on_cpu, grouped = q.device.type == "cpu", q.shape[1] != k.shape[1]
+    on_cpu, grouped = q.is_cpu, q.shape[1] != k.shape[1]
     if mask is not None and mask.is_floating_point() and not on_cpu:
         mask = mask.to(q.dtype)  # the fused CUDA kernels take no other
     if grouped and q.shape[2] == 1:
