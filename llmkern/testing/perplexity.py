@@ -1,0 +1,47 @@
+"""Perplexity of a causal language model on a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["perplexity"]
+
+
+def perplexity(
+    model: nn.Module,
+    token_ids: Tensor,
+    *,
+    context: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """exp of the mean negative log-likelihood over consecutive windows that do not overlap.
+
+    token_ids: [tokens], any integer dtype.  Each window of `context` tokens is one forward without a cache; every
+    token but a window's first is predicted from those before it in the window.  A last window that is not full is
+    left out (it would have shorter contexts), unless it is the only one.  Likelihoods are computed in fp32 and
+    summed in fp64.  `progress(done, total)` is called after each window with the tokens read.
+    Raises TypeError for other dtypes, ValueError for other shapes, fewer than 2 tokens or a context below 2.
+    """
+    if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
+        raise TypeError(f"perplexity: token_ids is {token_ids.dtype}, expected an integer dtype")
+    if token_ids.dim() != 1 or token_ids.numel() < 2:
+        raise ValueError(f"perplexity: token_ids has shape {list(token_ids.shape)}, expected [tokens], at least 2")
+    if context < 2:
+        raise ValueError(f"perplexity: context is {context}, expected at least 2")
+    context = min(context, token_ids.numel())
+    windows = token_ids[: token_ids.numel() // context * context].view(-1, context)
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.inference_mode():
+        for i, window in enumerate(windows):
+            ids = window.to(device, torch.long)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            total += float(F.cross_entropy(logits.float(), ids[1:], reduction="none").double().sum())
+            if progress is not None:
+                progress((i + 1) * context, windows.numel())
+    return math.exp(total / (windows.numel() - len(windows)))
