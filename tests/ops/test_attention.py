@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmkern import dispatch, ops
 from llmkern.dispatch import use_backend
-from llmkern.testing.case import Call, Case, cases
+from llmkern.testing.case import Call, Case, Make, cases
 from llmkern.testing.compare import upcast
 
 CASES = [case for case in cases("attention") if case.dtype == torch.float32]
@@ -116,15 +116,16 @@ def test_gradients_of_the_torch_backend(case: Case) -> None:
 
 
 def test_gradients_of_everything_at_once_against_finite_differences() -> None:
-    (case,) = [c for c in CASES if c.name == "9x14-everything"]
-    call = upcast(case.make())
-    inputs = leaves(case, call)
+    """Softcap, sinks, bias, window, padding and log-sum-exp; the second sequence's rows see one key or none."""
+    make = Make(torch.float64, "cpu", seed=0)
+    q, k, v = make.randn(2, 2, 3, 4, scale=2.0), make.randn(2, 1, 4, 4), make.randn(2, 1, 4, 4)
+    bias, sinks = make.randn(1, 2, 3, 4), make.randn(2)
+    padding = torch.tensor([[True] * 4, [True, False, False, False]])
 
-    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.llmkern.attention(**call | dict(zip(inputs, values, strict=True)))
-        return out, lse.masked_fill(lse == -math.inf, 0.0)
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.llmkern.attention(q, k, v, bias, padding, sinks, True, 0.7, [2, -1], 1.5, True)
 
-    assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in (q, k, v, bias, sinks)])
 
 
 def test_the_gradient_of_a_shared_bias_has_the_shape_of_the_bias() -> None:
