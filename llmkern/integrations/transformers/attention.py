@@ -7,6 +7,7 @@ argument that a future transformers may add.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,19 @@ _HARMLESS = frozenset(
 )
 
 
+_WEIGHTS = "the attention weights are asked for (output_attentions), and a fused kernel has none"
+
+_collector: Any = None  # transformers 5's context variable of outputs being collected
+
+
 def register_once() -> None:
     """Make `NAME` known to transformers: one entry in two registries, which nothing uses until a model is swapped."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    global _collector
+    with contextlib.suppress(ImportError):  # transformers 4 passes output_attentions to every module instead
+        from transformers.utils.output_capturing import _active_collector as _collector
     AttentionInterface.register(NAME, attention_forward)
     # Boolean masks with broadcast strides, and none at all where `causal` says it: what the op takes.
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -65,7 +74,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As in transformers: a mask says everything, and a single query sees all the keys that it is given.
     causal = causal and attention_mask is None and query.shape[2] > 1
-    reason = _beyond_the_op(module, query, key, attention_mask, dropout, causal, sliding_window, kwargs)
+    reason = _beyond_the_op(module, query, attention_mask, dropout, causal, sliding_window, softcap, kwargs)
     if reason is not None:
         arguments = {
             "dropout": dropout,
@@ -102,25 +111,32 @@ def attention_forward(
 def _beyond_the_op(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
     attention_mask: Tensor | None,
     dropout: float,
     causal: bool,
     sliding_window: int | None,
+    softcap: float | None,
     kwargs: dict[str, Any],
 ) -> str | None:
     """The sentence why this call is not one for the op, or None."""
     if dropout > 0.0 and module.training:
         return f"attention dropout is {dropout} in training"
-    config = getattr(module, "config", None)
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        return "the attention weights are asked for (output_attentions), and a fused kernel has none"
+    if kwargs.get("output_attentions") or _collects_weights():
+        return _WEIGHTS
+    if softcap is not None and original_of(module.config)._attn_implementation == "sdpa":
+        return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"
     for name, argument in kwargs.items():
         if argument is not None and argument is not False and name not in _HARMLESS and name != "output_attentions":
             return f"the model passes {name}, which llmkern does not know"
     if attention_mask is None and not causal and sliding_window is not None and query.shape[2] > 1:
         return "a window without a mask is only defined for causal attention"
     return None
+
+
+def _collects_weights() -> bool:
+    """Whether transformers 5 is collecting what attention modules return: models need not pass that on."""
+    collected = None if _collector is None else _collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,8 +159,8 @@ def _untouched(
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The call as the model without llmkern makes it."""
-    wants_weights = reason.startswith("the attention weights")
-    name = "eager" if wants_weights else original_of(module.config)._attn_implementation
+    # sdpa has no weights to return; eager attention does.
+    name = "eager" if reason == _WEIGHTS else original_of(module.config)._attn_implementation
     dispatch.record_fallback("attention", f"transformers {name}", reason, {"q": query, "k": key})
     interface = mentioned_globals(original_class(module).forward)
     eager = interface.get("eager_attention_forward")

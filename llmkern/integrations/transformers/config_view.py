@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
+
 __all__ = ["NAME", "is_view", "original_of", "view_of"]
 
 NAME = "llmkern"
@@ -49,7 +51,9 @@ class _View:
         return self._llmkern_original.__reduce_ex__(1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return view_of(copy.deepcopy(self._llmkern_original, memo))
+        copied = copy.deepcopy(self._llmkern_original, memo)
+        # While torch.compile traces, no class can be made, and the copies that models make there are only read.
+        return copied if torch.compiler.is_compiling() else view_of(copied)
 
 
 def view_of(config: Any, views: dict[int, Any] | None = None) -> Any:
