@@ -20,10 +20,10 @@ from llmkern.dispatch import Refused, backend_named
 
 __all__ = ["app", "main", "run"]
 
-COMMANDS = ("info", "why", "check", "generate")
+COMMANDS = ("info", "why", "check", "generate", "demo")
 BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError, Refused)
 # typer carries click under one name or another; this is the class whose message is for the user.
-_UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _UsageError as error:
-        return _fail(error, error.format_message(), 2)
+        return _fail(error, error.format_message(), 2)  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
         return _fail(None, "interrupted", 130)
     except BrokenPipeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["dtype_named"]
+__all__ = ["check_scheme", "dtype_named"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -23,3 +23,9 @@ def dtype_named(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise ValueError(f"--dtype is {name!r}, expected float32, bfloat16, float16 or float64")
     return _DTYPES[name]
+
+
+def check_scheme(scheme: str | None) -> None:
+    """The scheme of an option `--quantize` is known."""
+    if scheme not in (None, "int8"):
+        raise ValueError(f"--quantize is {scheme!r}, expected int8")

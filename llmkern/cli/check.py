@@ -12,7 +12,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, token_ids
+from llmkern.cli.arguments import check_scheme
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize, token_ids
 from llmkern.cli.output import print_json, save, say, task, working
 from llmkern.swap import SwapReport, optimize_, restore_
 from llmkern.table import render
@@ -79,9 +80,9 @@ class Check:
 
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
-    quantize: Annotated[
+    scheme: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
-        typer.Option(metavar="SCHEME", help="int8: measure the perplexity of the quantized model too."),
+        typer.Option("--quantize", metavar="SCHEME", help="int8: measure the perplexity of the quantized model too."),
     ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of real prose for the perplexity.")] = 4096,
     dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
@@ -102,14 +103,13 @@ def check(
     llmkern check ./my-checkpoint --dtype bfloat16 --json
     llmkern check demo:smollm2 --quantize int8 --tokens 20480
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"--quantize is {quantize!r}, expected int8")
+    check_scheme(scheme)
     if tokens < 2:
         raise ValueError(f"--tokens is {tokens}, expected at least 2")
     loaded = load(model, dtype=dtype, device=device)
-    found = run_check(loaded, tokens=tokens, int8=quantize is not None)
+    found = run_check(loaded, tokens=tokens, int8=scheme is not None)
     if save_to is not None:
-        options = f" --quantize {quantize}" if quantize else ""
+        options = f" --quantize {scheme}" if scheme else ""
         save(save_to, f"llmkern check {model}{options} --tokens {tokens} --dtype {dtype}", found.to_dict())
     if as_json:
         print_json(found.to_dict())
@@ -186,11 +186,8 @@ def _bit_equal(model: nn.Module, original: nn.Module, inputs: dict[str, Tensor])
 
 def _int8(loaded: Loaded, ids: Tensor) -> tuple[Any, float | None]:
     """The report of quantizing a copy, and the copy's perplexity with kernels swapped in."""
-    from llmkern.quantization import quantize_
-
     model = copy.deepcopy(loaded.model)
-    with working("quantizing to int8"):
-        report = quantize_(model, "int8")
+    report = quantize(model, loaded)
     optimize_(model, on_unsupported="ignore")
     if not loaded.is_language_model:
         say("int8 is judged by perplexity, which this kind of model does not have")

@@ -12,8 +12,9 @@ import torch
 import typer
 from torch import Tensor
 
+from llmkern.cli.arguments import check_scheme
 from llmkern.cli.memory import peak, reset_peak
-from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize
 from llmkern.cli.output import print_json, save, say, working
 from llmkern.swap import optimize_
 
@@ -75,9 +76,9 @@ class _Timed:
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; chat models get their chat template.")],
-    quantize: Annotated[
+    scheme: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
-        typer.Option(metavar="SCHEME", help="int8: quantize the weights after loading."),
+        typer.Option("--quantize", metavar="SCHEME", help="int8: quantize the weights after loading."),
     ] = None,
     optimize: Annotated[bool, typer.Option(help="Swap kernels in; --no-optimize runs the model untouched.")] = True,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
@@ -98,23 +99,19 @@ def generate(
     llmkern generate demo:smollm2 --prompt "Why is the sky blue?" --quantize int8 --max-new-tokens 64
     llmkern generate ./my-checkpoint --prompt "Once upon a time" --no-optimize --json
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"--quantize is {quantize!r}, expected int8")
+    check_scheme(scheme)
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}, expected at least 1")
     loaded = load(model, dtype=dtype, device=device)
     _check_generates(loaded)
-    if quantize is not None:
-        from llmkern.quantization import quantize_
-
-        with working("quantizing to int8"):
-            quantize_(loaded.model, quantize)
+    if scheme is not None:
+        quantize(loaded.model, loaded)
     if optimize:
         optimize_(loaded.model, on_unsupported="ignore")
-    variant = " + ".join([part for part in (optimize and "optimized", quantize) if part]) or "untouched"
+    variant = " + ".join([part for part in (optimize and "optimized", scheme) if part]) or "untouched"
     found = _run(loaded, variant, prompt, max_new_tokens, show=(lambda text: None) if as_json else _write)
     if save_to is not None:
-        flags = f"{'' if optimize else ' --no-optimize'}{f' --quantize {quantize}' if quantize else ''}"
+        flags = f"{'' if optimize else ' --no-optimize'}{f' --quantize {scheme}' if scheme else ''}"
         save(save_to, f"llmkern generate {model}{flags} --max-new-tokens {max_new_tokens}", asdict(found))
     if as_json:
         print_json(asdict(found))

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from llmkern.cli.arguments import dtype_named
 from llmkern.cli.output import say, working
 
-__all__ = ["Loaded", "load", "token_ids"]
+if TYPE_CHECKING:
+    from llmkern.quantization import QuantReport
+
+__all__ = ["Loaded", "load", "quantize", "token_ids"]
 
 HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2 or demo:minilm."
 DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
 DTYPE_HELP = "float32, bfloat16 or float16; auto takes the checkpoint's own."
+CALIBRATION_ARTICLES = 8
 DEMOS = ("demo:smollm2", "demo:minilm")
 
 
@@ -110,6 +114,9 @@ def _load(name: str, dtype: torch.dtype | None) -> Loaded:
     tokenizer = None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        # A folder without a tokenizer's files gives one that knows its special tokens only.
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+            tokenizer = None
     return Loaded(name, model, tokenizer)
 
 
@@ -142,3 +149,18 @@ def token_ids(loaded: Loaded, count: int) -> Tensor:
     # No tokenizer makes fewer than one token of this many characters of English.
     ids = loaded.tokenizer(text[: 16 * count], add_special_tokens=False)["input_ids"]
     return torch.tensor(ids[:count])
+
+
+def quantize(model: nn.Module, loaded: Loaded) -> QuantReport:
+    """Quantize `model` to int8, smoothed on the last articles of the prose, which the check does not read.
+
+    Where the text or a tokenizer is missing, `quantize_` measures on inputs of its own.
+    """
+    from llmkern.quantization import quantize_
+    from llmkern.testing.real_models import prose
+
+    texts = None
+    with contextlib.suppress(ModuleNotFoundError):
+        texts = prose().splitlines()[-CALIBRATION_ARTICLES:] if loaded.tokenizer is not None else None
+    with working("quantizing to int8"):
+        return quantize_(model, "int8", calib=texts, tokenizer=loaded.tokenizer)

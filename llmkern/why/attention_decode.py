@@ -8,7 +8,7 @@ import torch
 def build(
     make: Any, B: int, Hq: int, Hkv: int, Sq: int, Skv: int, D: int, *, block_size: int = 0, sinks: bool = False
 ) -> dict[str, Any]:
-    """Skv: the cache's capacity per sequence; block_size: tokens in a block of a paged cache, 0 for a contiguous one."""
+    """Skv: the cache's capacity per sequence; block_size: tokens in a paged cache's block, 0 for contiguous."""
     if block_size < 0:
         raise ValueError(f"why: block_size is {block_size}, expected 0 or more")
     blocks = -(-Skv // block_size) if block_size else 0

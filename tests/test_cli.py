@@ -1,0 +1,335 @@
+"""The command line: what it prints, what it returns, and one line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import llmkern
+from llmkern import dispatch
+from llmkern.cli import run
+from llmkern.cli.output import print_json
+from llmkern.config import settings
+from llmkern.why import ops, sizes, why
+
+SIZES = {
+    "B": 2,
+    "Hq": 4,
+    "Hkv": 2,
+    "S": 8,
+    "Sq": 8,
+    "Skv": 64,
+    "D": 32,
+    "rows": 6,
+    "hidden": 64,
+    "M": 6,
+    "N": 32,
+    "K": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def settings_come_back():
+    before = dict(vars(settings))
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
+
+
+@pytest.fixture
+def llmkern_(capsys):
+    """Run the command line; returns (exit status, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = run(arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    """A tiny language model with a tokenizer of single bytes."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=letters[0]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    """A tiny encoder without a tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+class TestWhy:
+    def test_every_op_is_known(self) -> None:
+        assert ops() == [op for op in dispatch.ops() if not op.endswith("_backward")]
+
+    @pytest.mark.parametrize("op", ops())
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_every_op_is_decided(self, op: str, device: str) -> None:
+        decision = why(op, [SIZES[name] for name in sizes(op)], dtype=torch.bfloat16, device=device)
+        assert [row.outcome for row in decision.rows].count("chosen") == 1
+        assert all(row.reason for row in decision.rows if row.outcome == "refused")
+        assert {row.backend for row in decision.rows} >= {"cuda", "triton", "cpu", "torch", "reference"}
+
+    def test_is_the_dispatchers_decision(self) -> None:
+        x = torch.randn(6, 64)
+        served = []
+
+        class Recorder:
+            def served(self, op, call, implementation, start) -> None:
+                served.append(implementation.backend.name)
+
+        with dispatch.recording(Recorder()):
+            llmkern.ops.rms_norm(x, torch.ones(64))
+        assert why("rms_norm", (6, 64)).served_by == served[0]
+
+    def test_capability_decides_as_if_the_gpu_were_there(self, monkeypatch) -> None:
+        backend = dispatch.register("test-gpu", priority=900, devices=("cuda",), missing=lambda: "there is no such GPU")
+        op = dispatch._OPS["gelu"]
+        monkeypatch.setattr(op, "implementations", op.implementations)
+        try:
+            llmkern.implements("gelu", backend, min_capability=(9, 0))(lambda **_: None)
+            rows = [why("gelu", (2, 8), device="cuda", capability=c).rows[0] for c in (None, (8, 0), (9, 0), (10, 0))]
+        finally:
+            del dispatch._BACKENDS["test-gpu"]
+        assert [row.backend for row in rows] == ["test-gpu"] * 4
+        assert [row.outcome for row in rows] == ["refused", "refused", "chosen", "chosen"]
+        assert rows[0].reason == "there is no such GPU"
+        assert rows[1].reason == "needs compute capability 9.0, the device has 8.0"
+
+    def test_a_gradient_is_taken_into_account(self) -> None:
+        assert why("attention_decode", (1, 4, 2, 1, 64, 32)).served_by == "torch"
+        rows = why("attention_decode", (1, 4, 2, 1, 64, 32), grad=True).rows
+        assert any("gradient" in row.reason for row in rows)
+
+    def test_prints_and_json_agree(self, llmkern_) -> None:
+        call = ("why", "attention", "--shape", "1,4,2,8,8,32", "--arg", "causal=true", "--arg", "window=4")
+        status, out, _ = llmkern_(*call)
+        assert status == 0
+        assert "causal=True" in out
+        assert "window=[3, 3]" in out
+        status, out, _ = llmkern_(*call, "--json")
+        found = json.loads(out)
+        assert found["served_by"] in [row["backend"] for row in found["rows"]]
+
+    def test_forced_and_strict(self, llmkern_) -> None:
+        status, out, _ = llmkern_("--backend", "reference", "why", "gelu", "--shape", "2,8", "--json")
+        assert (status, json.loads(out)["served_by"]) == (0, "reference")
+        settings.backend = None
+        status, out, _ = llmkern_("--backend", "cuda", "why", "gelu", "--shape", "2,8", "--json")
+        assert (status, json.loads(out)["served_by"]) == (1, None)
+
+    def test_help_gives_the_meaning_of_shape(self, llmkern_) -> None:
+        _, out, _ = llmkern_("why", "--help")
+        for op in ops():
+            assert any(line.split() == [op, ",".join(sizes(op))] for line in out.splitlines())
+
+
+def test_info(llmkern_) -> None:
+    status, out, _ = llmkern_("info", "--json")
+    assert status == 0
+    assert set(json.loads(out)["backends"]) >= {"cuda", "triton", "cpu", "torch", "reference"}
+    assert "Hardware" in llmkern_("info")[1]
+
+
+class TestCheck:
+    KEYS = ("model", "swapped", "left", "accuracy", "perplexity", "restored_bit_equal", "verdict")
+
+    def test_language_model(self, llmkern_, llama, tmp_path) -> None:
+        saved = tmp_path / "folder" / "check.json"
+        status, out, _ = llmkern_(
+            "check", llama, "--quantize", "int8", "--tokens", "256", "--json", "--save", str(saved)
+        )
+        found = json.loads(out)
+        assert tuple(found) == self.KEYS
+        assert tuple(found["accuracy"]) == ("max_abs", "rel", "kl", "top1")
+        assert tuple(found["perplexity"]) == ("original", "optimized", "int8")
+        assert (status, found["verdict"], found["restored_bit_equal"]) == (0, True, True)
+        assert {row["kind"] for row in found["swapped"]} >= {"norm", "attention"}
+        assert found["perplexity"]["optimized"] == pytest.approx(found["perplexity"]["original"], rel=1e-4)
+        assert found["perplexity"]["int8"] == pytest.approx(found["perplexity"]["original"], rel=0.02)
+        content = json.loads(saved.read_text())
+        assert content["result"] == found
+        assert content["environment"] == llmkern.info().to_dict()
+        assert content["command"] == f"llmkern check {llama} --quantize int8 --tokens 256 --dtype auto"
+
+    def test_encoder_without_a_tokenizer(self, llmkern_, bert) -> None:
+        status, out, err = llmkern_("check", bert, "--dtype", "bfloat16", "--json")
+        found = json.loads(out)
+        assert (status, found["verdict"]) == (0, True)
+        assert found["perplexity"] == {"original": None, "optimized": None, "int8": None}
+        assert "has no tokenizer" in err
+
+    def test_a_wrong_kernel_is_found(self, llmkern_, llama) -> None:
+        backend = dispatch.register("test-wrong", priority=900)
+        op = dispatch._OPS["rms_norm"]
+        before = op.implementations
+        try:
+
+            @llmkern.implements("rms_norm", backend)
+            def rms_norm(x, weight, bias, eps, weight_offset):
+                return dispatch.implementation("rms_norm", "torch").fn(x, weight, bias, eps, weight_offset) * 1.01
+
+            status, out, _ = llmkern_("check", llama, "--tokens", "64", "--json")
+            text = llmkern_("check", llama, "--tokens", "64")[1]
+        finally:
+            op.implementations = before
+            dispatch._usable_cached.cache_clear()
+            del dispatch._BACKENDS["test-wrong"]
+        found = json.loads(out)
+        assert (status, found["verdict"], found["restored_bit_equal"]) == (1, False, True)
+        assert "FAIL  outside the rule" in text
+
+
+class TestGenerate:
+    def test_streams_what_the_model_generates(self, llmkern_, llama) -> None:
+        status, out, err = llmkern_("generate", llama, "--prompt", "Once", "--max-new-tokens", "6")
+        assert status == 0
+        assert "6 tokens" in err
+        status, text, _ = llmkern_("generate", llama, "--prompt", "Once", "--max-new-tokens", "6", "--json")
+        found = json.loads(text)
+        assert out == found["text"] + "\n"
+        assert (found["tokens"], found["prompt_tokens"], found["variant"]) == (6, 4, "optimized")
+        assert found["ttft_ms"] > 0
+        assert found["tokens_per_second"] > 0
+        assert found["peak_memory_bytes"] > 2**20
+
+    def test_untouched_and_optimized_agree(self, llmkern_, llama) -> None:
+        call = ("generate", llama, "--prompt", "Once", "--max-new-tokens", "8", "--json")
+        texts = [json.loads(llmkern_(*call, *flags)[1])["text"] for flags in ((), ("--no-optimize",))]
+        assert texts[0] == texts[1]
+
+    def test_int8(self, llmkern_, llama) -> None:
+        flags = ("--max-new-tokens", "2", "--quantize", "int8", "--json")
+        found = json.loads(llmkern_("generate", llama, "--prompt", "Once", *flags)[1])
+        assert found["variant"] == "optimized + int8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "No such command"),
+        (["info", "--nosuch"], "No such option"),
+        (["--backend", "nosuch", "info"], "unknown backend 'nosuch'; there are cuda"),
+        (["why", "nosuch", "--shape", "1"], "unknown op 'nosuch'; there are add_layer_norm"),
+        (["why", "gelu"], "expected rows,hidden"),
+        (["why", "gelu", "--shape", "1,2,3"], "shape of gelu is rows,hidden, got 1,2,3"),
+        (["why", "gelu", "--shape", "1,x"], "expected rows,hidden as whole numbers"),
+        (["why", "gelu", "--shape", "1,2", "--dtype", "int3"], "--dtype is 'int3', expected float32"),
+        (["why", "gelu", "--shape", "1,2", "--device", "tpu"], "device is 'tpu', expected cpu or cuda"),
+        (["why", "gelu", "--shape", "1,2", "--capability", "9.0"], "capability is for cuda devices"),
+        (["why", "gelu", "--shape", "1,2", "--device", "cuda", "--capability", "x"], "expected major.minor"),
+        (["why", "gelu", "--shape", "1,2", "--arg", "x"], "expected NAME=VALUE"),
+        (["why", "gelu", "--shape", "1,2", "--arg", "x=1"], "gelu has no argument 'x'; there are approximate"),
+        (["why", "gelu", "--shape", "1,2", "--arg", "approximate=x"], "approximate is 'x', expected 'none'"),
+        (["why", "attention", "--shape", "1,3,2,4,4,8"], "q has 3 heads, expected a multiple"),
+        (["why", "attention", "--shape", "1,2,2,4,4,8", "--arg", "causal=maybe"], "expected true or false"),
+        (["why", "attention", "--shape", "1,2,2,4,4,8", "--arg", "window=x"], "expected a whole number or"),
+        (["why", "rms_norm", "--shape", "1,8", "--arg", "eps=-1"], "eps is -1.0, expected"),
+        (["check", "/no/such/model"], "MODEL /no/such/model does not exist"),
+        (["check", "demo:nosuch"], "expected demo:smollm2 or demo:minilm"),
+        (["check", "{empty}"], "has no config.json"),
+        (["check", "{corrupt}"], "cannot load MODEL"),
+        (["check", "{incomplete}"], "lacks 1 weights, model.norm.weight among them"),
+        (["check", "{llama}", "--quantize", "int3"], "--quantize is 'int3', expected int8"),
+        (["check", "{llama}", "--tokens", "1"], "--tokens is 1, expected at least 2"),
+        (["check", "{llama}", "--device", "tpu"], "--device is 'tpu', expected cpu, cuda or auto"),
+        (["generate", "{bert}", "--prompt", "x"], "is a BertModel, which does not generate text"),
+        (["generate", "{llama}", "--prompt", ""], "--prompt is empty"),
+        (["generate", "{llama}", "--prompt", "x", "--max-new-tokens", "0"], "expected at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_status_2(llmkern_, llama, bert, tmp_path, arguments, message) -> None:
+    folders = {"llama": llama, "bert": bert, "empty": str(tmp_path)}
+    for name in ("corrupt", "incomplete"):
+        if f"{{{name}}}" in arguments:
+            folders[name] = str(damaged(llama, tmp_path, name))
+    status, out, err = llmkern_(*[part.format(**folders) for part in arguments])
+    *progress, line = err.splitlines()
+    assert status == 2
+    assert out == ""
+    assert line.startswith("llmkern: ")
+    assert message in line
+    assert all(text.startswith(("loading", "comparing", "warming")) for text in progress)
+
+
+def damaged(llama: str, tmp_path, how: str):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / how
+    model = LlamaForCausalLM.from_pretrained(llama)
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    if how == "corrupt":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        weights = load_file(file)
+        del weights["model.norm.weight"]
+        save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_failure_of_llmkern_itself_is_status_3(llmkern_, monkeypatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("llmkern.cli.why.decide", broken)
+    status, _, err = llmkern_("why", "gelu", "--shape", "2,8")
+    assert (status, err) == (3, "llmkern: AssertionError: a bug; LLMKERN_DEBUG=1 shows where\n")
+    settings.debug = True
+    status, _, err = llmkern_("why", "gelu", "--shape", "2,8")
+    assert status == 3
+    assert "Traceback" in err
+    assert err.endswith("llmkern: AssertionError: a bug\n")
+
+
+def test_json_has_no_nan(capsys) -> None:
+    print_json({"a": float("nan"), "b": [float("inf"), 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.0]}
+
+
+def test_python_m_llmkern() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmkern", "why", "gelu", "--shape", "x"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "llmkern: --shape is 'x', expected rows,hidden as whole numbers\n"
+
+
+def test_help_teaches(llmkern_) -> None:
+    for command in ("info", "why", "check", "generate", "demo"):
+        status, out, _ = llmkern_(command, "--help")
+        assert status == 0
+        assert f"llmkern {command}" in out.split("Usage:")[1].split("\n", 1)[1]  # an example below the usage line
+        assert "--json" in out
