@@ -19,8 +19,10 @@ Rest = TypeVar("Rest", bound="tuple[object, ...]")
 def render(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]], *, width: int | None = None) -> str:
     """A plain-text table, as wide as the terminal (120 columns where there is none); cells wrap, nothing is cut."""
     table = Table(title=title or None, title_justify="left", header_style="bold", expand=False)
-    for header in headers:
-        table.add_column(header, overflow="fold")
+    for column, header in enumerate(headers):
+        # The first column says what the row is about, so it is the last to be broken into lines.
+        longest = max((len(str(row[0])) for row in rows), default=0) if column == 0 else 0
+        table.add_column(header, overflow="fold", min_width=min(longest, 40))
     for row in rows:
         table.add_row(*["" if cell is None else str(cell) for cell in row])
     console = Console(

@@ -18,6 +18,7 @@ __all__ = [
     "Swapped",
     "derive",
     "forward_is_replaced",
+    "is_swapped",
     "mentioned_globals",
     "original_class",
     "rebind",
@@ -30,7 +31,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Protocol 1's form: pickle insists that protocol 2's names the class of the object at hand.
-        constructor, arguments, *state = super().__reduce_ex__(1)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(1)
+        constructor, arguments, *state = reduced
         original = original_class(self)
         return (constructor, tuple(original if a is type(self) else a for a in arguments), *state)
 
@@ -41,9 +43,14 @@ class Swapped:
         return copied
 
 
-@functools.cache
 def derive(cls: type[nn.Module], forward: Callable[..., Any], *attributes: tuple[str, Any]) -> type[nn.Module]:
-    """The subclass of `cls` with this `forward` and these class attributes; the same one for the same arguments."""
+    """The subclass of `cls` with this `forward` and these class attributes: the same one for the same arguments."""
+    key: Any = cls  # mypy takes nn.Module's __hash__ for its metaclass's
+    return _derive(key, forward, attributes)
+
+
+@functools.cache
+def _derive(cls: Any, forward: Callable[..., Any], attributes: tuple[tuple[str, Any], ...]) -> Any:
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -55,7 +62,12 @@ def derive(cls: type[nn.Module], forward: Callable[..., Any], *attributes: tuple
     return type(cls.__name__, (Swapped, cls), namespace)
 
 
-def original_class(module: object) -> type:
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the module's class is one that `derive` made, or derives from one."""
+    return isinstance(module, Swapped)
+
+
+def original_class(module: object) -> Any:
     """The class that the module had before it was swapped; its own class if it is not swapped."""
     return getattr(type(module), "_llmkern_original", type(module))
 
@@ -99,7 +111,7 @@ def rebind(function: Any, name: str, replacement: Any, _above: tuple[Any, ...] =
     copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
     copied.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copied, function)
-    del copied.__wrapped__
+    del vars(copied)["__wrapped__"]
     return copied
 
 

@@ -53,7 +53,8 @@ def stand_in(
     """A shell of the same class in eval mode with other children or parameters, so that a probe of it costs little."""
     shell = object.__new__(type(module))
     vars(shell).update(vars(module))
-    vars(shell)["_modules"] = {**module._modules, **(children or {})}
+    kept = {name: None if child is None else stand_in(child) for name, child in module._modules.items()}
+    vars(shell)["_modules"] = {**kept, **(children or {})}
     vars(shell)["_parameters"] = {**module._parameters, **(parameters or {})}
     vars(shell)["training"] = False
     return shell
@@ -77,7 +78,7 @@ def agrees(out: Tensor | None, expected: Tensor) -> bool:
     return float((out.double() - expected.double()).abs().max()) <= PROBE_TOLERANCE * scale
 
 
-def linear_like(module: nn.Module) -> bool:
+def linear_like(module: nn.Module | None) -> bool:
     """nn.Linear, its subclasses, and adapters around one (peft): anything that says its `in_` and `out_features`."""
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 

@@ -90,7 +90,7 @@ def restore_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore_: model is a {type(model).__name__}, expected a torch.nn.Module")
-    swapped = [(path, m) for path, m in model.named_modules() if isinstance(m, derive.Swapped)]
+    swapped = [(path, m) for path, m in model.named_modules() if derive.is_swapped(m)]
     for path, module in swapped:
         if "_llmkern_original" not in vars(type(module)):
             raise RuntimeError(f"restore_: {path} has become a {type(module).__name__} since; undo that first")
@@ -148,9 +148,9 @@ def _sites(model: nn.Module, switches: dict[str, bool], filter_fn: FilterFn | No
 
 def _as_before(module: nn.Module) -> nn.Module:
     """The module as rules should see it: a shell of its former class, if it is swapped already."""
-    if not isinstance(module, derive.Swapped):
+    if not derive.is_swapped(module):
         return module
-    shell = object.__new__(derive.original_class(module))
+    shell: nn.Module = object.__new__(derive.original_class(module))
     vars(shell).update(vars(module))
     return shell
 

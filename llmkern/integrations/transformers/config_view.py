@@ -75,7 +75,7 @@ def view_of(config: Any, views: dict[int, Any] | None = None) -> Any:
     for name in getattr(cls, "sub_configs", {}):
         if hasattr(getattr(config, name, None), "_attn_implementation"):
             namespace[name] = _sub_config(name, view_of(getattr(config, name), views))
-    view = object.__new__(type(cls.__name__, (_View, cls), namespace))
+    view: Any = object.__new__(type(cls.__name__, (_View, cls), namespace))
     object.__setattr__(view, "__dict__", config.__dict__)
     views[id(config)] = view
     return view

@@ -33,7 +33,7 @@ _GATED: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 def find(module: nn.Module) -> Found | None:
-    linears = {name: child for name, child in module._modules.items() if child is not None and linear_like(child)}
+    linears: dict[str, Any] = {name: child for name, child in module._modules.items() if linear_like(child)}
     if len(linears) not in (2, 3) or module._parameters or not is_stateless(module):
         return None
     for names in permutations(linears):
@@ -51,6 +51,8 @@ def find(module: nn.Module) -> Found | None:
                     cls = derive(type(module), _forward, *attributes)
                     sample = partial(_sample, op, activation, linears[names[-1]].in_features)
                     return Found("mlp", op, cls=cls, sample=sample)
+    if len(linears) == 3 and any(_shapes_fit(list(layers)) for layers in permutations(linears.values())):
+        return Found("mlp", "", f"it has the layers of a gated MLP, but its gate is none of {', '.join(_GATED)}")
     return None
 
 
