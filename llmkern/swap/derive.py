@@ -72,22 +72,26 @@ def original_class(module: object) -> Any:
     return getattr(type(module), "_llmkern_original", type(module))
 
 
+# Where an instance may hold its class's forward: accelerate's hooks (device_map) keep it in `_old_forward` and call it
+# from theirs, and transformers 4 leaves a bound method behind after it has collected hidden states.
+_HOLDERS = ("forward", "_old_forward")
+
+
 def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether calling the module runs something else than its class's forward.
-
-    accelerate's hooks (device_map) keep the class's forward in `_old_forward` and call it from theirs: that is fine.
-    """
-    if "forward" not in vars(module):
-        return False
-    inner = vars(module).get("_old_forward")
-    return getattr(inner, "__func__", None) is not type(module).forward
+    """Whether calling the module runs something else than its class's forward."""
+    return "forward" in vars(module) and not _holders(module)
 
 
-def set_class(module: nn.Module, cls: type) -> None:
-    """Give the module a class, and let accelerate's hooks call that class's forward."""
+def _holders(module: nn.Module) -> list[str]:
+    own = type(module).forward
+    return [name for name in _HOLDERS if getattr(vars(module).get(name), "__func__", None) is own]
+
+
+def set_class(module: nn.Module, cls: Any) -> None:
+    """Give the module a class, and that class's forward to whatever holds the one of its former class."""
+    for name in _holders(module):
+        vars(module)[name] = types.MethodType(cls.forward, module)
     module.__class__ = cls
-    if "_old_forward" in vars(module):
-        vars(module)["_old_forward"] = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]
 
 
 def rebind(function: Any, name: str, replacement: Any, _above: tuple[Any, ...] = ()) -> Any:

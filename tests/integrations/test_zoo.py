@@ -127,7 +127,8 @@ def test_restore_is_exact(entry: Entry) -> None:
     model, inputs = entry.build(), entry.inputs(padding=entry.paddings[-1])
     expected, state = run(entry, model, inputs), snapshot(model)
     report = llmkern.optimize_(model)
-    assert {row.op for row in report.swapped} <= called_ops(entry, model, inputs)
+    # Without padding: torch.nn.TransformerEncoder takes padded batches down a path of its own.
+    assert {row.op for row in report.swapped} <= called_ops(entry, model, entry.inputs())
     assert llmkern.restore_(model) is model
     assert_same(state, model)
     assert torch.equal(run(entry, model, inputs), expected)

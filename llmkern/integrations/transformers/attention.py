@@ -166,7 +166,7 @@ def _untouched(
     eager = interface.get("eager_attention_forward")
     if name == "eager" and eager is not None:
         return eager(module, query, key, value, _additive(mask, causal, query, key), **arguments)
-    function: Callable[..., Any] = interface["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)
+    function: Callable[..., Any] = interface["ALL_ATTENTION_FUNCTIONS"][name]
     return function(module, query, key, value, mask, **arguments)
 
 
@@ -175,7 +175,7 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
     if mask is None:
         if not causal:
             return None
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask.dtype != torch.bool:
         return mask
     return torch.where(mask, torch.zeros((), dtype=query.dtype, device=query.device), torch.finfo(query.dtype).min)

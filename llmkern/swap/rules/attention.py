@@ -32,8 +32,8 @@ def find(module: nn.Module) -> Found | None:
 
 def _projects_queries_and_keys(module: nn.Module) -> bool:
     """Whether the module has the layers of an attention: then leaving it alone deserves a line in the report."""
-    names = set(module._modules)
-    return any(names >= layers for layers in ({"q_proj", "k_proj"}, {"query", "key"}, {"q", "k", "v"}))
+    queries_and_keys = ({"q_proj", "k_proj"}, {"q_lin", "k_lin"}, {"query", "key"}, {"q", "k"})
+    return any(module._modules.keys() >= names for names in queries_and_keys)
 
 
 def _sample(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
