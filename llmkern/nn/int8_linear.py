@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from llmkern.checks import FLOATING, check_choice
 from llmkern.ops.int8_linear import SCHEMES
 
 __all__ = ["Int8Linear", "is_conv1d", "weight_out_in"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Int8Linear(nn.Linear):
@@ -94,12 +96,9 @@ class Int8Linear(nn.Linear):
         out.weight = nn.Parameter(codes, requires_grad=False)
         out.weight_scale = scale
         out._floating = weight.new_empty(0)
-        out.bias = module.bias
+        out.bias = module.bias  # type: ignore[assignment]
         out.from_conv1d = is_conv1d(module)
-        out.train(module.training)
-        for name in HOOKS:
-            setattr(out, name, getattr(module, name).copy())
-        return out
+        return _with_hooks(out, module)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A floating-point nn.Linear with the weight that the codes stand for; it shares the bias where dtypes agree.
@@ -112,10 +111,18 @@ class Int8Linear(nn.Linear):
         out.weight = nn.Parameter(self.dequantized_weight(dtype))
         if self.bias is not None:
             out.bias = self.bias if self.bias.dtype == dtype else nn.Parameter(self.bias.detach().to(dtype))
-        out.train(self.training)
-        for name in HOOKS:
-            setattr(out, name, getattr(self, name).copy())
-        return out
+        return _with_hooks(out, self)
+
+    def to_conv1d(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The same as transformers' Conv1D, whose weight is [in, out]."""
+        from transformers.pytorch_utils import Conv1D  # a layer that came from one proves that it is there
+
+        linear = self.to_linear(dtype)
+        with torch.device("meta"):
+            out = Conv1D(self.out_features, self.in_features)
+        out.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+        out.bias = linear.bias
+        return _with_hooks(out, self)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """weight * weight_scale, [out, in], computed in fp32 and rounded to `dtype` (default: this layer's)."""
@@ -190,6 +197,14 @@ HOOKS = (
 """What register_forward_hook and its like write to."""
 
 
+def _with_hooks(module: Module, like: nn.Module) -> Module:
+    """`module` with the hooks and the training flag of `like`."""
+    for name in HOOKS:
+        setattr(module, name, getattr(like, name).copy())
+    module.train(like.training)
+    return module
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Is it transformers' Conv1D: a linear layer with its weight as [in, out]?"""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, Tensor)
@@ -198,7 +213,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight as [out, in]; TypeError for what is no linear layer."""
     if is_conv1d(module):
-        return module.weight.T
+        return module.weight.T  # type: ignore[return-value]
     if isinstance(module, nn.Linear):
         return module.weight
     raise TypeError(f"Int8Linear: module is a {type(module).__name__}, expected nn.Linear or transformers' Conv1D")

@@ -1,0 +1,139 @@
+"""Which linear layers of a model can be replaced, and the sentence why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from llmkern.checks import FLOATING
+from llmkern.nn.int8_linear import is_conv1d, weight_out_in
+from llmkern.ops.int8_matmul import MAX_K
+
+__all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace"]
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: its first path, every place that holds it, and why it is to be left alone ("" if it is not)."""
+
+    path: str
+    module: nn.Module
+    places: tuple[tuple[nn.Module, str], ...]
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        return "Conv1D" if is_conv1d(self.module) else "Linear"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, k = weight_out_in(self.module).shape
+        return out, k
+
+
+def find_layers(model: nn.Module, skip: Sequence[str], filter_fn: FilterFn | None) -> list[Layer]:
+    """Every nn.Linear (subclasses too) and Conv1D, once each, in the model's order."""
+    names = dict(model.named_modules())
+    places = places_of(model)
+    owners = _owners(names)
+    return [
+        Layer(path, module, tuple(places.get(module, ())), _why_leave(path, module, names, owners, skip, filter_fn))
+        for path, module in names.items()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    ]
+
+
+def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Every (parent, attribute) that holds each module; a shared module has several."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, attribute))
+    return places
+
+
+def replace(layer: Layer, module: nn.Module) -> None:
+    """Put `module` wherever the layer is."""
+    for parent, attribute in layer.places:
+        setattr(parent, attribute, module)
+
+
+def _owners(names: dict[str, nn.Module]) -> dict[Tensor, list[str]]:
+    """Which modules hold each parameter."""
+    owners: dict[Tensor, list[str]] = {}
+    for path, module in names.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(path)
+    return owners
+
+
+def _why_leave(
+    path: str,
+    module: nn.Module,
+    names: dict[str, nn.Module],
+    owners: dict[Tensor, list[str]],
+    skip: Sequence[str],
+    filter_fn: FilterFn | None,
+) -> str:
+    named = [name for name in skip if f".{name}." in f".{path}."]
+    if named:
+        return f"skip names {named[0]!r}"
+    reason = _why_not_plain(module) or _why_adapter(path, names) or _why_read_directly(path, names)
+    if reason:
+        return reason
+    shared = [owner for owner in owners[module.weight] if names[owner] is not module]  # type: ignore[index]
+    if shared:
+        return f"its weight is shared with {shared[0]}"
+    if filter_fn is not None and not filter_fn(path, module):
+        return "filter_fn returned False"
+    return ""
+
+
+def _why_not_plain(module: nn.Module) -> str:
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"a {type(module).__name__} may do more than nn.Linear does"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, as accelerate's offloading does"
+    weight = module.weight
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if weight.dtype not in FLOATING:
+        return f"its weight is {weight.dtype}"
+    out, k = weight_out_in(module).shape
+    if not out or not k:
+        return "its weight has no elements"
+    if k > MAX_K:
+        return f"K is {k}, and s32 sums are exact up to {MAX_K}"
+    return ""
+
+
+def _ancestors(path: str, names: dict[str, nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Every module above `path`, with the rest of the path below it."""
+    parts = path.split(".") if path else []
+    return [(names[".".join(parts[:i])], ".".join(parts[i:])) for i in range(len(parts))]
+
+
+def _why_adapter(path: str, names: dict[str, nn.Module]) -> str:
+    """peft wraps a layer in a module that has it as `base_layer`, with the adapter's own layers beside it."""
+    for ancestor, below in _ancestors(path, names):
+        if isinstance(getattr(ancestor, "base_layer", None), nn.Module):
+            if below.split(".")[0] != "base_layer":
+                return "it is part of an adapter, which stays trainable"
+            if getattr(ancestor, "merged", False):
+                return "an adapter is merged into its weight: unmerge it first"
+            if any(getattr(ancestor, "use_dora", {}).values()):
+                return "DoRA reads its weight"
+    return ""
+
+
+def _why_read_directly(path: str, names: dict[str, nn.Module]) -> str:
+    for ancestor, _ in _ancestors(path, names):
+        if isinstance(ancestor, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            return f"the fused path of {type(ancestor).__name__} reads its weight without calling it"
+    return ""

@@ -1,0 +1,147 @@
+"""One forward per batch, watched: what each linear layer is given, and who uses the output of each norm."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Observed", "observe"]
+
+MAX_ROWS = 256
+"""Of a layer's inputs, kept to measure its output error on."""
+
+
+@dataclass
+class Observed:
+    """rows: a sample of each layer's inputs, [rows, in].  amax: the largest magnitude of each input channel, fp32.
+
+    groups: a norm, and the layers that use its output where nothing else does.
+    """
+
+    rows: dict[nn.Module, Tensor] = field(default_factory=dict)
+    amax: dict[nn.Module, Tensor] = field(default_factory=dict)
+    groups: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, layers: Iterable[nn.Module], batches: list[dict[str, Any]]) -> Observed:
+    """Run the batches through the model in evaluation mode, without gradients; the model is as before afterwards."""
+    watch = _Watch(list(layers), max(1, MAX_ROWS // max(1, len(batches))))
+    device = next(model.parameters()).device
+    with _evaluating(model), watch.hooked(model), torch.no_grad():
+        for batch in batches:
+            kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+            positional = (kwargs.pop(""),) if "" in kwargs else ()
+            with watch:
+                outputs = model(*positional, **kwargs)
+            watch.end_of_forward(outputs)
+    return watch.observed()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _looks_like_a_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1 and next(module.children(), None) is None
+
+
+class _Watch(TorchFunctionMode):
+    """Follows the outputs of norms by identity; any torch function that makes a tensor of one is a user of it."""
+
+    def __init__(self, layers: list[nn.Module], rows_per_call: int) -> None:
+        super().__init__()
+        self._layers, self._rows_per_call = set(layers), rows_per_call
+        self._rows: dict[nn.Module, list[Tensor]] = {}
+        self._amax: dict[nn.Module, Tensor] = {}
+        self._users: dict[nn.Module, dict[nn.Module, None]] = {}
+        self._used_elsewhere: set[nn.Module] = set()
+        self._norm_of: dict[nn.Module, nn.Module | None] = {}
+        # Output tensors are kept until the forward ends, so that none of their identities is given out again.
+        self._outputs: dict[int, tuple[Tensor, nn.Module]] = {}
+        self._inside = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._inside and self._outputs and any(isinstance(v, Tensor) for v in tree_leaves(result)):
+            self._mark_used(tree_leaves((args, kwargs)))
+        return result
+
+    def _mark_used(self, values: list[Any]) -> None:
+        for value in values:
+            if id(value) in self._outputs:
+                self._used_elsewhere.add(self._outputs[id(value)][1])
+
+    @contextlib.contextmanager
+    def hooked(self, model: nn.Module) -> Iterator[None]:
+        handles = []
+        for module in model.modules():
+            if module in self._layers:
+                handles.append(module.register_forward_pre_hook(self._before_layer, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after_layer, prepend=True))
+            elif _looks_like_a_norm(module):
+                handles.append(module.register_forward_hook(self._after_norm))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _after_norm(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._users.setdefault(module, {})
+            self._outputs[id(output)] = (output, module)
+
+    def _before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside += 1
+        x = args[0] if args else kwargs["input"]
+        norm = self._outputs[id(x)][1] if id(x) in self._outputs else None
+        if norm is not None:
+            self._users[norm][module] = None
+        # A layer with two sources can only be smoothed into neither.
+        if self._norm_of.setdefault(module, norm) is not norm:
+            self._used_elsewhere.update(n for n in (norm, self._norm_of[module]) if n is not None)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if not rows.shape[0]:
+            return
+        amax = rows.abs().amax(0).float()
+        self._amax[module] = torch.maximum(self._amax[module], amax) if module in self._amax else amax
+        kept = self._rows.setdefault(module, [])
+        if sum(part.shape[0] for part in kept) < MAX_ROWS:
+            step = max(1, rows.shape[0] // self._rows_per_call)
+            kept.append(rows[::step][: self._rows_per_call].clone())
+
+    def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside -= 1
+
+    def end_of_forward(self, outputs: Any) -> None:
+        """What the model returns its caller uses."""
+        self._mark_used(tree_leaves(outputs if not hasattr(outputs, "to_tuple") else outputs.to_tuple()))
+        self._outputs.clear()
+
+    def observed(self) -> Observed:
+        groups = {
+            norm: list(users) for norm, users in self._users.items() if users and norm not in self._used_elsewhere
+        }
+        return Observed({m: torch.cat(parts) for m, parts in self._rows.items()}, self._amax, groups)

@@ -1,0 +1,49 @@
+"""Everything or nothing: what changes a model in place is undone where it fails half-way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Undo", "undoing"]
+
+
+class Undo:
+    """The modules and tensors that each module held, and the values of the tensors that were saved."""
+
+    def __init__(self, model: nn.Module) -> None:
+        holders: list[tuple[Any, Any]] = [
+            (holder, dict(holder))
+            for module in model.modules()
+            for holder in (module._modules, module._parameters, module._buffers)
+        ]
+        self._held = holders
+        self._values: list[tuple[Tensor, Tensor]] = []
+
+    def save(self, tensor: Tensor) -> None:
+        """Remember the values of a tensor that is about to be written."""
+        self._values.append((tensor, tensor.detach().clone()))
+
+    def undo(self) -> None:
+        """Every module and tensor where it was, every saved tensor with its values, bit for bit."""
+        for holder, content in self._held:
+            holder.clear()
+            holder.update(content)
+        with torch.no_grad():
+            for tensor, value in reversed(self._values):
+                tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def undoing(model: nn.Module) -> Iterator[Undo]:
+    """Within the block the module tree and saved tensors may change; an exception takes all of it back."""
+    undo = Undo(model)
+    try:
+        yield undo
+    except BaseException:
+        undo.undo()
+        raise

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern.quantization import quantize_
+from llmkern.testing.perplexity import perplexity
+
+TOKENS = 20_480
+
+
+@pytest.mark.real_model
+def test_int8_costs_at_most_2_percent_of_perplexity() -> None:
+    pytest.importorskip("transformers")
+    from llmkern.testing.real_models import load_smollm2, prose
+
+    model, tokenizer = load_smollm2()
+    ids = torch.tensor(tokenizer(prose())["input_ids"])[:TOKENS]
+    original = perplexity(model, ids)
+    report = quantize_(model)
+    int8 = perplexity(model, ids)
+    shares = [row.shape[0] * row.shape[1] for row in report.quantized]
+    w8a8 = sum(row.shape[0] * row.shape[1] for row in report if row.action == "int8 w8a8")
+    assert int8 <= 1.02 * original
+    assert w8a8 >= 0.5 * sum(shares), "most of the arithmetic is int8 on both sides"
