@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import llmkern
 from llmkern.nn import Int8Linear
 from llmkern.quantization import dequantize_, quantize, quantize_
 from llmkern.quantization.observe import observe
@@ -319,3 +320,33 @@ def test_the_same_model_is_quantized_to_the_same_bits(tiny_llama) -> None:
     other = copy.deepcopy(tiny_llama)
     assert quantize_(tiny_llama) == quantize_(other)
     assert_same_bits(list(tiny_llama.state_dict().values()), list(other.state_dict().values()))
+
+
+def test_works_under_optimize_and_restore_(tiny_llama, ids) -> None:
+    quantize_(tiny_llama)
+    quantized = tiny_llama(ids).logits
+    llmkern.optimize_(tiny_llama, on_unsupported="ignore")
+    assert relative(quantized, tiny_llama(ids).logits) < 1e-3
+    llmkern.restore_(tiny_llama)
+    assert_same_bits(tiny_llama(ids).logits, quantized)
+
+
+def test_a_quantized_model_compiles_without_a_graph_break(tiny_llama, ids) -> None:
+    quantize_(tiny_llama)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda i: tiny_llama(i, use_cache=False).logits, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same_bits(compiled(ids), tiny_llama(ids).logits)
+
+
+def test_one_row_at_a_time_in_bf16_stays_close(tiny_llama, ids) -> None:
+    """Decoding takes the weight-only path of "auto", prefill W8A8; they are the same model."""
+    tiny_llama.bfloat16()
+    quantize_(tiny_llama)
+    prefill = tiny_llama(ids).logits[:1]
+    cache, steps = None, []
+    for i in range(ids.shape[1]):
+        out = tiny_llama(ids[:1, i : i + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    assert relative(prefill.float(), torch.cat(steps, 1).float()) < 0.03
