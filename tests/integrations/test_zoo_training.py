@@ -84,11 +84,19 @@ def test_gradients_are_those_of_the_untouched_model(entry: Entry) -> None:
 @every_hf_entry
 def test_gradient_checkpointing_gives_the_same_gradients(entry: Entry) -> None:
     padding = entry.paddings[-1]
-    model = entry.build()
+    inputs = entry.inputs(padding=padding)
+    untouched, model = entry.build(), entry.build()
     assert model.supports_gradient_checkpointing
     llmkern.optimize_(model)
-    model.gradient_checkpointing_enable()
-    assert_same_gradients(gradients(entry, model, entry.inputs(padding=padding)), *expected(entry, padding))
+    for each in (untouched, model):
+        each.gradient_checkpointing_enable()
+    try:
+        gradients(entry, untouched, inputs)
+    except RuntimeError as error:  # transformers 4.57's own Whisper
+        with pytest.raises(type(error), match=str(error)[:40]):
+            gradients(entry, model, inputs)
+        return
+    assert_same_gradients(gradients(entry, model, inputs), *expected(entry, padding))
 
 
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.kind in ("decoder", "encoder")], ids=str)

