@@ -81,8 +81,9 @@ def attention(
     window: (left, right) keys around a query's own position i + Skv − Sq, −1 for no limit, as in flash-attention;
         an int W stands for (W − 1, W − 1), which with `causal` is transformers' sliding_window.
     softcap: 0 or None for none (Gemma 2).
-    Returns out [B, Hq, Sq, Dv], contiguous, in q's dtype; with `return_lse` also the log-sum-exp of each row's scores,
-    sinks included, [B, Hq, Sq] in fp32 (fp64 for fp64).
+    Returns out [B, Hq, Sq, Dv] in q's dtype, in the memory order [B, Sq, Hq, Dv] that an output projection reads (so
+    `out.transpose(1, 2)` is contiguous); with `return_lse` also the log-sum-exp of each row's scores, sinks included,
+    [B, Hq, Sq] in fp32 (fp64 for fp64).
 
     A query that sees no key gets 0 and −inf (with sinks: 0, and the sink as log-sum-exp).  A NaN or infinity in k or v
     reaches the queries that see it; what one behind a mask does is unspecified, as in PyTorch: keep padding finite.
@@ -183,6 +184,17 @@ def _mask_of_rank_4(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> Tens
     return attn_mask[(None,) * missing] if missing else attn_mask
 
 
+def out_like(q: Tensor, v: Tensor) -> Tensor:
+    """An uninitialised `out`: [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]."""
+    batch, heads, queries, _ = q.shape
+    return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+
+
+def in_token_order(out: Tensor) -> Tensor:
+    """`out` [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]; itself where it is so already."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def lse_like(q: Tensor, return_lse: bool) -> Tensor:
     """An uninitialised log-sum-exp for q; it has 0 elements where none is wanted."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -202,7 +214,7 @@ def _fake(
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse_like(q, return_lse)
+    return out_like(q, v), lse_like(q, return_lse)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

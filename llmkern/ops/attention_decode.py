@@ -11,7 +11,7 @@ from torch import Tensor
 from llmkern.checks import check_dtype, check_same_device, check_shape, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops.attention import check_heads, check_sinks, lse_like, scale_of, softcap_of, window_of
+from llmkern.ops.attention import check_heads, check_sinks, lse_like, out_like, scale_of, softcap_of, window_of
 
 __all__ = ["attention_decode"]
 
@@ -71,8 +71,8 @@ def attention_decode(
         sequence may hold anything; within it, entries outside 0 … num_blocks − 1 are clamped to it.
     sinks, sm_scale, softcap: as for `attention`.
     window: as for `attention`; its right side hides nothing that causality does not.
-    Returns out [B, Hq, Sq, Dv], contiguous, in q's dtype; with `return_lse` also the log-sum-exp of each row's scores,
-    sinks included, [B, Hq, Sq] in fp32 (fp64 for fp64).
+    Returns out [B, Hq, Sq, Dv] in q's dtype, in the memory order [B, Sq, Hq, Dv]; with `return_lse` also the
+    log-sum-exp of each row's scores, sinks included, [B, Hq, Sq] in fp32 (fp64 for fp64).
 
     A query before its sequence's start (all of them where seq_lens[b] is 0) gets 0 and −inf (with sinks: 0, and the
     sink).  Slots past seq_lens[b] may hold anything, NaN too: nothing of them reaches the result.
@@ -135,7 +135,7 @@ def _fake(
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v_cache.shape[3])), lse_like(q, return_lse)
+    return out_like(q, v_cache), lse_like(q, return_lse)
 
 
 # window is [left, right], -1 for no limit; right is without effect.  softcap 0 is none.  Without return_lse the second

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkern.backends.reference import REFERENCE, accumulate
 from llmkern.dispatch import implements
-from llmkern.ops.attention import lse_like
+from llmkern.ops.attention import in_token_order, lse_like
 
 
 def band(queries: int, keys: int, causal: bool, window: Sequence[int], device: torch.device) -> Tensor | None:
@@ -107,7 +107,7 @@ def attention(
     kf, vf = (accumulate(x).repeat_interleave(group, 1) for x in (k, v))
     mask = merged_mask(q, k, attn_mask, key_padding_mask, causal, window)
     softmax = _softmax(accumulate(q), kf, mask, sinks, sm_scale, softcap)
-    out = (softmax.weights @ vf).to(q.dtype).contiguous()
+    out = in_token_order((softmax.weights @ vf).to(q.dtype))
     return out, softmax.lse if return_lse else lse_like(q, False)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmkern.backends.reference.attention import merged_mask
 from llmkern.backends.torch import TORCH
 from llmkern.dispatch import implements
-from llmkern.ops.attention import lse_like
+from llmkern.ops.attention import in_token_order, lse_like
 
 # PyTorch's CPU kernel gives a NaN query 0 instead of NaN where there is no mask and there are fewer keys than a
 # vector register has lanes (torch 2.13; 16 lanes with AVX-512).
@@ -60,7 +60,7 @@ def attention(
         elif mask is None and tiny:
             mask = q.new_ones((1, 1, 1, keys), dtype=torch.bool)
         out = _sdpa(q, k, v, mask, False, sm_scale) if plain else _composed(q, k, v, mask, sinks, sm_scale, softcap)
-    return out.contiguous(), lse_like(q, False)
+    return in_token_order(out), lse_like(q, False)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, sm_scale: float) -> Tensor:

@@ -105,7 +105,7 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux if s_aux is None else s_aux.to(query.dtype),
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2), None
 
 
 def _beyond_the_op(
