@@ -95,9 +95,9 @@ def verify(model: nn.Module, reference: nn.Module, **inputs: Any) -> Accuracy:
     with _eval_mode(model, reference), torch.no_grad():
         outputs = outputs_of(model, inputs)
         expected = outputs_of(reference, inputs)
-        # A compiled graph would not see the float64 mode.
-        with torch.compiler.set_stance("force_eager"), Float64():
-            exact = outputs_of(reference, inputs)
+        own = _own(inputs)
+        with Float64():  # torch.compile steps aside for a mode: compiled models run eagerly here
+            exact = _compared(reference(**own))
     _check_same_outputs(outputs, expected)
     kept = _real_positions(inputs, reference)
     compared = [_compare(name, outputs[name], expected[name], exact[name], kept) for name in outputs]
@@ -125,10 +125,16 @@ def _eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors to compare, by name."""
-    # A cache among the inputs is written by the forward: each run gets its own.
-    own = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()}
-    result = model(**own)
+    """Run `model`; the tensors to compare, by name."""
+    return _compared(model(**_own(inputs)))
+
+
+def _own(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A cache among the inputs is written by the forward: each run gets its own."""
+    return {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in inputs.items()}
+
+
+def _compared(result: Any) -> dict[str, Tensor]:
     if isinstance(result, Tensor):
         return {"output": result}
     if isinstance(result, Mapping):

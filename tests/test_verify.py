@@ -198,6 +198,42 @@ def test_prints_as_a_table(ids) -> None:
     assert text.endswith(accuracy.sentence)
 
 
+def test_compiled_models_are_judged_too(ids) -> None:
+    compiled = [torch.compile(model, backend="eager") for model in pair()]
+    accuracy = verify(*compiled, input_ids=ids)
+    plain = verify(*pair(), input_ids=ids)
+    assert (accuracy.verdict, accuracy.reference_error) == (True, plain.reference_error)
+
+
+class Caching(TinyLM):
+    """Reads the length of the cache that it was given, and grows it."""
+
+    def forward(self, input_ids, past_key_values=None):
+        logits = super().forward(input_ids)["logits"] + len(past_key_values)
+        past_key_values.append(logits)
+        return {"logits": logits}
+
+
+def test_a_cache_among_the_inputs_is_not_shared_by_the_runs(ids) -> None:
+    torch.manual_seed(1)
+    reference = Caching(logits_of)
+    cache = [torch.ones(1)]
+    accuracy = verify(copy.deepcopy(reference), reference, input_ids=ids, past_key_values=cache)
+    assert (accuracy.max_abs, accuracy.verdict, len(cache)) == (0.0, True, 1)
+
+
+def test_a_decoders_output_has_the_decoders_padding(ids) -> None:
+    model, reference = pair()
+    model.config = reference.config = type("Config", (), {"is_encoder_decoder": True})()
+    perturb(model, 1.0)
+    for each in (model, reference):
+        each.forward = lambda input_ids, _own=each, **_: TinyLM.forward(_own, input_ids)
+    encoder, decoder = torch.zeros_like(ids), torch.ones_like(ids)
+    decoder[0, 5:] = 0
+    accuracy = verify(model, reference, input_ids=ids, attention_mask=encoder, decoder_attention_mask=decoder)
+    assert accuracy.positions == 14
+
+
 class TestFloat64:
     """The mode that computes the exact result."""
 
