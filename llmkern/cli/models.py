@@ -49,7 +49,18 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
     with working(f"loading {name}"):
         loaded = _load_demo(name, wanted) if name.startswith("demo:") else _load(name, wanted)
         loaded.model.eval().to(place)
+        _own_memory(loaded.model)
     return loaded
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy the weights out of the checkpoint's file, which one small view would keep mapped as a whole.
+
+    Else replacing weights frees nothing, and the first forward waits for the disk.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _device(name: str) -> torch.device:

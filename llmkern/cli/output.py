@@ -26,7 +26,9 @@ def save(path: Path, command: str, result: dict[str, Any]) -> None:
     """Write `result` with the command and the environment that it was measured in."""
     from llmkern.info import info
 
-    content = {"command": command, "environment": info().to_dict(), "result": result}
+    environment = info().to_dict()
+    del environment["library"]["path"]  # where it is on this machine means nothing on another
+    content = {"command": command, "environment": environment, "result": result}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
