@@ -11,6 +11,7 @@ SWITCHES = ("mlp",)
 
 def find(module: nn.Module) -> Found | None:
     packed = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    if len(packed) < 2 or len({p.shape[0] for p in packed}) != 1:
+    counts = {p.shape[0] for p in packed}
+    if len(packed) < 2 or len(counts) != 1 or counts == {1}:  # [1, ...]: a vision model's tokens and positions
         return None
     return Found("experts", "", f"its {packed[0].shape[0]} experts are packed in one tensor; llmkern has no grouped op")
