@@ -12,7 +12,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from llmkern import dispatch
 
 __all__ = [
     "Swapped",
@@ -23,6 +25,7 @@ __all__ = [
     "original_class",
     "rebind",
     "set_class",
+    "untouched",
 ]
 
 
@@ -60,6 +63,13 @@ def _derive(cls: Any, forward: Callable[..., Any], attributes: tuple[tuple[str, 
         **dict(attributes),
     }
     return type(cls.__name__, (Swapped, cls), namespace)
+
+
+def untouched(module: Any, op: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A swapped module's call by its original forward, on record with the reason why `op` cannot serve it."""
+    tensors = {name: v for name, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)}
+    dispatch.record_fallback(op, type(module).__name__, reason, {str(name): v for name, v in tensors.items()})
+    return module._llmkern_original.forward(module, *args, **kwargs)
 
 
 def is_swapped(module: nn.Module) -> bool:

@@ -129,6 +129,8 @@ def _check(model: nn.Module, filter_fn: FilterFn | None, on_unsupported: str) ->
 def _sites(model: nn.Module, switches: dict[str, bool], filter_fn: FilterFn | None) -> Iterator[_Site]:
     absorbed: set[int] = set()
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # compiled: its class cannot be changed
+            continue
         for rule in RULES:
             found = rule.find(_as_before(module))
             if found is None or id(module) in absorbed:

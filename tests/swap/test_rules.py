@@ -23,6 +23,20 @@ class Scale(nn.Module):
         return (normed * (self.offset + self.weight.float())).to(x.dtype)
 
 
+class Gains(nn.Module):
+    """A LayerNorm with other names for everything, and its eps written into the code."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.beta, self.gamma = nn.Parameter(torch.randn(hidden)), nn.Parameter(torch.randn(hidden))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x if residual is None else x + residual
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() * self.gamma + (
+            self.beta
+        )
+
+
 class ClampedNorm(Scale):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).clamp(-0.5, 0.5)
@@ -82,6 +96,22 @@ def test_eps_is_read_where_the_module_keeps_it() -> None:
     x = torch.randn(2, 16) * 0.01
     module.tiny = 1e-4  # changed afterwards, as with any attribute
     torch.testing.assert_close(module(x), Scale.forward(module, x))
+
+
+def test_parameters_of_any_name_and_calls_of_any_form() -> None:
+    module, x = Gains(12), torch.randn(3, 12)
+    expected = module(x), module(x, x * 2), module(residual=None, x=x)
+    row = only_row(module)
+    assert (row.action, row.op) == ("swapped", "layer_norm")
+    for got, want in zip((module(x), module(x, x * 2), module(residual=None, x=x)), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    served = [r.backend for call in ((x,), (x, x)) for r in llmkern.explain(module, *call)]
+    assert served[0] != served[1] == "Gains"
+
+
+def test_scripted_modules_are_passed_by() -> None:
+    model = nn.ModuleDict({"scripted": torch.jit.script(nn.LayerNorm(8)), "plain": nn.LayerNorm(8)})
+    assert [row.path for row in llmkern.optimize_(model).swapped] == ["plain"]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,13 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As in transformers: a mask says everything, and a single query sees all the keys that it is given.
     causal = causal and attention_mask is None and query.shape[2] > 1
-    reason = _beyond_the_op(module, query, attention_mask, dropout, causal, sliding_window, softcap, kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        # What autocast does for scaled_dot_product_attention.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
+        attention_mask = attention_mask[..., : key.shape[2]]  # transformers 4 prepares one mask for a longer cache
+    reason = _beyond_the_op(module, query, key, value, attention_mask, dropout, causal, sliding_window, softcap, kwargs)
     if reason is not None:
         arguments = {
             "dropout": dropout,
@@ -111,6 +117,8 @@ def attention_forward(
 def _beyond_the_op(
     module: nn.Module,
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attention_mask: Tensor | None,
     dropout: float,
     causal: bool,
@@ -125,6 +133,8 @@ def _beyond_the_op(
         return _WEIGHTS
     if softcap is not None and original_of(module.config)._attn_implementation == "sdpa":
         return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"
+    if not query.dtype == key.dtype == value.dtype or query.shape[0] != key.shape[0]:
+        return "queries, keys and values differ in dtype or batch size"
     for name, argument in kwargs.items():
         if argument is not None and argument is not False and name not in _HARMLESS and name != "output_attentions":
             return f"the model passes {name}, which llmkern does not know"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from llmkern import ops
-from llmkern.swap.derive import derive
+from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
 
 SWITCHES = ("mlp",)
@@ -33,5 +33,7 @@ def _sample(approximate: str, dtype: torch.dtype, device: torch.device) -> dict[
     return {"x": torch.zeros(1, 1, 64, dtype=dtype, device=device), "approximate": approximate}
 
 
-def _forward(self: Any, input: Tensor) -> Tensor:
-    return ops.gelu(input, self._llmkern_approximate)
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs:
+        return untouched(self, "gelu", "the activation is called with more than its input, or by keyword", args, kwargs)
+    return ops.gelu(args[0], self._llmkern_approximate)

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmkern.integrations.transformers.config_view import original_of
 from llmkern.swap.derive import mentioned_globals
-from llmkern.swap.found import Found, attention_sample
+from llmkern.swap.found import Found, attention_sample, linear_like
 
 SWITCHES = ("attention",)
 
@@ -25,15 +25,19 @@ def find(module: nn.Module) -> Found | None:
         if name not in _REPLACEABLE:
             return Found("attention", "attention", f"the model was given attn_implementation={name!r}")
         return Found("attention", "attention", sample=partial(_sample, module))
-    if _projects_queries_and_keys(module):
+    if _attends(module):
         return Found("attention", "", "its forward does not look its attention up in transformers' AttentionInterface")
     return None
 
 
-def _projects_queries_and_keys(module: nn.Module) -> bool:
-    """Whether the module has the layers of an attention: then leaving it alone deserves a line in the report."""
+def _attends(module: nn.Module) -> bool:
+    """Whether its layers or its name say that it is an attention: then leaving it deserves a line in the report."""
+    if isinstance(module, nn.MultiheadAttention):  # has a rule of its own
+        return False
     queries_and_keys = ({"q_proj", "k_proj"}, {"q_lin", "k_lin"}, {"query", "key"}, {"q", "k"})
-    return any(module._modules.keys() >= names for names in queries_and_keys)
+    by_layers = any(module._modules.keys() >= names for names in queries_and_keys)
+    by_name = "attention" in type(module).__name__.lower() and sum(map(linear_like, module.children())) > 1
+    return by_layers or by_name
 
 
 def _sample(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

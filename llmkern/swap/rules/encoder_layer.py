@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmkern import dispatch
-from llmkern.swap.derive import derive
+from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found
 
 SWITCHES = ("attention", "norms", "mlp")
@@ -32,8 +31,7 @@ def _forward(
 ) -> Tensor:
     if src.is_nested:
         reason = "torch.nn.TransformerEncoder has packed the padded batch into a nested tensor"
-        dispatch.record_fallback("attention", "torch.nn.TransformerEncoderLayer", reason, {"src": src})
-        return self._llmkern_original.forward(self, src, src_mask, src_key_padding_mask, is_causal)
+        return untouched(self, "attention", reason, (src, src_mask, src_key_padding_mask, is_causal), {})
     if self.norm_first:
         x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
         return x + self._ff_block(self.norm2(x))

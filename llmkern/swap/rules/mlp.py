@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from llmkern import ops
-from llmkern.swap.derive import derive
+from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, agrees, is_stateless, linear_like, probe, stand_in
 
 SWITCHES = ("mlp",)
@@ -99,9 +99,11 @@ def _sample(op: str, activation: str, intermediate: int, dtype: torch.dtype, dev
     return {"x": x, "approximate": "tanh" if activation == "gelu_tanh" else "none"}
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    op, _, compute = _GATED[self._llmkern_activation]
+    if len(args) != 1 or kwargs:
+        return untouched(self, op, "the MLP is called with more than its input, or by keyword", args, kwargs)
     if self._llmkern_dropout and self.training:
-        return self._llmkern_original.forward(self, x)
+        return untouched(self, op, "the MLP has dropout, in training", args, kwargs)
     *into, down = [self._modules[name] for name in self._llmkern_linears]
-    gate, up = _gate_and_up([layer(x) for layer in into], self._llmkern_gate_first)
-    return down(_GATED[self._llmkern_activation][2](gate, up))
+    return down(compute(*_gate_and_up([layer(args[0]) for layer in into], self._llmkern_gate_first)))

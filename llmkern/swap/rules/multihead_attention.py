@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkern import dispatch, ops
-from llmkern.swap.derive import derive
+from llmkern import ops
+from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, attention_sample
 
 SWITCHES = ("attention",)
@@ -43,10 +43,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     reason = _beyond_the_op(self, query, need_weights)
     if reason is not None:
-        dispatch.record_fallback("attention", "torch.nn.MultiheadAttention", reason, {"query": query, "key": key})
-        return self._llmkern_original.forward(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
+        options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        return untouched(self, "attention", reason, (query, key, value, *options), {})
     if not self.batch_first:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     q, k, v = _project(self, query, key, value)

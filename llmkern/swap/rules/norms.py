@@ -1,8 +1,9 @@
-"""RMSNorm and LayerNorm over the last dimension, whatever the class is called: what counts is what it computes."""
+"""RMSNorm and LayerNorm over the last dimension, whatever the class and its attributes are called: what counts is
+what it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,24 +11,23 @@ from torch import Tensor, nn
 
 from llmkern import ops
 from llmkern.dispatch import implementation
-from llmkern.swap.derive import derive
+from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
 
 SWITCHES = ("norms",)
 
-_DEFAULT_HIDDEN = 64  # to probe a norm that has no parameters and states no shape
+_HIDDEN = 64  # to probe a norm that has no parameters and states no shape
+_WRITTEN_OUT = (1e-5, 1e-6, 1e-8, 1e-12, 1e-7, torch.finfo(torch.float32).eps)  # for an eps that is no attribute
 
 
 def find(module: nn.Module) -> Found | None:
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
-    if module._modules or set(parameters) - {"weight", "bias"} or not is_stateless(module):
+    if module._modules or len(parameters) > 2 or not is_stateless(module):
         return None
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is not None and weight.device.type == "meta":
+    if any(p.is_meta for p in parameters.values()):
         return Found("norm", "", "its weight is offloaded, and only there while it runs") if _named(module) else None
-    one_dimensional = all(p.dim() == 1 and p.is_floating_point() and p.numel() for p in parameters.values())
-    if one_dimensional and (weight is not None or bias is None):
-        found = _recognise(module, weight, bias)
+    if all(p.dim() == 1 and p.is_floating_point() and p.numel() for p in parameters.values()):
+        found = _recognise(module, parameters)
         if found is not None:
             return found
     if _named(module):
@@ -40,34 +40,57 @@ def _named(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _recognise(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Found | None:
-    eps_names = [name for name, value in vars(module).items() if _may_be_eps(name, value)]
-    if not eps_names:
+def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found | None:
+    values = {name: p.detach().float() for name, p in parameters.items()}
+    sizes = {p.numel() for p in values.values()} or {(getattr(module, "normalized_shape", None) or (_HIDDEN,))[-1]}
+    if len(sizes) != 1 or not (parameters or _may_have_eps(module)):
         return None
-    if weight is not None:
-        x = _inputs(weight.numel()).to(weight.device)
-    else:
-        x = _inputs((getattr(module, "normalized_shape", None) or (_DEFAULT_HIDDEN,))[-1])
-    w, b = (None if p is None else p.detach().float() for p in (weight, bias))
-    out = probe(stand_in(module, parameters={"weight": w, "bias": b} if weight is not None else None), x)
+    x = _inputs(sizes.pop())
+    x = x.to(next((p.device for p in values.values()), x.device))
+    out = probe(stand_in(module, parameters=values), x)
     if out is None:
         return None
-    for name in eps_names:
-        eps = _eps(module, name, x)
-        for offset in (0.0, 1.0) if weight is not None else (0.0,):
-            call: dict[str, Any] = {"x": x, "weight": w, "bias": b, "eps": eps, "weight_offset": offset}
-            if agrees(out, implementation("rms_norm", "reference").fn(**call)):
-                cls = derive(type(module), _rms_forward, ("_llmkern_eps", name), ("_llmkern_offset", offset))
-                return Found("norm", "rms_norm", cls=cls, sample=_sample(call))
-        call = {"x": x, "weight": w, "bias": b, "eps": eps}
-        if agrees(out, implementation("layer_norm", "reference").fn(**call)):
-            cls = derive(type(module), _layer_forward, ("_llmkern_eps", name))
-            return Found("norm", "layer_norm", cls=cls, sample=_sample(call))
+    for weight, bias in _roles(list(values)):
+        w, b = (None if name is None else values[name] for name in (weight, bias))
+        for eps in _eps_sources(module):
+            number = _eps(module, eps, x)
+            for offset in (0.0, 1.0) if w is not None else (0.0,):
+                call = {"x": x, "weight": w, "bias": b, "eps": number, "weight_offset": offset}
+                if agrees(out, implementation("rms_norm", "reference").fn(**call)):
+                    attributes = (weight, bias, eps, offset)
+                    cls = derive(type(module), _rms_forward, ("_llmkern_norm", attributes))
+                    return Found("norm", "rms_norm", cls=cls, sample=_sample(call))
+            call = {"x": x, "weight": w, "bias": b, "eps": number}
+            if agrees(out, implementation("layer_norm", "reference").fn(**call)):
+                cls = derive(type(module), _layer_forward, ("_llmkern_norm", (weight, bias, eps)))
+                return Found("norm", "layer_norm", cls=cls, sample=_sample(call))
     return None
 
 
-def _may_be_eps(name: str, value: Any) -> bool:
-    return (isinstance(value, float) and 0 <= value < 1) or (name == "eps" and value is None)
+def _roles(names: list[str]) -> list[tuple[str | None, str | None]]:
+    """Which parameter may be the weight, and which the bias."""
+    if len(names) == 2:
+        return [(names[0], names[1]), (names[1], names[0])]
+    return [(names[0], None)] if names else [(None, None)]
+
+
+def _may_have_eps(module: nn.Module) -> bool:
+    return any(isinstance(value, float) or name == "eps" for name, value in vars(module).items())
+
+
+def _eps_sources(module: nn.Module) -> Iterator[str | float]:
+    """Names of attributes that may hold eps (nn.RMSNorm's may be None), then numbers that its code may contain."""
+    for name, value in vars(module).items():
+        if (isinstance(value, float) and 0 <= value < 1) or (name == "eps" and value is None):
+            yield name
+    yield from _WRITTEN_OUT
+
+
+def _eps(module: Any, source: str | float, x: Tensor) -> float:
+    if not isinstance(source, str):
+        return source
+    eps = getattr(module, source)
+    return torch.finfo(x.dtype).eps if eps is None else eps  # torch.nn.RMSNorm's default
 
 
 def _inputs(hidden: int) -> Tensor:
@@ -82,21 +105,32 @@ def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[
     return lambda dtype, device: {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in call.items()}
 
 
-def _eps(module: Any, name: str, x: Tensor) -> float:
-    eps = getattr(module, name)
-    return torch.finfo(x.dtype).eps if eps is None else eps  # torch.nn.RMSNorm's default
+def _parameters_of(self: Any, names: list[str | None]) -> list[Tensor | None]:
+    return [None if name is None else getattr(self, name) for name in names]
 
 
-def _rms_forward(self: Any, x: Tensor) -> Tensor:
-    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-    if weight is not None and weight.dtype != x.dtype:
-        return self._llmkern_original.forward(self, x)  # whose result has the promoted dtype
-    eps = _eps(self, self._llmkern_eps, x)
-    return ops.rms_norm(x, weight, eps, weight_offset=self._llmkern_offset, bias=bias)
+def _beyond(weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The sentence why this is not the call `norm(x)` in the weight's dtype, or None."""
+    if len(args) != 1 or kwargs:
+        return "the norm is called with more than its input, or by keyword"
+    if weight is not None and weight.dtype != args[0].dtype:
+        return f"the input is {args[0].dtype} and the weight {weight.dtype}, so the result has the promoted dtype"
+    return None
 
 
-def _layer_forward(self: Any, x: Tensor) -> Tensor:
-    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-    if weight is not None and weight.dtype != x.dtype:
-        return self._llmkern_original.forward(self, x)
-    return ops.layer_norm(x, weight, bias, _eps(self, self._llmkern_eps, x))
+def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    *names, eps, offset = self._llmkern_norm
+    weight, bias = _parameters_of(self, names)
+    reason = _beyond(weight, args, kwargs)
+    if reason is not None:
+        return untouched(self, "rms_norm", reason, args, kwargs)
+    return ops.rms_norm(args[0], weight, _eps(self, eps, args[0]), weight_offset=offset, bias=bias)
+
+
+def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    *names, eps = self._llmkern_norm
+    weight, bias = _parameters_of(self, names)
+    reason = _beyond(weight, args, kwargs)
+    if reason is not None:
+        return untouched(self, "layer_norm", reason, args, kwargs)
+    return ops.layer_norm(args[0], weight, bias, _eps(self, eps, args[0]))
