@@ -9,7 +9,17 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 import llmkern
 from llmkern import dispatch
@@ -87,6 +97,18 @@ def bert(tmp_path_factory) -> str:
     )
     BertModel(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, str]:
+    """An encoder and decoder of text, and a model of images."""
+    shape = {"num_layers": 2, "num_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=256, d_model=64, d_kv=32, d_ff=96, **shape))
+    vit = ViTModel(ViTConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1))
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("t5", "vit")}
+    t5.save_pretrained(folders["t5"])
+    vit.save_pretrained(folders["vit"])
+    return folders
 
 
 class TestWhy:
@@ -192,6 +214,13 @@ class TestCheck:
         assert found["perplexity"] == {"original": None, "optimized": None, "int8": None}
         assert "has no tokenizer" in err
 
+    def test_encoder_and_decoder(self, llmkern_, others, llama) -> None:
+        PreTrainedTokenizerFast.from_pretrained(llama).save_pretrained(others["t5"])
+        status, out, err = llmkern_("check", others["t5"], "--quantize", "int8", "--json")
+        found = json.loads(out)
+        assert (status, found["verdict"], found["perplexity"]["int8"]) == (0, True, None)
+        assert "int8 is judged by perplexity" in err
+
     def test_a_wrong_kernel_is_found(self, llmkern_, llama) -> None:
         backend = dispatch.register("test-wrong", priority=900)
         op = dispatch._OPS["rms_norm"]
@@ -266,14 +295,15 @@ class TestGenerate:
         (["check", "{llama}", "--quantize", "int3"], "--quantize is 'int3', expected int8"),
         (["check", "{llama}", "--tokens", "1"], "--tokens is 1, expected at least 2"),
         (["check", "{llama}", "--device", "tpu"], "--device is 'tpu', expected cpu, cuda or auto"),
+        (["check", "{vit}"], "takes pixel_values; check compares models of text"),
         (["generate", "{bert}", "--prompt", "x"], "is a BertModel, which does not generate text"),
         (["generate", "{llama}", "--prompt", ""], "--prompt is empty"),
         (["generate", "{llama}", "--prompt", "x", "--max-new-tokens", "0"], "expected at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_status_2(llmkern_, llama, bert, tmp_path, arguments, message) -> None:
-    folders = {"llama": llama, "bert": bert, "empty": str(tmp_path)}
+def test_bad_input_is_one_line_and_status_2(llmkern_, llama, bert, others, tmp_path, arguments, message) -> None:
+    folders = {"llama": llama, "bert": bert, "empty": str(tmp_path), **others}
     for name in ("corrupt", "incomplete"):
         if f"{{{name}}}" in arguments:
             folders[name] = str(damaged(llama, tmp_path, name))

@@ -122,6 +122,8 @@ def check(
 def run_check(loaded: Loaded, *, tokens: int, int8: bool) -> Check:
     """Everything that `llmkern check` measures; the loaded model itself stays as it is."""
     original = loaded.model
+    if loaded.model.main_input_name != "input_ids":
+        raise ValueError(f"MODEL {loaded.name} takes {loaded.model.main_input_name}; check compares models of text")
     ids = token_ids(loaded, tokens).to(_device_of(original))
     inputs = _inputs(loaded, ids)
     model = copy.deepcopy(original)
@@ -148,8 +150,6 @@ def _device_of(model: nn.Module) -> torch.device:
 def _inputs(loaded: Loaded, ids: Tensor) -> dict[str, Tensor]:
     """Two rows of text, one of them half padding: on the left for what continues text, else on the right."""
     config: Any = loaded.model.config
-    if loaded.model.main_input_name != "input_ids":
-        raise ValueError(f"MODEL {loaded.name} takes {loaded.model.main_input_name}; check compares models of text")
     # Positions of RoBERTa and its kin begin behind the padding index.
     room = (getattr(config, "max_position_embeddings", None) or math.inf) - 2
     length = int(max(min(VERIFIED_LENGTH, len(ids), room), 1))

@@ -23,6 +23,7 @@ HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2 or demo:
 DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
 DTYPE_HELP = "float32, bfloat16 or float16; auto takes the checkpoint's own."
 CALIBRATION_ARTICLES = 8
+CALIBRATION_TOKENS = 512
 DEMOS = ("demo:smollm2", "demo:minilm")
 
 
@@ -125,8 +126,8 @@ def _load(name: str, dtype: torch.dtype | None) -> Loaded:
     tokenizer = None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        # A folder without a tokenizer's files gives one that knows its special tokens only.
-        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        # A folder without a tokenizer's files gives one to which every word is unknown.
+        if set(tokenizer("a word", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
             tokenizer = None
     return Loaded(name, model, tokenizer)
 
@@ -170,8 +171,20 @@ def quantize(model: nn.Module, loaded: Loaded) -> QuantReport:
     from llmkern.quantization import quantize_
     from llmkern.testing.real_models import prose
 
-    texts = None
-    with contextlib.suppress(ModuleNotFoundError):
-        texts = prose().splitlines()[-CALIBRATION_ARTICLES:] if loaded.tokenizer is not None else None
+    batches = None
+    if loaded.tokenizer is not None:
+        with contextlib.suppress(ModuleNotFoundError):
+            batches = [_calibration(loaded, text) for text in prose().splitlines()[-CALIBRATION_ARTICLES:]]
     with working("quantizing to int8"):
-        return quantize_(model, "int8", calib=texts, tokenizer=loaded.tokenizer)
+        return quantize_(model, "int8", calib=batches)
+
+
+def _calibration(loaded: Loaded, text: str) -> dict[str, Tensor]:
+    """One forward's arguments."""
+    config: Any = loaded.model.config
+    length = min(CALIBRATION_TOKENS, getattr(config, "max_position_embeddings", None) or CALIBRATION_TOKENS)
+    # Positions of RoBERTa and its kin begin behind the padding index.
+    ids = torch.tensor(loaded.tokenizer(text)["input_ids"][: max(length - 2, 1)])[None]
+    ids = ids.to(next(loaded.model.parameters()).device)
+    decoder = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    return {"input_ids": ids, **decoder}
