@@ -167,6 +167,18 @@ def test_a_gate_of_another_activation_is_left_with_a_reason() -> None:
     assert "none of silu, gelu, gelu_tanh" in row.reason
 
 
+def test_queries_keys_and_values_are_no_gated_mlp() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+    assert only_row(Attention()).kind == "attention"
+
+
 def test_an_mlp_that_drops_out_trains_as_before() -> None:
     class Dropping(GatedMLP):
         def __init__(self) -> None:

@@ -51,8 +51,14 @@ def find(module: nn.Module) -> Found | None:
                     cls = derive(type(module), _forward, *attributes)
                     sample = partial(_sample, op, activation, linears[names[-1]].in_features)
                     return Found("mlp", op, cls=cls, sample=sample)
-    if len(linears) == 3 and any(_shapes_fit(list(layers)) for layers in permutations(linears.values())):
-        return Found("mlp", "", f"it has the layers of a gated MLP, but its gate is none of {', '.join(_GATED)}")
+    for names in permutations(linears):
+        if len(names) == 3 and _shapes_fit([linears[n] for n in names]):
+            small, x = _small_layers(names)
+            # An attention's q, k and v fit as well where they are square; but one tensor does not make it give one.
+            if probe(stand_in(module, small), x) is not None:
+                return Found(
+                    "mlp", "", f"it has the layers of a gated MLP, but its gate is none of {', '.join(_GATED)}"
+                )
     return None
 
 
@@ -64,19 +70,25 @@ def _shapes_fit(linears: list[Any]) -> bool:
     return all(layer.in_features == hidden and layer.out_features == packed * intermediate for layer in into)
 
 
-def _computes_gated(
-    module: nn.Module, names: tuple[str, ...], activation: Callable[[Tensor], Tensor], gate_first: bool
-) -> bool:
-    """Whether the class's forward, run on small layers, is the gated MLP with these roles."""
+def _small_layers(names: tuple[str, ...]) -> tuple[dict[str, nn.Module], Tensor]:
+    """Linear layers to probe the class's forward with, in the roles (gate, up, down) or (packed, down); and an input."""
     generator = torch.Generator().manual_seed(0)
     into_sizes = [(_HIDDEN, _INTERMEDIATE)] * 2 if len(names) == 3 else [(_HIDDEN, 2 * _INTERMEDIATE)]
     sizes = [*into_sizes, (_INTERMEDIATE, _HIDDEN)]
-    small = {name: skip_init(nn.Linear, *size) for name, size in zip(names, sizes, strict=True)}
+    small: dict[str, nn.Module] = {n: skip_init(nn.Linear, *size) for n, size in zip(names, sizes, strict=True)}
     with torch.no_grad():
         for layer in small.values():
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        x = torch.randn(2, 3, _HIDDEN, generator=generator)
+    return small, torch.randn(2, 3, _HIDDEN, generator=generator)
+
+
+def _computes_gated(
+    module: nn.Module, names: tuple[str, ...], activation: Callable[[Tensor], Tensor], gate_first: bool
+) -> bool:
+    """Whether the class's forward, run on small layers, is the gated MLP with these roles."""
+    small, x = _small_layers(names)
+    with torch.no_grad():
         *into, down = [small[name] for name in names]
         gate, up = _gate_and_up([layer(x) for layer in into], gate_first)
         expected = down(activation(gate) * up)
