@@ -71,7 +71,7 @@ def _shapes_fit(linears: list[Any]) -> bool:
 
 
 def _small_layers(names: tuple[str, ...]) -> tuple[dict[str, nn.Module], Tensor]:
-    """Linear layers to probe the class's forward with, in the roles (gate, up, down) or (packed, down); and an input."""
+    """Layers to probe the class's forward with, in the roles (gate, up, down) or (packed, down), and an input."""
     generator = torch.Generator().manual_seed(0)
     into_sizes = [(_HIDDEN, _INTERMEDIATE)] * 2 if len(names) == 3 else [(_HIDDEN, 2 * _INTERMEDIATE)]
     sizes = [*into_sizes, (_INTERMEDIATE, _HIDDEN)]
