@@ -62,6 +62,10 @@ inline void store(BFloat16* p, F32 v) {
 }
 
 #if LLMKERN_ISA_LEVEL == 2
+inline F32 load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
 inline F32 load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -70,6 +74,10 @@ inline void store(Float16* p, F32 v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif LLMKERN_ISA_LEVEL == 1
+inline F32 load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
+}
+
 inline F32 load(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -78,6 +86,16 @@ inline void store(Float16* p, F32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
+// Compilers widen to twice the size in one step, and to four times element by element.
+inline F32 load(const int8_t* p) {
+  typedef int8_t S8 __attribute__((vector_size(kLanes)));
+  typedef int16_t S16 __attribute__((vector_size(kVectorBytes / 2)));
+  typedef int32_t S32 __attribute__((vector_size(kVectorBytes)));
+  S8 v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, S16), S32), F32);
+}
+
 // Half's exponent and mantissa, moved to float's place, are a float too small by 2^(127-15), subnormals included.
 inline F32 load(const Float16* p) {
   const U32 h = load_u16(p);
@@ -116,17 +134,36 @@ inline void store_first(T* p, F32 v, int n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+// As much as there is of the register at p, which has n > 0 elements left.
+template <class T>
+inline F32 load_at_most(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, static_cast<int>(n));
+}
+
+template <class T>
+inline void store_at_most(T* p, F32 v, int64_t n) {
+  n >= kLanes ? store(p, v) : store_first(p, v, static_cast<int>(n));
+}
+
 inline F32 broadcast(float value) {
   return F32{} + value;
 }
 
-// Pairwise, so that the result has the least rounding.
-inline float sum(F32 v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  return lanes[0];
+// Of floats or integers; pairwise, each half of the lanes added to the other, which rounds least.
+template <class V>
+inline auto sum(V v) {
+#if LLMKERN_ISA_LEVEL == 2
+  const auto v8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LLMKERN_ISA_LEVEL == 1
+  const auto v8 = v;
+#endif
+#if LLMKERN_ISA_LEVEL > 0
+  const auto v4 = __builtin_shufflevector(v8, v8, 0, 1, 2, 3) + __builtin_shufflevector(v8, v8, 4, 5, 6, 7);
+#else
+  const auto v4 = v;
+#endif
+  return (v4[0] + v4[2]) + (v4[1] + v4[3]);
 }
 
 }  // namespace

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from llmkern import _native, dispatch
 from llmkern.testing.case import cases
-from llmkern.testing.compare import assert_as_accurate, upcast
+from llmkern.testing.judge import assert_right
 
 ROOT = Path(__file__).parents[2]
 ISAS = ("portable", "avx2", "avx512")
@@ -63,8 +64,7 @@ def test_each_instruction_set_is_as_accurate_as_pytorch(case, impl, isa) -> None
     call = case.make()
     if reason := impl.why_not(**call):
         pytest.skip(reason)
-    exact = dispatch.implementation(case.op, "reference").fn(**upcast(call))
-    assert_as_accurate(impl.fn(**call), baseline=dispatch.implementation(case.op, "torch").fn(**call), exact=exact)
+    assert_right(case, call, impl.fn(**call))
 
 
 @built
@@ -86,18 +86,75 @@ def test_every_half_and_every_rounding_to_half(isa) -> None:
             torch.testing.assert_close(narrowed[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+def int8_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(n, 1)
+
+
+# Large enough to be shared among threads, and odd, so that their shares differ.
+SHARED = {
+    "rms_norm": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
+    "int8_linear-w8a16": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a16"),
+    "int8_linear-w8a8": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a8"),
+}
+
+
+def test_every_native_op_is_tested_on_threads() -> None:
+    assert {name.split("-")[0] for name in SHARED} == {param.values[0].op for param in NATIVE_CASES}
+
+
 @built
-def test_the_number_of_threads_changes_no_bit() -> None:
-    x, weight = torch.randn(301, 577), torch.randn(577)
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("name", SHARED)
+def test_the_number_of_threads_changes_no_bit(name, isa) -> None:
+    call, operator = SHARED[name](), getattr(torch.ops.llmkern, name.split("-")[0])
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(torch.ops.llmkern.rms_norm(x, weight, None, 1e-6, 0.0))
+            results.append(operator(*call))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 17), (17, 63), (63, 65), (65, 577), (16, 1100)])
+def test_int8_linear_gives_a_row_the_same_bits_in_any_company(isa, scheme, n, k) -> None:
+    x, (w, scale) = torch.randn(16, k), int8_weight(n, k)
+    alone = [torch.ops.llmkern.int8_linear(row, w, scale, None, "silu", scheme) for row in x]
+    for rows in (1, 3, 6, 16):
+        together = torch.ops.llmkern.int8_linear(x[:rows], w, scale, None, "silu", scheme)
+        assert torch.equal(together, torch.stack(alone[:rows]))
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("k", [1, 3, 17, 63, 65, 577, 131071])
+@pytest.mark.parametrize("codes", ["random", "all -128", "all 127"])
+def test_int8_linear_w8a8_is_exact(isa, k, codes) -> None:
+    """To the bit: the codes of quantize_int8, their products' exact sum, one multiplication by each scale."""
+    x, (w, scale) = torch.randn(3, k), int8_weight(5, k)
+    if codes != "random":
+        w.fill_(int(codes.split()[1]))
+        x[1], x[2] = 1.0, -1.0
+    q, row_scale = dispatch.implementation("quantize_int8", "reference").fn(x=x)
+    expected = (q.double() @ w.double().T).float() * row_scale * scale.T
+    assert torch.equal(torch.ops.llmkern.int8_linear(x, w, scale, None, "none", "w8a8"), expected)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_int8_linear_takes_rows_that_lie_anywhere(isa, scheme) -> None:
+    """Rows of the weight apart and unaligned; x in any order; the operator itself also takes weights by column."""
+    x, (w, scale) = torch.randn(70, 3), int8_weight(19, 80)
+    w = w[:, 3:73]
+    expected = torch.ops.llmkern.int8_linear(x.T.contiguous(), w.contiguous(), scale, None, "none", scheme)
+    for weight in (w, w.T.contiguous().T):
+        assert torch.equal(torch.ops.llmkern.int8_linear(x.T, weight, scale, None, "none", scheme), expected)
 
 
 @built
@@ -121,9 +178,18 @@ def test_float64_is_the_reference() -> None:
 
 
 @built
-def test_the_operator_checks_what_it_would_read() -> None:
+def test_the_operators_check_what_they_would_read() -> None:
     with pytest.raises(RuntimeError, match=r"weight must be contiguous with shape \[24\]"):
         torch.ops.llmkern.rms_norm(torch.randn(3, 24), torch.randn(23), None, 1e-6, 0.0)
+    w, scale = int8_weight(5, 24)
+    x = torch.randn(3, 24)
+    for message, call in (
+        ("w_q has K = 24, x's last dimension is 23", (x[:, 1:], w, scale, None)),
+        ("w_scale must be contiguous with 5 elements", (x, w, scale[:4], None)),
+        (r"bias must be contiguous with shape \[5\]", (x, w, scale, torch.zeros(6))),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.llmkern.int8_linear(*call, "none", "w8a8")
 
 
 @built
