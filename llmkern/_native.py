@@ -92,7 +92,7 @@ def set_cpu_isa(name: str) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """How the package's library was built: compilers, versions, flags, parts; or, under "built", why that is unknown."""
+    """How the library was built: compilers, versions, flags, parts; or, under "built", why that is unknown."""
     try:
         return dict(importlib.import_module("llmkern._C").build_info())
     except ImportError as error:
