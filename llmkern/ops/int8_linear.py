@@ -34,7 +34,7 @@ def int8_linear(
     bias: [N], any floating dtype.  activation: "none", "gelu", "gelu_tanh", "silu" or "relu".
     scheme: "w8a8" rounds each row of x to int8 (`quantize_int8`) and multiplies integers;
         "w8a16" (weight-only) takes x as it is;
-        "auto": w8a16 for at most 4 rows of bf16 on the CPU, else w8a8 (why: `resolve_scheme`).
+        "auto": w8a16 for at most 4 rows on the CPU, else w8a8 (why: `resolve_scheme`).
     Returns [..., N], contiguous; any size may be 0.  Under w8a8 a row with NaN or infinity gives NaN in that row only.
     Differentiable in x and bias; the weight is frozen.  dx is that of the floating-point product with the
     weight w_q * w_scale: rounding the activations is passed straight through (Bengio et al., arXiv:1308.3432).
@@ -51,18 +51,20 @@ def int8_linear(
 
 
 def resolve_scheme(scheme: str, x: Tensor) -> str:
-    """What "auto" means for `x`, by device, dtype and rows alone, so that a call's numbers do not hang on timing.
+    """What "auto" means for `x`, by device and rows alone, so that a call's numbers hang neither on timing nor on
+    the backends that are there.
 
-    Measured with torch 2.13 on two cores with AMX, µs, weight-only / W8A8 with its quantization, for weights
-    of 576², 576×1536, 4096² and 11008×4096: one row of bf16 12/49, 29/56, 426/643 and 1137/1672; four rows
-    22/48, 45/64, 732/723 and 2260/1909; eight rows 38/50, 81/70, 1480/828 and 4314/1932.  In fp32 and
-    fp16 PyTorch must dequantize the weight first, and W8A8 is faster at every size.
+    On the CPU a few rows take as long as reading the weight does, and rounding them to int8 as well only loses
+    accuracy.  Measured on two cores with VNNI, weights out of cache, fp32, µs, weight-only / W8A8 by the native
+    kernel, for weights of 576², 576×1536 and 4096²: one row 27/22, 54/43 and 591/589; four rows 30/26, 65/49 and
+    752/616; eight rows 45/32, 97/58 and 1258/792.  PyTorch alone has no such operator but in bf16 (43, 86 and 702
+    for one row): in fp32 and fp16 it dequantizes the weight first, so that without the native library "w8a8" is
+    faster, 94, 117 and 1442.  On other devices W8A8 always.
     """
     if scheme != "auto":
         return scheme
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    few = x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows <= FEW_ROWS
-    return "w8a16" if few else "w8a8"
+    return "w8a16" if x.device.type == "cpu" and rows <= FEW_ROWS else "w8a8"
 
 
 def straight_through(

@@ -56,10 +56,9 @@ def test_nan_stays_in_its_row(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "rows", "expected"),
     [
-        (torch.bfloat16, FEW_ROWS, "w8a16"),
-        (torch.bfloat16, FEW_ROWS + 1, "w8a8"),
-        (torch.float16, 1, "w8a8"),
-        (torch.float32, 1, "w8a8"),
+        (dtype, rows, scheme)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for rows, scheme in ((1, "w8a16"), (FEW_ROWS, "w8a16"), (FEW_ROWS + 1, "w8a8"))
     ],
 )
 def test_auto_follows_its_documented_rule(dtype: torch.dtype, rows: int, expected: str) -> None:
