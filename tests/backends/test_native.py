@@ -169,6 +169,25 @@ def test_any_order_of_the_leading_dimensions(order) -> None:
 
 
 @built
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        (None, {}),
+        ("x has 17 rows; at most 16 are taken", {"x": torch.zeros(17, 8)}),
+        ("the rows of w_q have stride 6; only 1 is taken", {"w_q": torch.zeros(8, 6, dtype=torch.int8).T}),
+        ("w_scale is not contiguous", {"w_scale": torch.ones(6, 2)[:, :1]}),
+        ("bias is torch.float64; float32, bfloat16 and float16 are taken", {"bias": torch.zeros(6).double()}),
+        ("takes float32, bfloat16, float16, not float64", {"x": torch.zeros(2, 8).double()}),
+    ],
+)
+def test_int8_linear_says_what_it_cannot_serve(reason, change) -> None:
+    call = {"x": torch.zeros(2, 8), "w_q": torch.zeros(6, 8, dtype=torch.int8), "w_scale": torch.ones(6, 1)}
+    call |= {"bias": None, "activation": "none", "scheme": "w8a8"} | change
+    said = dispatch.implementation("int8_linear", "cpu").why_not(**call)
+    assert said == reason if reason is None else said.startswith(reason)
+
+
+@built
 def test_float64_is_the_reference() -> None:
     x = torch.randn(3, 24, dtype=torch.float64)
     expected = dispatch.implementation("rms_norm", "reference").fn(
