@@ -86,14 +86,17 @@ inline void store(Float16* p, F32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Compilers widen to twice the size in one step, and to four times element by element.
+// Each byte four times in its lane, so that a shift leaves it with its sign: compilers widen byte by byte instead.
 inline F32 load(const int8_t* p) {
-  typedef int8_t S8 __attribute__((vector_size(kLanes)));
-  typedef int16_t S16 __attribute__((vector_size(kVectorBytes / 2)));
+  typedef int8_t S8 __attribute__((vector_size(kVectorBytes)));
+  typedef int16_t S16 __attribute__((vector_size(kVectorBytes)));
   typedef int32_t S32 __attribute__((vector_size(kVectorBytes)));
-  S8 v;
-  std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, S16), S32), F32);
+  int32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  const S8 v = bits_as<S8>(S32{bytes});
+  const S16 twice = bits_as<S16>(__builtin_shufflevector(v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  const S32 four_times = bits_as<S32>(__builtin_shufflevector(twice, twice, 0, 8, 1, 9, 2, 10, 3, 11));
+  return __builtin_convertvector(four_times >> 24, F32);
 }
 
 // Half's exponent and mantissa, moved to float's place, are a float too small by 2^(127-15), subnormals included.
