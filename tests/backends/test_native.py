@@ -173,7 +173,9 @@ def test_any_order_of_the_leading_dimensions(order) -> None:
     ("reason", "change"),
     [
         (None, {}),
-        ("x has 17 rows; at most 16 are taken", {"x": torch.zeros(17, 8)}),
+        ("x has 33 rows; at most 32 are taken in w8a8", {"x": torch.zeros(33, 8)}),
+        (None, {"x": torch.zeros(33, 8), "scheme": "w8a16"}),
+        ("x has 65 rows; at most 64 are taken in w8a16", {"x": torch.zeros(65, 8), "scheme": "w8a16"}),
         ("the rows of w_q have stride 6; only 1 is taken", {"w_q": torch.zeros(8, 6, dtype=torch.int8).T}),
         ("w_scale is not contiguous", {"w_scale": torch.ones(6, 2)[:, :1]}),
         ("bias is torch.float64; float32, bfloat16 and float16 are taken", {"bias": torch.zeros(6).double()}),
