@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from llmkern.config import settings
 
@@ -96,6 +97,12 @@ class _Op:
     lead: str
     differentiable: bool
     implementations: tuple[Implementation, ...] = ()
+    # By device, dtype, grad mode and forced backend: a bounded table, however many shapes a server sees.
+    usable: dict[tuple[torch.device, torch.dtype, bool, str | None], tuple[Implementation, ...]] = field(
+        default_factory=dict
+    )
+    # By the whole form of a call: who served it.
+    served: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
 
 
 class Recorder(Protocol):
@@ -115,6 +122,9 @@ class _State:
     recorder: Recorder | None = None
     interceptor: Callable[[str, dict[str, Any]], Any] | None = None
 
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_REMEMBERED = 512  # forms of call per op
 
 _BACKENDS: dict[str, Backend] = {}
 _OPS: dict[str, _Op] = {}
@@ -137,9 +147,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 def _needs_grad(call: dict[str, Any]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(value, Tensor) and value.requires_grad for value in call.values())
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in call.values())
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -187,10 +195,6 @@ def _usable(
     return tuple(found)
 
 
-# Keyed on device, dtype and grad mode only: a bounded set, however many shapes a server sees.
-_usable_cached = functools.lru_cache(maxsize=4096)(_usable)
-
-
 def decisions(
     op: str, call: dict[str, Any], *, capability: tuple[int, int] | None = None
 ) -> list[tuple[Backend, Implementation | None, str | None]]:
@@ -226,8 +230,14 @@ def select(op: str, call: dict[str, Any]) -> Implementation:
     if grad and not spec.differentiable:
         raise Refused(f"{op} has no gradient: detach its inputs or call it under torch.no_grad()")
     forced = forced_backend()
-    usable = _usable if torch.compiler.is_compiling() else _usable_cached
-    for impl in usable(op, lead.device, lead.dtype, grad, forced):
+    if is_compiling():
+        usable = _usable(op, lead.device, lead.dtype, grad, forced)
+    else:
+        key = (lead.device, lead.dtype, grad, forced)
+        if key not in spec.usable:
+            spec.usable[key] = _usable(op, *key)
+        usable = spec.usable[key]
+    for impl in usable:
         if impl.refuse is None or impl.refuse(**call) is None:
             if settings.strict and forced is None and not impl.backend.kernels:
                 raise Refused(_explain_refusal(op, call, None))
@@ -245,8 +255,44 @@ def _explain_refusal(op: str, call: dict[str, Any], forced: str | None) -> str:
     return f"{op}: no {kind} can serve this call ({'; '.join([f'{name}: {reason}' for name, reason in reasons])})"
 
 
-def dispatch(op: str, **call: Any) -> Any:
-    """Run `op` on the backend that `select` picks.  `call` has exactly the arguments of the op's schema."""
+def dispatch(op: str, check: Callable[..., None] | None = None, /, **call: Any) -> Any:
+    """Run `op` on the backend that `select` picks.  `call` has exactly the arguments of the op's schema.
+
+    check: takes the call's arguments and raises where they are not accepted.  Without gradients, checks and choice
+    are made once for each form of call (shapes, strides, dtypes, devices, and every other argument): at batch 1 an op
+    runs between matrix products that have emptied the caches, where a handful of small Python functions takes
+    longer than the op itself.
+    """
+    watched = _state.recorder is not None or _state.interceptor is not None
+    if watched or torch.is_grad_enabled() or is_compiling():
+        return _dispatch(op, check, call)
+    form: list[Any] = [_state.forced, settings.backend, settings.strict]
+    for value in call.values():
+        if type(value) in _PLAIN_TENSORS:
+            form += (value.shape, value.stride(), value.dtype, value.device)
+        elif isinstance(value, Tensor):  # a subclass means more than its form says
+            return _dispatch(op, check, call)
+        else:
+            form.append(tuple(value) if type(value) is list else value)
+    key = tuple(form)
+    served = _OPS[op].served
+    try:
+        fn = served.get(key)
+    except TypeError:  # an argument that cannot be hashed: `check` has a sentence for it
+        return _dispatch(op, check, call)
+    if fn is None:
+        if check is not None:
+            check(**call)
+        fn = select(op, call).fn
+        if len(served) >= _REMEMBERED:
+            served.clear()
+        served[key] = fn
+    return fn(**call)
+
+
+def _dispatch(op: str, check: Callable[..., None] | None, call: dict[str, Any]) -> Any:
+    if check is not None:
+        check(**call)
     if _state.interceptor is not None:
         return _state.interceptor(op, call)
     impl = select(op, call)
@@ -346,6 +392,14 @@ def implementation(op: str, backend: str) -> Implementation:
     raise ValueError(f"backend {backend!r} does not implement {op}")
 
 
+def replace_implementations(op: str, implementations: Sequence[Implementation]) -> None:
+    """Give `op` these implementations and no others; what was decided before is forgotten."""
+    spec = _OPS[op]
+    spec.implementations = tuple(sorted(implementations, key=lambda i: -i.priority))
+    spec.usable.clear()
+    spec.served.clear()
+
+
 def register(
     name: str,
     *,
@@ -406,8 +460,7 @@ def implements(
             refuse,
         )
         spec = _OPS[op]
-        spec.implementations = tuple(sorted((*spec.implementations, impl), key=lambda i: -i.priority))
-        _usable_cached.cache_clear()
+        replace_implementations(op, (*spec.implementations, impl))
         return fn
 
     return declare

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from llmkern import dispatch
 
@@ -63,7 +64,7 @@ def native(op: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.llmkern, op).default
 
     def call(**arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_compiling():
             return operator(**arguments)
         # Without gradients the operator's autograd layer, which is Python, only costs: half of a small call.
         with torch._C._AutoDispatchBelowAutograd():

@@ -223,8 +223,7 @@ class TestCheck:
 
     def test_a_wrong_kernel_is_found(self, llmkern_, llama) -> None:
         backend = dispatch.register("test-wrong", priority=900)
-        op = dispatch._OPS["rms_norm"]
-        before = op.implementations
+        before = dispatch.implementations("rms_norm")
         try:
 
             @llmkern.implements("rms_norm", backend)
@@ -234,8 +233,7 @@ class TestCheck:
             status, out, _ = llmkern_("check", llama, "--tokens", "64", "--json")
             text = llmkern_("check", llama, "--tokens", "64")[1]
         finally:
-            op.implementations = before
-            dispatch._usable_cached.cache_clear()
+            dispatch.replace_implementations("rms_norm", before)
             del dispatch._BACKENDS["test-wrong"]
         found = json.loads(out)
         assert (status, found["verdict"], found["restored_bit_equal"]) == (1, False, True)

@@ -90,20 +90,12 @@ def attention(
     Differentiable in q, k, v, a floating attn_mask and sinks, through out and through the log-sum-exp.
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
-    check_heads("attention", q, k, v, "k", "v")
-    batch, heads, queries, head_dim = q.shape
-    keys = k.shape[2]
-    if k.shape[0] != batch:
-        raise ValueError(f"attention: k has batch size {k.shape[0]}, expected {batch} (q's)")
-    if attn_mask is not None:
-        attn_mask = _mask_of_rank_4(attn_mask, q, (batch, heads, queries, keys))
-    if key_padding_mask is not None:
-        check_dtype("attention", "key_padding_mask", key_padding_mask, torch.bool)
-        check_shape("attention", "key_padding_mask", key_padding_mask, (batch, keys), "k's batch and length")
-        check_same_device("attention", "q", q, key_padding_mask=key_padding_mask)
-    check_sinks("attention", q, sinks)
+    if isinstance(attn_mask, Tensor) and attn_mask.dim() < 4:
+        _check(q, k, v, attn_mask, None, None)  # as it was given: a refusal names its own shape
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     out, lse = dispatch(
         "attention",
+        _check,
         q=q,
         k=k,
         v=v,
@@ -111,12 +103,34 @@ def attention(
         key_padding_mask=key_padding_mask,
         sinks=sinks,
         causal=causal,
-        sm_scale=scale_of("attention", sm_scale, head_dim),
+        sm_scale=scale_of("attention", sm_scale, q),
         window=window_of("attention", window),
         softcap=softcap_of("attention", softcap),
         return_lse=return_lse,
     )
     return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    sinks: Tensor | None,
+    **_: Any,
+) -> None:
+    check_heads("attention", q, k, v, "k", "v")
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    if k.shape[0] != batch:
+        raise ValueError(f"attention: k has batch size {k.shape[0]}, expected {batch} (q's)")
+    if attn_mask is not None:
+        _check_mask(attn_mask, q, (batch, heads, queries, keys))
+    if key_padding_mask is not None:
+        check_dtype("attention", "key_padding_mask", key_padding_mask, torch.bool)
+        check_shape("attention", "key_padding_mask", key_padding_mask, (batch, keys), "k's batch and length")
+        check_same_device("attention", "q", q, key_padding_mask=key_padding_mask)
+    check_sinks("attention", q, sinks)
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
@@ -143,10 +157,13 @@ def check_sinks(op: str, q: Tensor, sinks: Tensor | None) -> None:
     check_same_device(op, "q", q, sinks=sinks)
 
 
-def scale_of(op: str, sm_scale: float | None, head_dim: int) -> float:
-    """`sm_scale`, or the default."""
+def scale_of(op: str, sm_scale: float | None, q: Tensor) -> float:
+    """`sm_scale`, or the default for q's head dimension."""
+    if sm_scale is None:
+        # What is no q at all, or has no head dimension, is refused by `check_heads`.
+        return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
     check_finite(op, "sm_scale", sm_scale)
-    return head_dim**-0.5 if sm_scale is None else float(sm_scale)
+    return float(sm_scale)
 
 
 def softcap_of(op: str, softcap: float | None) -> float:
@@ -170,8 +187,8 @@ def window_of(op: str, window: int | Sequence[int] | None) -> list[int]:
     raise ValueError(f"{op}: window is {window!r}, expected an int >= 1 or (left, right) with ints >= -1")
 
 
-def _mask_of_rank_4(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> Tensor:
-    """A view of the checked mask with 4 dimensions, each 1 or that of the scores."""
+def _check_mask(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
+    """The mask is bool or floating, on q's device, and broadcasts to the shape of the scores."""
     check_dtype("attention", "attn_mask", attn_mask, *dict.fromkeys((torch.bool, q.dtype, torch.float32)))
     check_same_device("attention", "q", q, attn_mask=attn_mask)
     missing = len(full) - attn_mask.dim()
@@ -181,7 +198,6 @@ def _mask_of_rank_4(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> Tens
             f"attention: attn_mask has shape {shape_text(attn_mask.shape)}, "
             f"expected one that broadcasts to {shape_text(full)} (batch, q's heads, queries, keys)"
         )
-    return attn_mask[(None,) * missing] if missing else attn_mask
 
 
 def out_like(q: Tensor, v: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def attention_decode(
     No gradient.  Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
     check_heads("attention_decode", q, k_cache, v_cache, "k_cache", "v_cache")
-    batch, _, queries, head_dim = q.shape
+    batch, _, queries, _ = q.shape
     if not 1 <= queries <= MAX_QUERIES:
         raise ValueError(
             f"attention_decode: q has {queries} queries, expected 1 to {MAX_QUERIES}; use attention for more"
@@ -103,7 +103,7 @@ def attention_decode(
         seq_lens=seq_lens,
         block_table=block_table,
         sinks=sinks,
-        sm_scale=scale_of("attention_decode", sm_scale, head_dim),
+        sm_scale=scale_of("attention_decode", sm_scale, q),
         window=window_of("attention_decode", window),
         softcap=softcap_of("attention_decode", softcap),
         return_lse=return_lse,

@@ -21,9 +21,12 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     Returns a contiguous tensor of x's shape and dtype.  Differentiable.
     Raises TypeError for other dtypes, ValueError for another approximation.
     """
+    return dispatch("gelu", _check, x=x, approximate=approximate)
+
+
+def _check(x: Tensor, approximate: str) -> None:
     check_floating("gelu", x=x)
     check_choice("gelu", "approximate", approximate, ("none", "tanh"))
-    return dispatch("gelu", x=x, approximate=approximate)
 
 
 def _fake(x: Tensor, approximate: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Returns a contiguous tensor of x's shape and dtype.  Differentiable in x, weight and bias.
     Raises TypeError for other dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("layer_norm", x, weight, bias, eps)
-    return dispatch("layer_norm", x=x, weight=weight, bias=bias, eps=eps)
+    return dispatch("layer_norm", _check, x=x, weight=weight, bias=bias, eps=eps)
+
+
+_check = partial(check_norm, "layer_norm")
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,8 +30,10 @@ def rms_norm(
     Returns a contiguous tensor of x's shape and dtype.  Differentiable in x, weight and bias.
     Raises TypeError for other dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("rms_norm", x, weight, bias, eps, weight_offset)
-    return dispatch("rms_norm", x=x, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset)
+    return dispatch("rms_norm", _check, x=x, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset)
+
+
+_check = partial(check_norm, "rms_norm")
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float) -> Tensor:

@@ -38,6 +38,16 @@ def rope(
     Raises TypeError for other dtypes, ValueError for other shapes, devices or rotary_dim, and where cos or sin
     requires a gradient (there is none: detach them).
     """
+    if isinstance(cos, Tensor) and cos.dim() == 2:
+        cos = cos.unsqueeze(0)
+    if isinstance(sin, Tensor) and sin.dim() == 2:
+        sin = sin.unsqueeze(0)
+    if rotary_dim is None:
+        rotary_dim = cos.shape[-1] if isinstance(cos, Tensor) and cos.dim() else 0
+    return dispatch("rope", _check, q=q, k=k, cos=cos, sin=sin, rotary_dim=rotary_dim, interleaved=interleaved)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> None:
     check_floating("rope", q=q, k=k, cos=cos, sin=sin)
     check_same_dtype("rope", "q", q, k=k)
     check_same_dtype("rope", "cos", cos, sin=sin)
@@ -47,21 +57,17 @@ def rope(
     batch, _, length, dim = q.shape
     heads = k.shape[1] if k.dim() == 4 else 1
     check_shape("rope", "k", k, (batch, heads, length, dim), "q's batch, length and head dimension")
-    if cos.dim() == 2:
-        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
     if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
         expected = f"[{batch} or 1, {length}, W] or [{length}, W]"
         raise ValueError(f"rope: cos has shape {shape_text(cos.shape)}, expected {expected}")
     check_shape("rope", "sin", sin, cos.shape, "the shape of cos")
     width = cos.shape[-1]
-    rotary_dim = width if rotary_dim is None else rotary_dim
     if rotary_dim not in (width, 2 * width):
         raise ValueError(f"rope: rotary_dim is {rotary_dim}, expected {width} or {2 * width} (cos has width {width})")
     if rotary_dim % 2 or not 0 < rotary_dim <= dim:
         raise ValueError(f"rope: {rotary_dim} dimensions to rotate, expected an even number from 2 to {dim}")
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("rope: cos or sin requires a gradient, and there is none in them: detach them")
-    return dispatch("rope", q=q, k=k, cos=cos, sin=sin, rotary_dim=rotary_dim, interleaved=interleaved)
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:

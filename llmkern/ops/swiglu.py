@@ -21,11 +21,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns a contiguous tensor of that shape and dtype.  Differentiable in both.
     Raises TypeError for other or different dtypes, ValueError for different shapes or devices.
     """
+    return dispatch("swiglu", _check, gate=gate, up=up)
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
     check_floating("swiglu", gate=gate, up=up)
     check_same_dtype("swiglu", "gate", gate, up=up)
     check_shape("swiglu", "up", up, gate.shape, "the shape of gate")
     check_same_device("swiglu", "gate", gate, up=up)
-    return dispatch("swiglu", gate=gate, up=up)
 
 
 def _fake(gate: Tensor, up: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ def _beyond_the_op(
     """The sentence why this call is not one for the op, or None."""
     if dropout > 0.0 and module.training:
         return f"attention dropout is {dropout} in training"
-    if kwargs.get("output_attentions") or _collects_weights():
+    # transformers 5 collects through hooks on the module, so that without one there is nothing to ask.
+    if kwargs.get("output_attentions") or (module._forward_hooks and _collects_weights()):
         return _WEIGHTS
     if softcap is not None and original_of(module.config)._attn_implementation == "sdpa":
         return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"

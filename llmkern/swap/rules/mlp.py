@@ -22,7 +22,7 @@ _HIDDEN, _INTERMEDIATE = 6, 10  # of the small layers that the class's forward i
 
 # The op that computes `act(gate) * up` for each activation, and the activation as the probe expects it.
 _GATED: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": ("swiglu", F.silu, lambda gate, up: ops.swiglu(gate, up)),
+    "silu": ("swiglu", F.silu, ops.swiglu),
     "gelu": ("gelu", F.gelu, lambda gate, up: ops.gelu(gate) * up),
     "gelu_tanh": (
         "gelu",
@@ -111,11 +111,23 @@ def _sample(op: str, activation: str, intermediate: int, dtype: torch.dtype, dev
     return {"x": x, "approximate": "tanh" if activation == "gelu_tanh" else "none"}
 
 
+def _beyond(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The sentence why a call is not one for the op, or None."""
+    if len(args) != 1 or kwargs:
+        return "the MLP is called with more than its input, or by keyword"
+    if self._llmkern_dropout and self.training:
+        return "the MLP has dropout, in training"
+    return None
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     op, _, compute = _GATED[self._llmkern_activation]
-    if len(args) != 1 or kwargs:
-        return untouched(self, op, "the MLP is called with more than its input, or by keyword", args, kwargs)
-    if self._llmkern_dropout and self.training:
-        return untouched(self, op, "the MLP has dropout, in training", args, kwargs)
-    *into, down = [self._modules[name] for name in self._llmkern_linears]
-    return down(compute(*_gate_and_up([layer(args[0]) for layer in into], self._llmkern_gate_first)))
+    reason = _beyond(self, args, kwargs)
+    if reason is not None:
+        return untouched(self, op, reason, args, kwargs)
+    layers, names = self._modules, self._llmkern_linears
+    if len(names) == 3:
+        gate, up = layers[names[0]](args[0]), layers[names[1]](args[0])
+    else:
+        gate, up = _gate_and_up([layers[names[0]](args[0])], self._llmkern_gate_first)
+    return layers[names[-1]](compute(gate, up))

@@ -105,32 +105,29 @@ def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[
     return lambda dtype, device: {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in call.items()}
 
 
-def _parameters_of(self: Any, names: list[str | None]) -> list[Tensor | None]:
-    return [None if name is None else getattr(self, name) for name in names]
-
-
-def _beyond(weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The sentence why this is not the call `norm(x)` in the weight's dtype, or None."""
+def _beyond(weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The sentence why a call is not `norm(x)` in the weight's dtype."""
     if len(args) != 1 or kwargs:
         return "the norm is called with more than its input, or by keyword"
-    if weight is not None and weight.dtype != args[0].dtype:
-        return f"the input is {args[0].dtype} and the weight {weight.dtype}, so the result has the promoted dtype"
-    return None
+    dtype = None if weight is None else weight.dtype
+    return f"the input is {args[0].dtype} and the weight {dtype}, so the result has the promoted dtype"
 
 
 def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    *names, eps, offset = self._llmkern_norm
-    weight, bias = _parameters_of(self, names)
-    reason = _beyond(weight, args, kwargs)
-    if reason is not None:
-        return untouched(self, "rms_norm", reason, args, kwargs)
-    return ops.rms_norm(args[0], weight, _eps(self, eps, args[0]), weight_offset=offset, bias=bias)
+    weight_name, bias_name, eps, offset = self._llmkern_norm
+    parameters = self._parameters
+    weight, bias = parameters.get(weight_name), parameters.get(bias_name)
+    if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
+        return untouched(self, "rms_norm", _beyond(weight, args, kwargs), args, kwargs)
+    number = getattr(self, eps) if type(eps) is str else eps
+    if number is None:
+        number = _eps(self, eps, args[0])
+    return ops.rms_norm(args[0], weight, number, weight_offset=offset, bias=bias)
 
 
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    *names, eps = self._llmkern_norm
-    weight, bias = _parameters_of(self, names)
-    reason = _beyond(weight, args, kwargs)
-    if reason is not None:
-        return untouched(self, "layer_norm", reason, args, kwargs)
+    weight_name, bias_name, eps = self._llmkern_norm
+    weight, bias = self._parameters.get(weight_name), self._parameters.get(bias_name)
+    if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
+        return untouched(self, "layer_norm", _beyond(weight, args, kwargs), args, kwargs)
     return ops.layer_norm(args[0], weight, bias, _eps(self, eps, args[0]))

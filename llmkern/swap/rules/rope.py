@@ -30,10 +30,6 @@ class _Form:
     interleaved: bool
     per_pair: bool
 
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        rotary_dim = 2 * cos.shape[-1] if self.per_pair else None
-        return ops.rope(q, k, cos, sin, interleaved=self.interleaved, rotary_dim=rotary_dim)
-
 
 def find(module: nn.Module) -> Found | None:
     forward = type(module).forward
@@ -82,8 +78,10 @@ def _same(form: _Form, call: tuple[Tensor, ...], result: Any) -> bool:
     cos = call[2]
     if form.per_pair and 2 * cos.shape[-1] > _HEAD_DIM or not isinstance(result, tuple) or len(result) != 2:
         return False
+    rotary_dim = 2 * cos.shape[-1] if form.per_pair else None
     with torch.no_grad():
-        return all(agrees(got, want) for got, want in zip(result, form(*call), strict=True))
+        expected = ops.rope(*call, interleaved=form.interleaved, rotary_dim=rotary_dim)
+    return all(agrees(got, want) for got, want in zip(result, expected, strict=True))
 
 
 @cache
@@ -96,7 +94,8 @@ def _replacement(function: Callable[..., Any], form: _Form) -> Callable[..., Any
             reason = "the model calls its rotary embedding with other arguments or dtypes than ops.rope takes"
             dispatch.record_fallback("rope", function.__module__, reason, {"q": q, "k": k})
             return function(q, k, cos, sin, *args, **kwargs)
-        return form(q, k, cos, sin)
+        rotary_dim = 2 * cos.shape[-1] if form.per_pair else None
+        return ops.rope(q, k, cos, sin, interleaved=form.interleaved, rotary_dim=rotary_dim)
 
     return apply_rotary_pos_emb
 
