@@ -40,14 +40,22 @@ def int8_linear(
     weight w_q * w_scale: rounding the activations is passed straight through (Bengio et al., arXiv:1308.3432).
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
+    scheme = resolve_scheme(scheme, x)
+    if isinstance(w_scale, Tensor) and w_scale.dim() == 1:
+        _check(x, w_q, w_scale, bias, activation, scheme)  # as it was given: a refusal names its own shape
+        w_scale = w_scale.unsqueeze(-1)
+    return dispatch(
+        "int8_linear", _check, x=x, w_q=w_q, w_scale=w_scale, bias=bias, activation=activation, scheme=scheme
+    )
+
+
+def _check(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str, scheme: str) -> None:
     op = "int8_linear"
     check_floating(op, x=x)
     check_has_hidden(op, "x", x)
     check_choice(op, "activation", activation, ACTIVATIONS)
     check_choice(op, "scheme", scheme, SCHEMES)
-    w_scale = check_weight(op, "x", x, w_q, w_scale, bias)  # type: ignore[assignment]
-    scheme = resolve_scheme(scheme, x)
-    return dispatch(op, x=x, w_q=w_q, w_scale=w_scale, bias=bias, activation=activation, scheme=scheme)
+    check_weight(op, "x", x, w_q, w_scale, bias)
 
 
 def resolve_scheme(scheme: str, x: Tensor) -> str:
@@ -61,7 +69,7 @@ def resolve_scheme(scheme: str, x: Tensor) -> str:
     for one row): in fp32 and fp16 it dequantizes the weight first, so that without the native library "w8a8" is
     faster, 94, 117 and 1442.  On other devices W8A8 always.
     """
-    if scheme != "auto":
+    if scheme != "auto" or not isinstance(x, Tensor) or x.dim() == 0:
         return scheme
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return "w8a16" if x.device.type == "cpu" and rows <= FEW_ROWS else "w8a8"
