@@ -126,8 +126,5 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if reason is not None:
         return untouched(self, op, reason, args, kwargs)
     layers, names = self._modules, self._llmkern_linears
-    if len(names) == 3:
-        gate, up = layers[names[0]](args[0]), layers[names[1]](args[0])
-    else:
-        gate, up = _gate_and_up([layers[names[0]](args[0])], self._llmkern_gate_first)
+    gate, up = _gate_and_up([layers[name](args[0]) for name in names[:-1]], self._llmkern_gate_first)
     return layers[names[-1]](compute(gate, up))

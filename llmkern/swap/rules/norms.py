@@ -115,14 +115,10 @@ def _beyond(weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight_name, bias_name, eps, offset = self._llmkern_norm
-    parameters = self._parameters
-    weight, bias = parameters.get(weight_name), parameters.get(bias_name)
+    weight, bias = self._parameters.get(weight_name), self._parameters.get(bias_name)
     if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
         return untouched(self, "rms_norm", _beyond(weight, args, kwargs), args, kwargs)
-    number = getattr(self, eps) if type(eps) is str else eps
-    if number is None:
-        number = _eps(self, eps, args[0])
-    return ops.rms_norm(args[0], weight, number, weight_offset=offset, bias=bias)
+    return ops.rms_norm(args[0], weight, _eps(self, eps, args[0]), weight_offset=offset, bias=bias)
 
 
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
