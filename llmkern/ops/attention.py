@@ -91,7 +91,7 @@ def attention(
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
     if isinstance(attn_mask, Tensor) and attn_mask.dim() < 4:
-        _check(q, k, v, attn_mask, None, None)  # as it was given: a refusal names its own shape
+        _check(q, k, v, attn_mask, None, None, 1.0, 0.0)  # as it was given: a refusal names its own shape
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     out, lse = dispatch(
         "attention",
@@ -103,9 +103,9 @@ def attention(
         key_padding_mask=key_padding_mask,
         sinks=sinks,
         causal=causal,
-        sm_scale=scale_of("attention", sm_scale, q),
-        window=window_of("attention", window),
-        softcap=softcap_of("attention", softcap),
+        sm_scale=default_scale(q) if sm_scale is None else sm_scale,
+        window=[-1, -1] if window is None else window_of("attention", window),
+        softcap=0.0 if softcap is None else softcap,
         return_lse=return_lse,
     )
     return (out, lse) if return_lse else out
@@ -118,9 +118,12 @@ def _check(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     sinks: Tensor | None,
+    sm_scale: float,
+    softcap: float,
     **_: Any,
 ) -> None:
     check_heads("attention", q, k, v, "k", "v")
+    check_numbers("attention", sm_scale, softcap)
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
     if k.shape[0] != batch:
         raise ValueError(f"attention: k has batch size {k.shape[0]}, expected {batch} (q's)")
@@ -157,21 +160,15 @@ def check_sinks(op: str, q: Tensor, sinks: Tensor | None) -> None:
     check_same_device(op, "q", q, sinks=sinks)
 
 
-def scale_of(op: str, sm_scale: float | None, q: Tensor) -> float:
-    """`sm_scale`, or the default for q's head dimension."""
-    if sm_scale is None:
-        # What is no q at all, or has no head dimension, is refused by `check_heads`.
-        return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
+def check_numbers(op: str, sm_scale: float, softcap: float) -> None:
+    """sm_scale is finite, softcap not negative."""
     check_finite(op, "sm_scale", sm_scale)
-    return float(sm_scale)
-
-
-def softcap_of(op: str, softcap: float | None) -> float:
-    """`softcap`, 0 for none."""
-    if softcap is None:
-        return 0.0
     check_non_negative(op, "softcap", softcap)
-    return float(softcap)
+
+
+def default_scale(q: Tensor) -> float:
+    """1/sqrt(D); 1 for what is no q at all, or has no head dimension, which `check_heads` refuses."""
+    return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
 
 
 def window_of(op: str, window: int | Sequence[int] | None) -> list[int]:

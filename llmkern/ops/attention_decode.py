@@ -11,7 +11,7 @@ from torch import Tensor
 from llmkern.checks import check_dtype, check_same_device, check_shape, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops.attention import check_heads, check_sinks, lse_like, out_like, scale_of, softcap_of, window_of
+from llmkern.ops.attention import check_heads, check_numbers, check_sinks, default_scale, lse_like, out_like, window_of
 
 __all__ = ["attention_decode"]
 
@@ -95,6 +95,9 @@ def attention_decode(
             "a paged cache needs a block_table"
         )
     check_sinks("attention_decode", q, sinks)
+    sm_scale = default_scale(q) if sm_scale is None else sm_scale
+    softcap = 0.0 if softcap is None else softcap
+    check_numbers("attention_decode", sm_scale, softcap)
     out, lse = dispatch(
         "attention_decode",
         q=q,
@@ -103,9 +106,9 @@ def attention_decode(
         seq_lens=seq_lens,
         block_table=block_table,
         sinks=sinks,
-        sm_scale=scale_of("attention_decode", sm_scale, q),
+        sm_scale=sm_scale,
         window=window_of("attention_decode", window),
-        softcap=softcap_of("attention_decode", softcap),
+        softcap=softcap,
         return_lse=return_lse,
     )
     return (out, lse) if return_lse else out

@@ -136,7 +136,7 @@ def _beyond_the_op(
         return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"
     if not query.dtype == key.dtype == value.dtype or query.shape[0] != key.shape[0]:
         return "queries, keys and values differ in dtype or batch size"
-    for name, argument in kwargs.items():
+    for name, argument in () if _HARMLESS.issuperset(kwargs) else kwargs.items():
         if argument is not None and argument is not False and name not in _HARMLESS and name != "output_attentions":
             return f"the model passes {name}, which llmkern does not know"
     if attention_mask is None and not causal and sliding_window is not None and query.shape[2] > 1:
