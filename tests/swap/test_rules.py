@@ -109,6 +109,18 @@ def test_parameters_of_any_name_and_calls_of_any_form() -> None:
     assert served[0] != served[1] == "Gains"
 
 
+def test_a_norm_without_parameters_and_with_its_eps_in_the_code() -> None:
+    class PlainNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalized_shape = (12,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x.float(), self.normalized_shape, eps=1e-5).to(x.dtype)
+
+    assert same_before_and_after(PlainNorm(), torch.randn(3, 12))
+
+
 def test_scripted_modules_are_passed_by() -> None:
     model = nn.ModuleDict({"scripted": torch.jit.script(nn.LayerNorm(8)), "plain": nn.LayerNorm(8)})
     assert [row.path for row in llmkern.optimize_(model).swapped] == ["plain"]

@@ -43,7 +43,7 @@ def _named(module: nn.Module) -> bool:
 def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found | None:
     values = {name: p.detach().float() for name, p in parameters.items()}
     sizes = {p.numel() for p in values.values()} or {(getattr(module, "normalized_shape", None) or (_HIDDEN,))[-1]}
-    if len(sizes) != 1 or not (parameters or _may_have_eps(module)):
+    if len(sizes) != 1 or not (parameters or _may_have_eps(module) or _named(module)):
         return None
     x = _inputs(sizes.pop())
     x = x.to(next((p.device for p in values.values()), x.device))
