@@ -68,10 +68,10 @@ def optimize_(
         for site in wanted:
             if site.found.cls is not None:
                 derive.set_class(site.module, site.found.cls)
-        attending = [s.module for s in wanted if s.found.kind == "attention"]
+        attending = [s.module for s in wanted if s.found.cls is None]  # through their config
         if attending:
             register_once()
-            everywhere = len(attending) == sum(s.found.kind == "attention" for s in sites)
+            everywhere = len(attending) == sum(s.found.kind == "attention" and s.found.cls is None for s in sites)
             _give_views([m for m in model.modules() if m is not model] if everywhere else attending)
         report = SwapReport(tuple(_row(model, site) for site in sites if not site.found.is_frame))
     if unsupported and on_unsupported == "warn":
@@ -158,7 +158,7 @@ def _as_before(module: nn.Module) -> nn.Module:
 
 
 def _is_swapped(module: nn.Module, found: Found) -> bool:
-    if found.kind == "attention":
+    if found.cls is None and not found.reason:
         return is_view(vars(module).get("config"))
     return found.cls is type(module)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -95,6 +96,28 @@ def test_a_second_call_adds_what_the_first_left_out(model: Model) -> None:
     report = llmkern.optimize_(model, norms=False, on_unsupported="ignore")
     assert len(report.swapped) == 4  # still: a switch says what to swap, not what to restore
     assert all(row.reason == "switched off by norms=False" for row in report.left)
+
+
+def test_switches_do_not_unswap_torchs_attention() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    first = llmkern.optimize_(model)
+    assert {row.op for row in first.swapped} == {"attention", "layer_norm"}
+    assert llmkern.optimize_(model, attention=False).swapped == first.swapped
+
+
+def test_plain_torch_models_need_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*filter(lambda n: n.split(".")[0] == "transformers", sys.modules), "transformers"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 3, 16)
+    expected = model(x)
+    assert llmkern.optimize_(model).swapped
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(llmkern.restore_(model)(x), expected)
+    small = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    assert llmkern.quantize_(small).quantized
+    llmkern.dequantize_(small)
+    assert "transformers" in str(llmkern.info())
 
 
 def test_other_instances_keep_their_class(model: Model) -> None:
