@@ -440,6 +440,8 @@ def implements(
     min_capability: of a CUDA device.  has_backward: gradients flow through the result.
     priority: refines the order among implementations; added to the backend's.
     refuse: takes the call's arguments by keyword, returns the sentence why this one cannot be served, or None.
+        It may look at shapes, strides, dtypes, devices and plain arguments, never at contents or addresses: `dispatch`
+        remembers the choice for every call of the same form.
     """
     if isinstance(backend, str):
         backend = backend_named(backend)
