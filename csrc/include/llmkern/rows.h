@@ -25,4 +25,9 @@ struct Rows {
   }
 };
 
+// `count` rows of `hidden` elements without gaps.
+constexpr Rows dense_rows(int64_t count, int64_t hidden) {
+  return {.count = count, .stride0 = hidden};
+}
+
 }  // namespace llmkern
