@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import llmkern
-from llmkern import dispatch
+from llmkern import dispatch, registry
 from llmkern.cli import run
 from llmkern.cli.output import print_json
 from llmkern.config import settings
@@ -57,6 +57,7 @@ def llmkern_(capsys):
     """Run the command line; returns (exit status, stdout, stderr)."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()  # what fixtures have printed
         status = run(arguments)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -137,13 +138,13 @@ class TestWhy:
 
     def test_capability_decides_as_if_the_gpu_were_there(self, monkeypatch) -> None:
         backend = dispatch.register("test-gpu", priority=900, devices=("cuda",), missing=lambda: "there is no such GPU")
-        op = dispatch._OPS["gelu"]
+        op = registry.OPS["gelu"]
         monkeypatch.setattr(op, "implementations", op.implementations)
         try:
             llmkern.implements("gelu", backend, min_capability=(9, 0))(lambda **_: None)
             rows = [why("gelu", (2, 8), device="cuda", capability=c).rows[0] for c in (None, (8, 0), (9, 0), (10, 0))]
         finally:
-            del dispatch._BACKENDS["test-gpu"]
+            del registry._BACKENDS["test-gpu"]
         assert [row.backend for row in rows] == ["test-gpu"] * 4
         assert [row.outcome for row in rows] == ["refused", "refused", "chosen", "chosen"]
         assert rows[0].reason == "there is no such GPU"
@@ -234,7 +235,7 @@ class TestCheck:
             text = llmkern_("check", llama, "--tokens", "64")[1]
         finally:
             dispatch.replace_implementations("rms_norm", before)
-            del dispatch._BACKENDS["test-wrong"]
+            del registry._BACKENDS["test-wrong"]
         found = json.loads(out)
         assert (status, found["verdict"], found["restored_bit_equal"]) == (1, False, True)
         assert "FAIL  outside the rule" in text

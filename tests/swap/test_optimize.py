@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import llmkern
-from llmkern import config, dispatch
+from llmkern import config, dispatch, registry
 from llmkern.swap import derive
 
 
@@ -246,8 +246,8 @@ def test_strict_refuses_a_swap_that_would_only_fall_back(model: Model, monkeypat
 
 
 def test_a_backend_from_outside_serves_an_optimized_model(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_BACKENDS", dict(dispatch._BACKENDS))
-    spec = dispatch._OPS["rms_norm"]
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    spec = registry.OPS["rms_norm"]
     monkeypatch.setattr(spec, "implementations", spec.implementations)
     monkeypatch.setattr(spec, "usable", {})
     monkeypatch.setattr(spec, "served", {})

@@ -1,0 +1,272 @@
+"""What there is to choose from: backends, ops, and each backend's implementations of them, declared as data.
+
+An op has implementations, each declared with `implements`: backend, device, dtypes, compute capability, whether it has
+a backward, and a `refuse` function that looks at the call.  llmkern/dispatch.py has the rule that chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "Implementation",
+    "backend_named",
+    "backends",
+    "define_op",
+    "implementation",
+    "implementations",
+    "implements",
+    "needs_grad",
+    "ops",
+    "register",
+    "replace_implementations",
+    "static_reason",
+    "wrong_device",
+]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A family of implementations.
+
+    name: what `use_backend` and `LLMKERN_BACKEND` take.
+    priority: the backend with the larger number is asked first.
+    devices: torch device types it serves (None: any).
+    kernels: hand-written kernels; False for PyTorch's own operators, whose use counts as a fallback.
+    probe: None where the backend can run here, else the sentence why not (asked once, when first needed).
+    """
+
+    name: str
+    priority: int
+    devices: tuple[str, ...] | None = None
+    kernels: bool = True
+    probe: Callable[[], str | None] = field(default=lambda: None, repr=False, compare=False)
+
+    @property
+    def missing(self) -> str | None:
+        """None where the backend can run on this machine, else the sentence why not."""
+        return _missing(self.name)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's way to compute one op, with everything that decides whether it may serve a call."""
+
+    op: str
+    backend: Backend
+    fn: Callable[..., Any] = field(repr=False)
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+    min_capability: tuple[int, int] | None
+    has_backward: bool
+    priority: int
+    refuse: Callable[..., str | None] | None = field(repr=False)
+
+    def why_not(self, **call: Any) -> str | None:
+        """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
+        return self.why_not_on(None, call)
+
+    def why_not_on(self, capability: tuple[int, int] | None, call: dict[str, Any]) -> str | None:
+        """As `why_not`, on a GPU of this compute capability; None: on this machine."""
+        lead = call[OPS[self.op].lead]
+        reason = static_reason(self, lead.device, lead.dtype, needs_grad(call), capability)
+        if reason is None and self.refuse is not None:
+            reason = self.refuse(**call)
+        return reason
+
+
+@dataclass
+class Op:
+    """What the dispatcher knows of an op: its tensor arguments and its implementations, best first."""
+
+    name: str
+    lead: str
+    differentiable: bool
+    implementations: tuple[Implementation, ...] = ()
+    # By device, dtype, grad mode and forced backend: a bounded table, however many shapes a server sees.
+    usable: dict[tuple[torch.device, torch.dtype, bool, str | None], tuple[Implementation, ...]] = field(
+        default_factory=dict
+    )
+    # By the whole form of a call: who served it.
+    served: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
+
+
+_BACKENDS: dict[str, Backend] = {}
+OPS: dict[str, Op] = {}
+"""Every op by its name."""
+
+
+@torch.compiler.assume_constant_result
+def _missing(name: str) -> str | None:
+    return _probe(name)
+
+
+@functools.cache
+def _probe(name: str) -> str | None:
+    return _BACKENDS[name].probe()
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def needs_grad(call: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in call.values())
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def wrong_device(devices: tuple[str, ...], device: torch.device) -> str:
+    return f"runs on {' and '.join(devices)}, not on {device.type}"
+
+
+def static_reason(
+    impl: Implementation,
+    device: torch.device,
+    dtype: torch.dtype,
+    grad: bool,
+    assumed: tuple[int, int] | None = None,
+) -> str | None:
+    """What speaks against `impl` whatever the shapes are; `assumed`: as on a GPU of that compute capability."""
+    if impl.devices is not None and device.type not in impl.devices:
+        return wrong_device(impl.devices, device)
+    missing = None if assumed is not None else _missing(impl.backend.name)
+    if missing is not None:
+        return missing
+    if impl.dtypes is not None and dtype not in impl.dtypes:
+        return f"takes {', '.join([_dtype_name(d) for d in impl.dtypes])}, not {_dtype_name(dtype)}"
+    if impl.min_capability is not None and device.type == "cuda":
+        have = _capability(device.index) if assumed is None else assumed
+        if have < impl.min_capability:
+            need = impl.min_capability
+            return f"needs compute capability {need[0]}.{need[1]}, the device has {have[0]}.{have[1]}"
+    if grad and not impl.has_backward:
+        return "has no backward, and a gradient is needed"
+    return None
+
+
+def backend_named(name: str) -> Backend:
+    """The registered backend called `name`; `ValueError` lists what there is."""
+    if name not in _BACKENDS:
+        known = ", ".join(b.name for b in backends())
+        raise ValueError(f"unknown backend {name!r}; there are {known}")
+    return _BACKENDS[name]
+
+
+def define_op(name: str, *, lead: str, differentiable: bool) -> None:
+    """Make an op known; `lead` names the tensor argument whose device and dtype decide."""
+    if name in OPS:
+        raise ValueError(f"op {name!r} is defined already")
+    OPS[name] = Op(name, lead, differentiable)
+
+
+def backends() -> tuple[Backend, ...]:
+    """Every registered backend, best first."""
+    return tuple(sorted(_BACKENDS.values(), key=lambda b: -b.priority))
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops, backward ones included, in alphabetical order."""
+    return tuple(sorted(OPS))
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """The implementations of `op`, best first."""
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; there are {', '.join(ops())}")
+    return OPS[op].implementations
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """The implementation of `op` by `backend` (the best one, if it has several)."""
+    for impl in implementations(op):
+        if impl.backend.name == backend:
+            return impl
+    raise ValueError(f"backend {backend!r} does not implement {op}")
+
+
+def replace_implementations(op: str, implementations: Sequence[Implementation]) -> None:
+    """Give `op` these implementations and no others; what was decided before is forgotten."""
+    spec = OPS[op]
+    spec.implementations = tuple(sorted(implementations, key=lambda i: -i.priority))
+    spec.usable.clear()
+    spec.served.clear()
+
+
+def register(
+    name: str,
+    *,
+    priority: int = 500,
+    devices: Sequence[str] | None = None,
+    kernels: bool = True,
+    missing: Callable[[], str | None] | None = None,
+) -> Backend:
+    """Add a backend, from inside or outside the package; give it to `implements`.
+
+    `missing` is asked once, when first needed: None where the backend can run here, else the sentence why not.
+    Priorities of the built-in ones: cuda 400, triton 300, cpu 200, torch 100, reference 0.
+    """
+    if name in _BACKENDS:
+        raise ValueError(f"backend {name!r} is registered already")
+    backend = Backend(
+        name, priority, tuple(devices) if devices is not None else None, kernels, missing or (lambda: None)
+    )
+    _BACKENDS[name] = backend
+    return backend
+
+
+def implements(
+    op: str,
+    backend: Backend | str,
+    *,
+    device: str | Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    min_capability: tuple[int, int] | None = None,
+    has_backward: bool = False,
+    priority: int = 0,
+    refuse: Callable[..., str | None] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare the decorated function as `backend`'s implementation of `op`.
+
+    The function takes exactly the arguments of the op's schema, by keyword, after the public function's checks.
+    device: device types (default: the backend's).  dtypes: of the op's first tensor (default: any).
+    min_capability: of a CUDA device.  has_backward: gradients flow through the result.
+    priority: refines the order among implementations; added to the backend's.
+    refuse: takes the call's arguments by keyword, returns the sentence why this one cannot be served, or None.
+        It may look at shapes, strides, dtypes, devices and plain arguments, never at contents or addresses: `dispatch`
+        remembers the choice for every call of the same form.
+    """
+    if isinstance(backend, str):
+        backend = backend_named(backend)
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; define it first (llmkern/ops), or choose from {', '.join(ops())}")
+    devices = (device,) if isinstance(device, str) else tuple(device) if device is not None else backend.devices
+
+    def declare(fn: Callable[..., Any]) -> Callable[..., Any]:
+        impl = Implementation(
+            op,
+            backend,
+            fn,
+            devices,
+            tuple(dtypes) if dtypes is not None else None,
+            min_capability,
+            has_backward,
+            backend.priority + priority,
+            refuse,
+        )
+        spec = OPS[op]
+        replace_implementations(op, (*spec.implementations, impl))
+        return fn
+
+    return declare
