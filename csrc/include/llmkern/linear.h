@@ -1,0 +1,61 @@
+// linear: out[r, j] = act(Σ_k x[r, k] · w[j, k] · w_scale[j] + bias[j]) + residual[r, j], for up to three weights that
+// share x, such as q, k, v or gate, up: x is prepared once and the threads are woken once.
+//
+// Weights are read as they are stored, fp32, bf16, fp16 or int8.  Floating x is multiplied in fp32 (bf16 with bf16 or
+// int8 also by instructions that multiply bf16 and add in fp32); under w8a8 each row of x is rounded to int8 first, as
+// the op quantize_int8 does, or given as codes (x_q), and the sum of integer products is exact.
+#pragma once
+
+#include <cstdint>
+
+#include "llmkern/activation.h"
+#include "llmkern/dtype.h"
+#include "llmkern/rows.h"
+#include "llmkern/threads.h"
+
+namespace llmkern {
+
+enum class WeightType : int8_t { f32, bf16, f16, s8 };
+
+struct LinearSegment {
+  const void* w;                   // [n, k]; row j at j * w_stride, contiguous
+  const float* w_scale = nullptr;  // [n]; null for 1
+  const void* bias = nullptr;      // [n], bias_dtype; null for 0
+  const void* residual = nullptr;  // [rows.count, n], residual_dtype; row r at r * residual_stride; null for 0
+  void* out;                       // [rows.count, n], out_dtype; row r at r * out_stride; may be the residual
+  int64_t n;
+  int64_t w_stride;  // all strides in elements
+  int64_t residual_stride = 0;
+  int64_t out_stride;
+  Activation activation = Activation::none;
+};
+
+struct LinearParams {
+  const void* x = nullptr;         // [rows.count, k], dtype; rows at rows.offset(r), each contiguous
+  const int8_t* x_q = nullptr;     // instead of x: its codes, at the same places; any int8; needs w8a8
+  const float* x_scale = nullptr;  // [rows.count], of x_q; null for 1
+  char* workspace;                 // linear_workspace_bytes(rows.count, k, w8a8) bytes, 64-byte aligned
+  LinearSegment segment[3];
+  int segments = 1;
+  Rows rows;
+  int64_t k;               // at most 131071 under w8a8
+  WeightType weight_type;  // of every segment
+  DType dtype = DType::f32, out_dtype = DType::f32, bias_dtype = DType::f32, residual_dtype = DType::f32;
+  bool w8a8 = false;  // round x to int8; the weights are s8
+  bool sums = false;  // out is int32: the sums of x_q · w themselves, and nothing else is applied
+};
+
+// Bytes from one row of x to the next in the workspace, where it is padded with zeros to whole vectors of any
+// instruction set.  An odd number of cache lines: rows 4096 bytes apart would share a few lines of the L1 cache.
+constexpr int64_t linear_row_bytes(int64_t k, bool w8a8) {
+  return ((k + 63) / 64 * (w8a8 ? 2 : 4) | 1) * 64;
+}
+
+// Rows are prepared in blocks of 32, each row with its scale and a correction of its sums.
+constexpr int64_t linear_workspace_bytes(int64_t rows, int64_t k, bool w8a8) {
+  return (rows + 31) / 32 * 32 * (8 + linear_row_bytes(k, w8a8));
+}
+
+void launch_linear(const LinearParams& p, const Threads& threads);
+
+}  // namespace llmkern
