@@ -6,7 +6,6 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-typedef int32_t S32 __attribute__((vector_size(kVectorBytes)));
 typedef int8_t S8 __attribute__((vector_size(kVectorBytes)));
 
 inline S8 load_codes(const int8_t* p) {

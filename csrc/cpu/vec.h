@@ -18,6 +18,7 @@ constexpr int kVectorBytes = 16 << LLMKERN_ISA_LEVEL;
 constexpr int kLanes = kVectorBytes / 4;
 
 typedef float F32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t S32 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
 

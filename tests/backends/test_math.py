@@ -1,0 +1,75 @@
+"""csrc/cpu/math.h on every instruction set, against float64: each function's error in units in the last place."""
+
+from __future__ import annotations
+
+import ctypes
+import runpy
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import setuptools
+import torch
+
+from llmkern import _native
+
+ROOT = Path(__file__).parents[2]
+ISAS = ("portable", "avx2", "avx512")
+SOURCE = """
+#include "math.h"
+#define FUNCTION(f)                                                                         \\
+  extern "C" void apply_##f(const float* x, float* y, long n) {                             \\
+    using namespace llmkern::LLMKERN_ISA;                                                   \\
+    for (long i = 0; i < n; i += kLanes) store(y + i, llmkern::LLMKERN_ISA::f(load(x + i))); \\
+  }
+FUNCTION(exp)
+"""
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def functions(request, tmp_path_factory) -> ctypes.CDLL:
+    """The functions of math.h, compiled as setup.py compiles kernels for one instruction set."""
+    before = _native.cpu_isa()
+    if before is None:
+        pytest.skip(str(_native.reason()))
+    try:
+        _native.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    _native.set_cpu_isa(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        setup = runpy.run_path(str(ROOT / "setup.py"))
+    folder = tmp_path_factory.mktemp(request.param)
+    source, library = folder / "functions.cpp", folder / "functions.so"
+    source.write_text(SOURCE)
+    flags = [*setup["COMMON"], *setup["HOST"], *setup["KERNEL"], *setup["ISAS"][request.param], "-fvisibility=default"]
+    flags += [f"-DLLMKERN_ISA={request.param}", f"-DLLMKERN_ISA_LEVEL={ISAS.index(request.param)}"]
+    flags += [f"-iquote{ROOT / 'csrc' / 'cpu'}", "-shared"]
+    subprocess.run([setup["find_compiler"](), *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def apply(function: Callable[..., None], x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    function(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(x.numel()))
+    return y
+
+
+def ulps(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error in units in the last place of the exact value, of subnormal ones too."""
+    spacing = numpy.spacing(numpy.abs(exact.numpy()).astype(numpy.float32)).astype(numpy.float64)
+    return float(((y.double() - exact).abs() / torch.from_numpy(spacing)).max())
+
+
+def test_exp(functions: ctypes.CDLL) -> None:
+    x = torch.linspace(-103.9, 88.72, 2**20)
+    assert ulps(apply(functions.apply_exp, x), x.double().exp()) <= 1.1
+    near_zero = torch.linspace(-0.01, 0.01, 2**16)
+    assert ulps(apply(functions.apply_exp, near_zero), near_zero.double().exp()) <= 1.1
+    inf, nan = float("inf"), float("nan")
+    special = torch.tensor([0.0, -0.0, -104.0, -1e9, -3.4e38, -inf, 88.73, 1e9, inf, nan, -nan, *[1e-40] * 5])
+    expected = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, inf, inf, inf, nan, nan, *[1.0] * 5])
+    torch.testing.assert_close(apply(functions.apply_exp, special), expected, rtol=0, atol=0, equal_nan=True)
