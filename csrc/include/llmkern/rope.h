@@ -6,14 +6,10 @@
 #include <cstdint>
 
 #include "llmkern/dtype.h"
+#include "llmkern/heads.h"
 #include "llmkern/threads.h"
 
 namespace llmkern {
-
-// A tensor [batch, heads, length, dim] whose heads are contiguous; strides in elements.
-struct HeadStrides {
-  int64_t batch, head, position;
-};
 
 // One of the tensors to rotate.  out may be x itself (with the same strides), or lie in a cache of keys.
 struct RopeHeads {

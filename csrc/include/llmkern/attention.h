@@ -1,0 +1,46 @@
+// attention: out = softmax(mask(softcap · tanh(q·kᵀ · sm_scale / softcap))) · v, softmax and sums in fp32.
+// Query i stands at key position i + keys − queries; query head h reads key head h / (heads / kv_heads).
+#pragma once
+
+#include <cstdint>
+
+#include "llmkern/dtype.h"
+#include "llmkern/heads.h"
+#include "llmkern/threads.h"
+
+namespace llmkern {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+struct AttentionParams {
+  const void* q;            // [batch, heads, queries, dim], dtype
+  const void* k;            // [batch, kv_heads, keys, dim], dtype
+  const void* v;            // [batch, kv_heads, keys, value_dim], dtype
+  void* out;                // [batch, heads, queries, value_dim], dtype
+  float* lse;               // [batch, heads, queries], contiguous, sinks included; null where not wanted
+  const void* mask;         // [batch, heads, queries, keys] by mask_strides; null for none
+  const bool* key_padding;  // [batch, keys], true for a real key; null for none
+  const void* sinks;        // [heads], sinks_dtype; null for none
+  char* workspace;          // attention_workspace_bytes(p) bytes, 64-byte aligned
+  HeadStrides q_strides, k_strides, v_strides, out_strides;
+  struct {
+    int64_t batch, head, query, key;  // elements; 0 where the mask is broadcast
+  } mask_strides;
+  struct {
+    int64_t batch, key;  // elements
+  } padding_strides;
+  int64_t batch, heads, kv_heads, queries, keys;
+  int64_t dim, value_dim;             // at most kMaxHeadDim
+  int64_t window_left, window_right;  // keys around the query's own position; -1 for no limit
+  DType dtype, mask_dtype, sinks_dtype;
+  bool mask_is_bool;  // true: attend; mask_dtype has no meaning then.  false: added to the scaled and capped scores
+  bool causal;        // besides window_right: a query sees keys up to its own position
+  float sm_scale;
+  float softcap;  // 0 for none
+};
+
+int64_t attention_workspace_bytes(const AttentionParams& p);
+
+void launch_attention(const AttentionParams& p, const Threads& threads);
+
+}  // namespace llmkern

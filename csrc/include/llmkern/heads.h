@@ -1,0 +1,14 @@
+// Where a tensor [batch, heads, length, dim] keeps its vectors, each of which is contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace llmkern {
+
+struct HeadStrides {
+  int64_t batch, head, position;  // elements
+
+  int64_t offset(int64_t b, int64_t h, int64_t t) const { return b * batch + h * head + t * position; }
+};
+
+}  // namespace llmkern
