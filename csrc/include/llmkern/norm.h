@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
 #include "llmkern/rows.h"
 #include "llmkern/threads.h"
 
@@ -35,5 +36,6 @@ struct NormParams {
 };
 
 void launch_norm(const NormParams& p, const Threads& threads);
+void launch_norm(const NormParams& p, const Gpu& gpu);
 
 }  // namespace llmkern
