@@ -26,10 +26,16 @@ HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 WARN = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own immintrin.h
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch that the library loads into: 2.11
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and infinity stay what IEEE makes them
-# Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.
-ISAS = {"portable": []}
+# Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.  The
+# files in csrc/cpu itself are not compiled for sets that only add integer and matrix products.
+ISAS = {"portable": ["-DLLMKERN_ISA_LEVEL=0"]}
+PRODUCTS = ("avx2_vnni", "avx512_vnni", "amx")
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"]}
+    ISAS["avx2"] = ["-DLLMKERN_ISA_LEVEL=1", "-march=x86-64-v3"]
+    ISAS["avx2_vnni"] = [*ISAS["avx2"], "-mavxvnni"]
+    ISAS["avx512"] = ["-DLLMKERN_ISA_LEVEL=2", "-march=x86-64-v4", "-mprefer-vector-width=512"]
+    ISAS["avx512_vnni"] = [*ISAS["avx512"], "-mavx512vnni"]
+    ISAS["amx"] = [*ISAS["avx512_vnni"], "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 ARCHS = (os.environ.get("LLMKERN_CUDA_ARCHS") or "80;90a").split(";")
 RULES = "rule compile\n command = $tool -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc\n"
 RULES += "rule link\n command = $tool -o $out $in $libraries\n"
@@ -44,13 +50,6 @@ def find_compiler() -> str:
     if found := next(filter(None, map(shutil.which, names)), None):
         return found
     raise Unavailable(f"no C++ compiler was found (looked for {', '.join(names)}; CXX can name another)")
-
-
-def find_ninja() -> str:
-    beside = os.path.dirname(sys.executable)  # where the ninja wheel puts it, in an environment not activated
-    if found := shutil.which("ninja") or shutil.which("ninja", path=beside):
-        return found
-    raise Unavailable("ninja was not found; pip install ninja")
 
 
 def find_nvcc() -> tuple[str | None, str | None]:
@@ -88,9 +87,10 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
     compiler, torch = find_compiler(), folder_of("torch")
     host, stable = [compiler, *COMMON, *HOST, *WARN], ["-isystem", str(torch / "include"), ABI]
     objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
-    for level, (isa, flags) in enumerate(ISAS.items()):
-        defines = [f"-DLLMKERN_ISA={isa}", f"-DLLMKERN_ISA_LEVEL={level}"]
-        objects += compile_all(text, "cpu/*.cpp", [*host, *KERNEL, *flags, *defines], f".{isa}")
+    for isa, flags in ISAS.items():
+        kernel = [*host, *KERNEL, *flags, f"-DLLMKERN_ISA={isa}"]
+        objects += compile_all(text, "cpu/products/*.cpp", kernel, f".{isa}")
+        objects += compile_all(text, "cpu/*.cpp", kernel, f".{isa}") if isa not in PRODUCTS else []
     link = [compiler]
     if nvcc:  # it compiles the CUDA bindings and links too: it alone knows where its headers and libraries are
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
@@ -117,7 +117,9 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
     try:
         if os.environ.get("LLMKERN_BUILD") == "0":
             raise Unavailable("LLMKERN_BUILD=0 was set while building")
-        ninja = find_ninja()
+        beside = os.path.dirname(sys.executable)  # where the ninja wheel puts it, in an environment not activated
+        if (ninja := shutil.which("ninja") or shutil.which("ninja", path=beside)) is None:
+            raise Unavailable("ninja was not found; pip install ninja")
         script, log = OBJECTS / f"{part.__name__}.ninja", OBJECTS / f"{part.__name__}.log"
         part(text := [f"builddir = {OBJECTS / part.__name__}\n", RULES], output, nvcc)
         OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -151,5 +153,4 @@ class BuildNative(build_ext):
 
 
 # The Extension has build_ext called and makes the wheel a platform's own; BuildNative finds the sources itself.
-if __name__ == "__main__":  # tests build by the functions above
-    setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})
+setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})

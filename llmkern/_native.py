@@ -20,7 +20,7 @@ __all__ = ["build_info", "cpu_isa", "part_missing", "path", "reason", "set_cpu_i
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
-_ISAS = "expected portable, avx2 or avx512, as far as this CPU has it"
+_ISAS = "expected portable, avx2, avx2_vnni, avx512, avx512_vnni or amx, as far as this CPU has it"
 
 
 def path() -> Path:
@@ -81,7 +81,7 @@ def cpu_isa() -> str | None:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Have the CPU kernels use instruction set `name`: portable, avx2 or avx512.
+    """Have the CPU kernels use instruction set `name`: portable, avx2, avx2_vnni, avx512, avx512_vnni or amx.
 
     Raises ValueError where there is no such set or this CPU cannot run it, RuntimeError without the library.
     """

@@ -14,8 +14,8 @@ LLMKERN_DEBUG         0           1: the command line shows the traceback of eve
 LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
 LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept
                       llmkern
-LLMKERN_CPU_ISA       (best)      instruction set of the native CPU kernels: portable, avx2 or avx512; read
-                                  when the library is loaded
+LLMKERN_CPU_ISA       (best)      instruction set of the native CPU kernels: portable, avx2, avx2_vnni, avx512,
+                                  avx512_vnni or amx; read when the library is loaded
 LLMKERN_BUILD         1           while building: 0 = no native library
 LLMKERN_CUDA          auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
                                   nvcc is found

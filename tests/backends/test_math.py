@@ -46,7 +46,7 @@ def functions(request, tmp_path_factory) -> ctypes.CDLL:
     source, library = folder / "functions.cpp", folder / "functions.so"
     source.write_text(SOURCE)
     flags = [*setup["COMMON"], *setup["HOST"], *setup["KERNEL"], *setup["ISAS"][request.param], "-fvisibility=default"]
-    flags += [f"-DLLMKERN_ISA={request.param}", f"-DLLMKERN_ISA_LEVEL={ISAS.index(request.param)}"]
+    flags += [f"-DLLMKERN_ISA={request.param}"]
     flags += [f"-iquote{ROOT / 'csrc' / 'cpu'}", "-shared"]
     subprocess.run([setup["find_compiler"](), *flags, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

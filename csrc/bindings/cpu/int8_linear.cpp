@@ -1,19 +1,9 @@
-#include "llmkern/int8_linear.h"
-
-#include <string>
-
 #include "../common.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace llmkern {
 namespace {
-
-std::optional<Activation> activation_of(const std::string& name) {
-  constexpr const char* kNames[] = {"none", "gelu", "gelu_tanh", "silu", "relu"};
-  for (int i = 0; i < 5; ++i)
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  return std::nullopt;
-}
 
 Tensor int8_linear(const Tensor& x, const Tensor& w_q, const Tensor& w_scale, const std::optional<Tensor>& bias,
                    std::string activation, std::string scheme) {
@@ -31,29 +21,36 @@ Tensor int8_linear(const Tensor& x, const Tensor& w_q, const Tensor& w_scale, co
                   "int8_linear: bias must be contiguous with shape [", n, "], one element per row of w_q");
   STD_TORCH_CHECK(w_q.is_cpu() && w_scale.is_cpu() && (!bias || bias->is_cpu()),
                   "int8_linear: w_q, w_scale and bias must be on the CPU, as x is");
-  const auto [rows, taken] = as_rows(x);
+  const std::optional<Rows> strided = rows_of(x);
+  const Tensor rows = strided ? x : torch::stable::contiguous(x);
+  const Rows taken = strided ? *strided : *rows_of(rows);
   const bool plain = w_q.stride(1) == 1 || k <= 1;
   const Tensor weight = plain ? w_q : torch::stable::contiguous(w_q);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   Tensor out = torch::stable::new_empty(x, shape);
   const bool w8a8 = scheme == "w8a8";
-  Tensor workspace = torch::stable::new_empty(x, {taken.count * int8_linear_row_bytes(k, w8a8)}, ScalarType::Byte);
-  launch_int8_linear(
+  Tensor workspace = new_workspace(x, linear_workspace_bytes(taken.count, k, w8a8));
+  launch_linear(
       {
           .x = rows.const_data_ptr(),
-          .w_q = static_cast<const int8_t*>(weight.const_data_ptr()),
-          .w_scale = static_cast<const float*>(w_scale.const_data_ptr()),
-          .bias = bias ? bias->const_data_ptr() : nullptr,
-          .out = out.mutable_data_ptr(),
           .workspace = static_cast<char*>(workspace.mutable_data_ptr()),
+          .segment = {{
+              .w = weight.const_data_ptr(),
+              .w_scale = static_cast<const float*>(w_scale.const_data_ptr()),
+              .bias = bias ? bias->const_data_ptr() : nullptr,
+              .out = out.mutable_data_ptr(),
+              .n = n,
+              .w_stride = weight.stride(0),
+              .out_stride = n,
+              .activation = *act,
+          }},
           .rows = taken,
-          .n = n,
           .k = k,
-          .w_stride = weight.stride(0),
+          .weight_type = WeightType::s8,
           .dtype = *dtype_of(x),
+          .out_dtype = *dtype_of(x),
           .bias_dtype = bias ? *dtype_of(*bias) : DType::f32,
-          .activation = *act,
           .w8a8 = w8a8,
       },
       kTorchThreads);

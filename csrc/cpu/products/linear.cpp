@@ -1,0 +1,68 @@
+// linear on the CPU: rows of x go to the workspace as the scheme has them, padded with zeros, so that only the weight
+// has a tail; then few rows stream the weight past them (stream.h) and many pass by packed blocks of it (blocks.h).
+// A row's result depends on neither its neighbours, but for whether they are few, nor on the number of threads.
+#include "llmkern/linear.h"
+
+#include "../isa.h"
+#include "blocks.h"
+#include "stream.h"
+#include "tiles.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+constexpr int64_t kFewRows = 4;
+
+template <class F>
+void with_weight(WeightType type, const F& f) {
+  switch (type) {
+    case WeightType::f32:
+      return f.template operator()<float>();
+    case WeightType::bf16:
+      return f.template operator()<BFloat16>();
+    case WeightType::f16:
+      return f.template operator()<Float16>();
+    case WeightType::s8:
+      return f.template operator()<int8_t>();
+  }
+}
+
+void integers(const LinearParams& p, const Threads& threads) {
+  if (p.x_q)
+    prepare<Integers>(p, p.x_q, threads);
+  else
+    with_type(p.dtype, [&]<class T>() { prepare<Integers>(p, static_cast<const T*>(p.x), threads); });
+  if (p.rows.count <= kFewRows) return stream<Integers, int8_t>(p, threads);
+#ifdef __AMX_INT8__
+  blocks<TileIntegers, int8_t, Tiles>(p, threads);
+#else
+  blocks<Integers, int8_t>(p, threads);
+#endif
+}
+
+void floats(const LinearParams& p, const Threads& threads) {
+#ifdef __AMX_INT8__
+  const bool exact = p.weight_type == WeightType::bf16 || p.weight_type == WeightType::s8;
+  if (p.rows.count > kFewRows && p.dtype == DType::bf16 && exact) {
+    prepare<TileBf16>(p, static_cast<const BFloat16*>(p.x), threads);
+    if (p.weight_type == WeightType::bf16) return blocks<TileBf16, BFloat16, Tiles>(p, threads);
+    return blocks<TileBf16, int8_t, Tiles>(p, threads);
+  }
+#endif
+  with_type(p.dtype, [&]<class T>() { prepare<Floats>(p, static_cast<const T*>(p.x), threads); });
+  with_weight(p.weight_type, [&]<class W>() {
+    if (p.rows.count <= kFewRows) return stream<Floats, W>(p, threads);
+    blocks<Floats, W>(p, threads);
+  });
+}
+
+}  // namespace
+
+void linear(const LinearParams& p, const Threads& threads) {
+  if (p.rows.count == 0) return;
+  p.w8a8 ? integers(p, threads) : floats(p, threads);
+}
+
+}  // namespace llmkern::LLMKERN_ISA
+
+LLMKERN_PRODUCTS_LAUNCHER(linear, LinearParams)

@@ -1,0 +1,151 @@
+// What products are made of, per scheme and instruction set.  A lane, 4 bytes of a register, holds neighbours along k:
+// kPerLane of the scheme's Code.  multiply() adds the products of two registers, lane by lane, to one of sums.
+//   Floats    fp32, 1 to a lane; the weight of any type is widened on its way
+//   Integers  with VNNI int8, 4 to a lane; else widened to int16, 2 to a lane.  Exact for all codes.
+//   Bf16      2 to a lane; only for tiles (tiles.h), which multiply bf16 exactly and add in fp32
+#pragma once
+
+#include "../int8.h"
+#include "../vec.h"
+
+#if LLMKERN_ISA_LEVEL == 0 && defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define LLMKERN_VNNI
+#endif
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));  // a register, whatever is in it
+
+// What is kept beside each prepared row of x.
+struct Header {
+  float scale;
+  uint32_t compensation;  // what Integers::multiply has added too much, modulo 2³²
+};
+static_assert(sizeof(Header) == 8);  // as linear_workspace_bytes has it
+
+inline Bytes load_bytes(const void* p) {
+  Bytes v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// One lane's bytes in every lane.
+inline Bytes broadcast_lane(const void* p) {
+  int32_t lane;
+  std::memcpy(&lane, p, sizeof(lane));
+  return bits_as<Bytes>(S32{} + lane);
+}
+
+struct Floats {
+  using Code = float;
+  using Sum = float;
+  using Sums = F32;
+  static constexpr int kPerLane = 1;
+  static constexpr int kStep = kPerLane * kLanes;  // codes in a register
+  static constexpr int64_t kSegment = 64 * kStep;  // added up apart, so that long sums lose no accuracy
+
+  template <class W>
+  static Bytes load(const W* w) {
+    return bits_as<Bytes>(LLMKERN_ISA::load(w));
+  }
+
+  static F32 multiply(Bytes w, Bytes x, F32 acc) { return acc + bits_as<F32>(w) * bits_as<F32>(x); }
+
+  template <class T>
+  static void prepare(const T* x, int64_t k, Header&, float* row) {
+    for (int64_t i = 0; i < k; i += kLanes) store(row + i, load_at_most(x + i, k - i));
+  }
+
+  static F32 add(F32 a, F32 b) { return a + b; }
+  static float total(F32 sums) { return sum(sums); }
+  static F32 finish(F32 sums, const Header&) { return sums; }
+};
+
+struct Integers {
+  using Sum = int32_t;
+  using Sums = S32;
+  static constexpr int64_t kSegment = int64_t{1} << 62;  // exact at any length
+#ifdef LLMKERN_VNNI
+  using Code = int8_t;
+  static constexpr int kPerLane = 4;
+  static constexpr int kShift = 128;  // vpdpbusd multiplies unsigned by signed: the weight's codes are shifted
+
+  static Bytes load(const int8_t* w) { return load_bytes(w) ^ 0x80; }
+
+  static S32 multiply(Bytes w, Bytes x, S32 acc) {
+#if LLMKERN_ISA_LEVEL == 2
+    return bits_as<S32>(_mm512_dpbusd_epi32(bits_as<__m512i>(acc), bits_as<__m512i>(w), bits_as<__m512i>(x)));
+#else
+    return bits_as<S32>(_mm256_dpbusd_avx_epi32(bits_as<__m256i>(acc), bits_as<__m256i>(w), bits_as<__m256i>(x)));
+#endif
+  }
+#else
+  using Code = int16_t;
+  static constexpr int kPerLane = 2;
+  static constexpr int kShift = 0;
+
+  static Bytes load(const int8_t* w) {
+    typedef int8_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+    typedef int16_t Wide __attribute__((vector_size(kVectorBytes)));
+    Narrow narrow;
+    std::memcpy(&narrow, w, sizeof(narrow));
+    return bits_as<Bytes>(__builtin_convertvector(narrow, Wide));
+  }
+
+  static S32 multiply(Bytes w, Bytes x, S32 acc) {
+#if LLMKERN_ISA_LEVEL == 2
+    return acc + bits_as<S32>(_mm512_madd_epi16(bits_as<__m512i>(w), bits_as<__m512i>(x)));
+#elif LLMKERN_ISA_LEVEL == 1
+    return acc + bits_as<S32>(_mm256_madd_epi16(bits_as<__m256i>(w), bits_as<__m256i>(x)));
+#elif defined(__SSE2__)
+    return acc + bits_as<S32>(_mm_madd_epi16(bits_as<__m128i>(w), bits_as<__m128i>(x)));
+#else
+    const S32 u = bits_as<S32>(w), v = bits_as<S32>(x);
+    return acc + (u << 16 >> 16) * (v << 16 >> 16) + (u >> 16) * (v >> 16);
+#endif
+  }
+#endif
+  static constexpr int kStep = kPerLane * kLanes;
+
+  template <class T>
+  static void prepare(const T* x, int64_t k, Header& header, Code* row) {
+    header.scale = quantize_row(x, k, row);
+    compensate(k, header, row);
+  }
+
+  // Codes that are given.
+  static void prepare(const int8_t* x, int64_t k, Header& header, Code* row) {
+    for (int64_t i = 0; i < k; ++i) row[i] = x[i];
+    compensate(k, header, row);
+  }
+
+  static void compensate(int64_t k, Header& header, const Code* row) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < k; ++i) total += row[i];
+    header.compensation = static_cast<uint32_t>(total) * kShift;
+  }
+
+  // Modulo 2³², as multiply() adds.
+  static S32 add(S32 a, S32 b) { return bits_as<S32>(bits_as<U32>(a) + bits_as<U32>(b)); }
+  static int32_t total(S32 sums) { return static_cast<int32_t>(sum(bits_as<U32>(sums))); }
+  static S32 exact(S32 sums, const Header& header) { return bits_as<S32>(bits_as<U32>(sums) - header.compensation); }
+  static F32 finish(S32 sums, const Header& header) {
+    return __builtin_convertvector(exact(sums, header), F32) * broadcast(header.scale);
+  }
+};
+
+// The first n < kStep weights at w as a register; what stands for the others meets zeros of x.
+template <class Scheme, class W>
+inline Bytes load_first_weights(const W* w, int n) {
+  W padded[Scheme::kStep] = {};
+  std::memcpy(padded, w, n * sizeof(W));
+  return Scheme::load(padded);
+}
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA

@@ -1,0 +1,86 @@
+// A linear layer for few rows: the weight is read once, as it is stored, and everything else follows its pace.
+// columns  16 outputs of a row are finished together: scale, bias, activation, residual, rounding.
+// block    kRows × kColumns sums in registers, each one register wide and added up over k from left to right: a
+//          result depends neither on its neighbours nor on the number of threads.  A weight's vector is widened once
+//          for up to four rows; further rows find it in the L1 cache.
+// threads  share the columns.
+#pragma once
+
+#include "epilogue.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+constexpr int kColumnsAtOnce = 16;
+constexpr int kRowsAtOnce = 4;
+constexpr int kAccumulators = LLMKERN_ISA_LEVEL == 2 ? 16 : 8;  // half of the registers
+constexpr int64_t kWeightsPerThread = 65536;                    // below this, waking a thread costs more than it saves
+
+// y[r, c] += Σ_k x[r] · w[c] over k in [begin, end) for kRows rows and kColumns columns.
+// The elements `ahead` of w are fetched meanwhile: the same place of the next block's columns, as the hardware's
+// prefetchers stop at a page's end.
+template <class Scheme, int kRows, int kColumns, class W>
+inline void stream_block(const typename Scheme::Code* const (&x)[kRows], const W* const (&w)[kColumns], int64_t ahead,
+                         int64_t begin, int64_t end, typename Scheme::Sum* y) {
+  constexpr int kLines = Scheme::kStep * sizeof(W) > 64 ? Scheme::kStep * sizeof(W) / 64 : 1;
+  typename Scheme::Sums acc[kRows][kColumns] = {};
+  const auto step = [&](int64_t i, const auto& load_w) {
+    Bytes values[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) values[r] = load_bytes(x[r] + i);
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) {
+      for (int line = 0; line < kLines; ++line)
+        __builtin_prefetch(reinterpret_cast<const char*>(w[c] + i + ahead) + line * 64);
+      const Bytes weights = load_w(w[c] + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r][c] = Scheme::multiply(weights, values[r], acc[r][c]);
+    }
+  };
+  int64_t i = begin;
+  for (; i + Scheme::kStep <= end; i += Scheme::kStep) step(i, [](const W* p) { return Scheme::load(p); });
+  if (const int n = end - i; n > 0) step(i, [n](const W* p) { return load_first_weights<Scheme>(p, n); });
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) y[r * kColumnsAtOnce + c] += Scheme::total(acc[r][c]);
+}
+
+// out[r0, r0 + kRows) in the strip's columns.
+template <class Scheme, int kRows, class W>
+void stream_columns(const LinearParams& p, int64_t r0, const Strip& to) {
+  constexpr int kMost = kAccumulators / kRows;
+  constexpr int kColumns = kMost >= 8 ? 8 : kMost >= 4 ? 4 : 2;
+  alignas(64) typename Scheme::Sum y[kRows * kColumnsAtOnce] = {};
+  const typename Scheme::Code* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = prepared_row<Scheme>(p, r0 + r);
+  const int64_t stride = to.segment->w_stride;
+  for (int c0 = 0; c0 < to.count; c0 += kColumns) {
+    const W* w[kColumns];  // beyond the last column the last one again: computed and not used
+    for (int c = 0; c < kColumns; ++c)
+      w[c] = static_cast<const W*>(to.segment->w) + (to.n + (c0 + c < to.count ? c0 + c : to.count - 1)) * stride;
+    for (int64_t k = 0; k < p.k; k += Scheme::kSegment) {
+      const int64_t end = p.k - k > Scheme::kSegment ? k + Scheme::kSegment : p.k;
+      stream_block<Scheme>(x, w, kColumns * stride, k, end, y + c0);
+    }
+  }
+  finish<Scheme>(p, to, r0, kRows, y, kColumnsAtOnce);
+}
+
+template <class Scheme, class W>
+void stream(const LinearParams& p, const Threads& threads) {
+  const int64_t grain = kWeightsPerThread / (kColumnsAtOnce * (p.k + 1)) + 1;
+  threads.parallel_for(strips(p, kColumnsAtOnce), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Strip to = strip(p, kColumnsAtOnce, i);
+      int64_t r = 0;
+      for (; r + kRowsAtOnce <= p.rows.count; r += kRowsAtOnce) stream_columns<Scheme, kRowsAtOnce, W>(p, r, to);
+      if (p.rows.count - r == 3) stream_columns<Scheme, 3, W>(p, r, to);
+      if (p.rows.count - r == 2) stream_columns<Scheme, 2, W>(p, r, to);
+      if (p.rows.count - r == 1) stream_columns<Scheme, 1, W>(p, r, to);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA

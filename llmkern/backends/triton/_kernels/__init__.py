@@ -1,1 +1,0 @@
-"""Device code, one module per kernel family; importing any of it imports Triton."""
