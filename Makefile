@@ -6,8 +6,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMPS := .venv/.stamps
 NATIVE := $(shell find csrc -type f)
-# Two workers, one thread each: two threads each would fight over two cores.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+# Two workers, one thread each: two threads each would fight over two cores.  Triton kernels run in its interpreter.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: install test demo lint format clean
 .DELETE_ON_ERROR:

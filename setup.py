@@ -52,6 +52,13 @@ def find_compiler() -> str:
     raise Unavailable(f"no C++ compiler was found (looked for {', '.join(names)}; CXX can name another)")
 
 
+def find_ninja() -> str:
+    beside = os.path.dirname(sys.executable)  # where the ninja wheel puts it, in an environment not activated
+    if found := shutil.which("ninja") or shutil.which("ninja", path=beside):
+        return found
+    raise Unavailable("ninja was not found; pip install ninja")
+
+
 def find_nvcc() -> tuple[str | None, str | None]:
     """nvcc, or None and the sentence why there will be no CUDA part."""
     if os.environ.get("LLMKERN_CUDA") == "0":
@@ -117,9 +124,7 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
     try:
         if os.environ.get("LLMKERN_BUILD") == "0":
             raise Unavailable("LLMKERN_BUILD=0 was set while building")
-        beside = os.path.dirname(sys.executable)  # where the ninja wheel puts it, in an environment not activated
-        if (ninja := shutil.which("ninja") or shutil.which("ninja", path=beside)) is None:
-            raise Unavailable("ninja was not found; pip install ninja")
+        ninja = find_ninja()
         script, log = OBJECTS / f"{part.__name__}.ninja", OBJECTS / f"{part.__name__}.log"
         part(text := [f"builddir = {OBJECTS / part.__name__}\n", RULES], output, nvcc)
         OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -153,4 +158,5 @@ class BuildNative(build_ext):
 
 
 # The Extension has build_ext called and makes the wheel a platform's own; BuildNative finds the sources itself.
-setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":  # tests build by the functions above
+    setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})

@@ -1,5 +1,7 @@
 """llmkern: hand-written kernels swapped into the transformer models people already run."""
 
+from typing import TYPE_CHECKING, Any
+
 from llmkern import backends as backends
 from llmkern import nn, ops
 from llmkern.dispatch import implements, register, use_backend
@@ -9,9 +11,13 @@ from llmkern.quantization import QuantReport, dequantize_, quantize_
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
 from llmkern.verify import Accuracy, verify
 
+if TYPE_CHECKING:
+    from llmkern.integrations.transformers.cache import KVCache
+
 __all__ = [
     "Accuracy",
     "Info",
+    "KVCache",
     "QuantReport",
     "SwapReport",
     "SwapRow",
@@ -29,3 +35,11 @@ __all__ = [
     "use_backend",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KVCache":  # importing it takes transformers, which llmkern itself needs only where there is a model
+        from llmkern.integrations.transformers import kv_cache
+
+        return kv_cache()
+    raise AttributeError(f"module 'llmkern' has no attribute {name!r}")

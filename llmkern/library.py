@@ -10,6 +10,7 @@ is the best choice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,28 @@ from torch.compiler import is_compiling
 
 from llmkern import dispatch
 
-__all__ = ["define", "native"]
+__all__ = ["Definition", "define", "definition", "native"]
 
 NAMESPACE = "llmkern"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _reference_library = torch.library.Library(f"{NAMESPACE}_reference", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What `define` was given, for backends with operators of their own."""
+
+    fake: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    setup_context: Callable[..., None] | None
+
+
+_definitions: dict[str, Definition] = {}
+
+
+def definition(op: str) -> Definition:
+    """The fake and the autograd of `op`."""
+    return _definitions[op]
 
 
 def define(
@@ -56,6 +74,7 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    _definitions[name] = Definition(fake, backward, setup_context)
     dispatch.define_op(name, lead=arguments[0].name, differentiable=backward is not None)
 
 

@@ -37,6 +37,8 @@ def cell(implementations: Sequence[dispatch.Implementation]) -> str:
     """Devices, dtypes and ∇ of one op on one backend, each implementation once; — where there is none."""
     said: list[str] = []
     for impl in implementations:
+        if impl.priority < 0:  # Triton's interpreter: for debugging, and only where it is asked for by name
+            continue
         words = [DEVICES.get(device, device) for device in impl.devices or ("any device",)]
         if impl.min_capability is not None:
             words.append("sm_{}{}+".format(*impl.min_capability))

@@ -6,9 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "llmkern/dtype.h"
 #include "llmkern/rows.h"
@@ -39,11 +43,12 @@ inline bool kernel_types(const Tensor& t, const Optional&... more) {
 }
 
 // The rows of t [..., hidden], or nullopt where it must be copied first: hidden not contiguous, or more than three
-// leading dimensions that do not merge.
+// leading dimensions that do not merge.  A tensor without dimensions is one row.
 inline std::optional<Rows> rows_of(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t last = t.dim() - 1;
-  if (last < 0 || (strides[last] != 1 && sizes[last] > 1)) return std::nullopt;
+  if (last < 0) return Rows{.count = 1};
+  if (strides[last] != 1 && sizes[last] > 1) return std::nullopt;
   Rows rows{.count = 1};
   int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};  // innermost first
   int used = 0;
@@ -68,14 +73,61 @@ inline std::optional<Rows> rows_of(const Tensor& t) {
   return rows;
 }
 
+// A tensor, copied where it must be, and its rows.
+struct RowTensor {
+  Tensor tensor;
+  Rows rows;
+};
+
+inline RowTensor as_rows(const Tensor& t) {
+  if (const std::optional<Rows> rows = rows_of(t)) return {t, *rows};
+  const Tensor copy = torch::stable::contiguous(t);
+  return {copy, *rows_of(copy)};
+}
+
+inline int64_t hidden_of(const Tensor& t) {
+  return t.dim() > 0 ? t.size(t.dim() - 1) : 1;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), others = b.sizes();
+  return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
+}
+
+// Empty codes and scales for rows like those of x, as quantize_int8 returns them.
+inline std::tuple<Tensor, Tensor> new_codes(const Tensor& x) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const Tensor codes = torch::stable::new_empty(x, shape, ScalarType::Char);
+  shape.back() = 1;
+  return {codes, torch::stable::new_empty(x, shape, ScalarType::Float)};
+}
+
+// An op's results on the dispatcher's stack.
+template <class Result>
+struct Results {
+  static constexpr size_t kCount = 1;
+  static Result of(const StableIValue* stack) { return torch::stable::detail::to<Result>(*stack); }
+};
+
+template <class... Each>
+struct Results<std::tuple<Each...>> {
+  static constexpr size_t kCount = sizeof...(Each);
+  static std::tuple<Each...> of(const StableIValue* stack) {
+    return [stack]<size_t... i>(std::index_sequence<i...>) {
+      return std::tuple<Each...>{torch::stable::detail::to<Each>(stack[i])...};
+    }(std::index_sequence_for<Each...>{});
+  }
+};
+
 // The op's definition in Python (llmkern/library.py), on whatever the kernel cannot serve: torch.ops.llmkern.<op>
 // answers every call that its schema allows.  The dispatcher never comes here: it asks `refuse` first.
 template <class Result, class... Args>
 inline Result call_reference(const char* op, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  std::array<StableIValue, std::max(sizeof...(Args), Results<Result>::kCount)> stack{
+      torch::stable::detail::from(args)...};
   const std::string name = std::string("llmkern_reference::") + op;
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Result>(stack[0]);
+  return Results<Result>::of(stack.data());
 }
 
 }  // namespace llmkern

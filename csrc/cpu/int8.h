@@ -19,28 +19,48 @@ inline S32 round_to_int(F32 v) {
 #endif
 }
 
-// Writes the codes of x[0, k), and zeros up to the next multiple of kLanes; returns their scale.  As the op
-// quantize_int8 defines both, to the bit.  Code: int8_t, or a wider integer to hold them.
-template <class T, class Code>
-float quantize_row(const T* x, int64_t k, Code* codes) {
-  S32 most = {};  // |x| as bits: in that order infinity is beyond every number and NaN beyond infinity
-  for (int64_t i = 0; i < k; i += kLanes) {
-    const S32 magnitude = bits_as<S32>(load_at_most(x + i, k - i)) & 0x7fffffff;
+// Writes k codes, int8_t or wider, and returns their scale, as the op quantize_int8 defines both, to the bit.  value(i,
+// n) is the register of values from i on, of which n count where n < kLanes; each is asked for twice.
+template <class Value, class Code>
+float quantize_values(const Value& value, int64_t k, Code* codes) {
+  const auto counting = [&value](int64_t i, int n) { return n < kLanes ? first(value(i, n), n) : value(i, n); };
+  S32 most = {};  // |v| as bits: in that order infinity is beyond every number and NaN beyond infinity
+  const auto look_at = [&](int64_t i, int n) {
+    const S32 magnitude = bits_as<S32>(counting(i, n)) & 0x7fffffff;
     most = magnitude > most ? magnitude : most;
-  }
+  };
+  for_registers(k, look_at);
   int32_t largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  for (int j = 0; j < kLanes; ++j) largest = most[j] > largest ? most[j] : largest;
   const float amax = bits_as<float>(largest);
   const float scale = amax < 0x1p-118f ? 0.0f : amax / 127.0f;
-  const bool usable = scale > 0.0f && scale < __builtin_inff();
-  const float inv = 127.0f / amax;
-  for (int64_t i = 0; i < k; i += kLanes) {
-    typedef Code Narrow __attribute__((vector_size(kLanes * sizeof(Code))));
-    Narrow narrow = {};
-    if (usable) narrow = __builtin_convertvector(round_to_int(load_at_most(x + i, k - i) * broadcast(inv)), Narrow);
-    std::memcpy(codes + i, &narrow, sizeof(narrow));
+  if (!(scale > 0.0f && scale < __builtin_inff())) {
+    std::memset(codes, 0, k * sizeof(Code));
+    return scale;
   }
+  const F32 inv = broadcast(127.0f / amax);
+  for_registers(k, [&](int64_t i, int n) {
+    typedef Code Narrow __attribute__((vector_size(kLanes * sizeof(Code))));
+    const Narrow narrow = __builtin_convertvector(round_to_int(counting(i, n) * inv), Narrow);
+    std::memcpy(codes + i, &narrow, n * sizeof(Code));
+  });
   return scale;
+}
+
+template <class T, class Code>
+float quantize_row(const T* x, int64_t k, Code* codes) {
+  return quantize_values([x](int64_t i, int64_t n) { return load_at_most(x + i, n); }, k, codes);
+}
+
+// As quantize_values, for values that take longer to compute than to keep: each is asked for once, but in rows longer
+// than what is kept.
+template <class Value>
+float quantize_computed(const Value& value, int64_t k, int8_t* codes) {
+  constexpr int64_t kKept = 16384;
+  if (k > kKept) return quantize_values(value, k, codes);
+  alignas(64) float kept[kKept];
+  for_registers(k, [&](int64_t i, int n) { store(kept + i, value(i, n)); });
+  return quantize_row(kept, k, codes);
 }
 
 }  // namespace

@@ -149,8 +149,25 @@ inline void store_at_most(T* p, F32 v, int64_t n) {
   n >= kLanes ? store(p, v) : store_first(p, v, static_cast<int>(n));
 }
 
+// f(i, n) for each register of n <= kLanes elements from i on that it takes to hold `count`; only the last may be
+// short.
+template <class F>
+inline __attribute__((always_inline)) void for_registers(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
+  if (i < count) f(i, static_cast<int>(count - i));
+}
+
 inline F32 broadcast(float value) {
   return F32{} + value;
+}
+
+// v in its first n lanes, 0 in the others.
+inline F32 first(F32 v, int n) {
+  typedef int32_t Index __attribute__((vector_size(kVectorBytes)));
+  Index lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < n ? v : F32{};
 }
 
 // Of floats or integers; pairwise, each half of the lanes added to the other, which rounds least.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmkern import _native, dispatch
 from llmkern.testing.case import cases
+from llmkern.testing.compare import assert_same_bits
 from llmkern.testing.judge import assert_right
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,11 @@ def int8_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
 # Large enough to be shared among threads, and odd, so that their shares differ.
 SHARED = {
     "rms_norm": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
+    "layer_norm": lambda: (torch.randn(301, 577), torch.randn(577), torch.randn(577), 1e-6),
+    "add_rms_norm": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6, 0.0),
+    "add_layer_norm": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6),
+    "rms_norm_quant": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
+    "add_rms_norm_quant": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6, 0.0),
     "int8_linear-w8a16": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a16"),
     "int8_linear-w8a8": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a8"),
 }
@@ -115,7 +121,7 @@ def test_the_number_of_threads_changes_no_bit(name, isa) -> None:
             results.append(operator(*call))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert_same_bits(*results)
 
 
 @built

@@ -21,9 +21,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& w_q, const Tensor& w_scale, co
                   "int8_linear: bias must be contiguous with shape [", n, "], one element per row of w_q");
   STD_TORCH_CHECK(w_q.is_cpu() && w_scale.is_cpu() && (!bias || bias->is_cpu()),
                   "int8_linear: w_q, w_scale and bias must be on the CPU, as x is");
-  const std::optional<Rows> strided = rows_of(x);
-  const Tensor rows = strided ? x : torch::stable::contiguous(x);
-  const Rows taken = strided ? *strided : *rows_of(rows);
+  const auto [rows, taken] = as_rows(x);
   const bool plain = w_q.stride(1) == 1 || k <= 1;
   const Tensor weight = plain ? w_q : torch::stable::contiguous(w_q);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

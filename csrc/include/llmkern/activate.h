@@ -17,9 +17,9 @@ namespace llmkern {
 struct ActivateParams {
   const void* x;   // [rows, hidden], dtype
   const void* up;  // [rows, hidden], dtype; null for 1
-  void* out;       // [rows, hidden], dtype; null where codes and scale are wanted
-  int8_t* codes;   // [rows, hidden], contiguous; null where out is wanted
-  float* scale;    // [rows], with codes
+  void* out;       // [rows, hidden], dtype; not used where there is a scale
+  int8_t* codes;   // [rows, hidden], contiguous
+  float* scale;    // [rows]; null where out is wanted
   Rows x_rows, up_rows, out_rows;
   int64_t hidden;
   DType dtype;

@@ -15,6 +15,10 @@ struct Float16 {
   uint16_t bits;
 };
 
+constexpr int size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+
 // f.template operator()<T>() with the C++ type of `dtype`.
 template <class F>
 inline auto with_type(DType dtype, const F& f) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
 #include "llmkern/rows.h"
 #include "llmkern/threads.h"
 
@@ -23,9 +24,9 @@ struct NormParams {
   const void* weight;    // [hidden], weight_dtype; null for 1 (weight_offset is then ignored)
   const void* bias;      // [hidden], bias_dtype; null for 0
   void* total;           // [rows, hidden], dtype; written with a residual only, and then not null
-  void* out;             // [rows, hidden], dtype; null where codes and scale are wanted
-  int8_t* codes;         // [rows, hidden], contiguous; null where out is wanted
-  float* scale;          // [rows], with codes
+  void* out;             // [rows, hidden], dtype; not used where there is a scale
+  int8_t* codes;         // [rows, hidden], contiguous
+  float* scale;          // [rows]; null where out is wanted
   Rows x_rows, residual_rows, total_rows, out_rows;
   int64_t hidden;
   DType dtype, weight_dtype, bias_dtype;
@@ -35,5 +36,6 @@ struct NormParams {
 };
 
 void launch_norm(const NormParams& p, const Threads& threads);
+void launch_norm(const NormParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmkern.backends.cpu import CPU
-from llmkern.backends.cpu.rms_norm import DTYPES
+from llmkern.backends.cpu._rows import DTYPES
 from llmkern.dispatch import implements
 from llmkern.library import native
 

@@ -1,0 +1,86 @@
+// A SIMT machine on the CPU: runs kernels of csrc/cuda, compiled by a host compiler, to judge them in tests.
+//
+//   a CUDA thread      a fiber: own stack, run until it must wait for others
+//   a warp instruction a rendezvous of the lanes in its mask; the last to arrive computes it for all
+//   a block            its warps, run in an order drawn from the seed; blocks one after the other, in such an order too
+//   shared memory      one buffer, filled with 0xff (NaN in every floating type) before each block
+//   global memory      what was registered; every access through csrc/cuda/common is checked against it
+//   cp.async           lands at once, or only when waited for
+//
+// A broken rule (an access out of bounds, lanes that meet at different instructions, threads that wait for ever) ends
+// the launch with a sentence that says who did what, which `take_error` returns.  One OS thread; nothing is reentrant.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace llmkern::simt {
+
+struct Settings {
+  uint64_t seed = 0;         // of every order that CUDA leaves open
+  bool late_copies = false;  // asynchronous copies land when they are waited for, not at once
+};
+
+inline Settings settings;
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr uint32_t kSharedWindow = 0x400;  // where shared memory starts in 32-bit addresses: 0 is no valid one
+
+// Ends the launch with this sentence; the kernel, block and thread are added.
+[[noreturn]] void fault(const std::string& sentence);
+
+// Runs body as every thread of the grid.  Does nothing while an earlier launch's error has not been taken.
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// The sentence of the first broken rule since the last call; empty if there was none.
+std::string take_error();
+
+// Global memory that kernels may use.  Freed memory must be forgotten.
+void register_memory(const void* begin, size_t bytes, bool writable, const std::string& name);
+void forget_memory(const void* begin);
+
+enum class Space { global, shared };
+enum class Access { read, write };
+
+// Every access goes through here: within one allocation, aligned to its size, and written only where that is allowed.
+void check(const char* instruction, Space space, Access access, const void* address, size_t bytes);
+
+// The running thread's block's shared memory, and where a 32-bit address in it points to.
+char* shared_memory();
+char* shared_address(const char* instruction, uint32_t address, size_t bytes, Access access);
+uint32_t to_shared_address(const void* p);
+
+int lane();
+
+// Waits until every lane of `mask` is at this instruction with this mask; the last one calls complete(operands of
+// the lanes, nullptr for those not in the mask).
+void rendezvous(const char* instruction, unsigned mask, void* operands, void (*complete)(void* const* lanes));
+
+// The same with types: F is a lambda without captures that takes Operands* const (&)[32].
+template <class Operands, class F>
+void collective(const char* instruction, unsigned mask, Operands operands, F) {
+  rendezvous(instruction, mask, &operands, [](void* const* lanes) {
+    Operands* typed[kWarp];
+    for (int i = 0; i < kWarp; ++i) typed[i] = static_cast<Operands*>(lanes[i]);
+    F{}(typed);
+  });
+}
+
+// Barrier `id` of the block, for `threads` of its threads (0: all); `wait` false only arrives.
+void barrier(const char* instruction, int id, int threads, bool wait);
+
+// cp.async: `read` of the `bytes` come from global memory, the rest is zero.
+void copy_async(const char* instruction, uint32_t to, const void* from, int bytes, int read);
+void commit_copies();
+void wait_copies(int newest_still_flying);
+
+}  // namespace llmkern::simt
+
+// What nvcc declares by itself.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;

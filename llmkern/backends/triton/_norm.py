@@ -1,0 +1,147 @@
+"""Launchers of the normalisations: every norm op is one call of `norm` or `norm_backward`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.triton._launch import as_rows, launch, next_power_of_2, target_of, warps
+
+MAX_HIDDEN = 16384
+"""More columns than this do not fit in one program's registers."""
+MAX_HIDDEN_BACKWARD = 8192
+"""The backward holds two sums per column besides."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+def refuse_forward(x: Tensor, **_: object) -> str | None:
+    """The sentence for rows that are longer than one program takes."""
+    return _refuse_wide(x, MAX_HIDDEN)
+
+
+def refuse_backward(x: Tensor, **_: object) -> str | None:
+    """As `refuse_forward`."""
+    return _refuse_wide(x, MAX_HIDDEN_BACKWARD)
+
+
+def _refuse_wide(x: Tensor, limit: int) -> str | None:
+    if x.shape[-1] > limit:
+        return f"hidden size {x.shape[-1]} is larger than {limit}, which one program's registers hold"
+    return None
+
+
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    *,
+    layer: bool = False,
+    quant: bool = False,
+) -> tuple[Tensor, Any, Any]:
+    """(norm or its codes, scale or None, x + residual or None), contiguous, in x's shape."""
+    from llmkern.backends.triton._kernels.norm import norm_kernel
+
+    out = torch.empty(x.shape, dtype=torch.int8 if quant else x.dtype, device=x.device)
+    hidden = x.shape[-1]
+    # A row without columns has nothing but a scale, of 0.
+    make_scale = torch.empty if hidden else torch.zeros
+    scale = make_scale((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if quant else None
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else None
+    if out.numel() == 0:
+        return out, scale, total
+    xs = as_rows(x)
+    residuals = as_rows(residual) if residual is not None else None
+    rows = xs.shape[0]
+    block = next_power_of_2(hidden)
+    rows_at_once = max(1, min(2048 // block, next_power_of_2(rows)))
+    launch(
+        norm_kernel,
+        (-(-rows // rows_at_once), 1, 1),
+        xs,
+        residuals,
+        weight if weight is None else weight.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        out,
+        total,
+        scale,
+        rows,
+        hidden,
+        xs.stride(0),
+        0 if residuals is None else residuals.stride(0),
+        eps,
+        weight_offset,
+        LAYER=layer,
+        QUANT=quant,
+        ROWS=rows_at_once,
+        BLOCK=block,
+        num_warps=warps(block * rows_at_once),
+    )
+    return out, scale, total
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    *,
+    layer: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); a gradient of a parameter that is None has 0 elements."""
+    from llmkern.backends.triton._kernels.norm import norm_backward_kernel
+
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return dx, _no_gradient(x, weight), _no_gradient(x, bias)
+    xs, dys = as_rows(x), as_rows(dy)
+    rows, hidden = xs.shape
+    programs = min(rows, target_of(x).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
+    dweight, dbias = (
+        None if parameter is None else torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
+        for parameter in (weight, bias)
+    )
+    block = next_power_of_2(hidden)
+    launch(
+        norm_backward_kernel,
+        (programs, 1, 1),
+        dys,
+        xs,
+        weight if weight is None else weight.contiguous(),
+        dx,
+        dweight,
+        dbias,
+        rows,
+        hidden,
+        dys.stride(0),
+        xs.stride(0),
+        eps,
+        weight_offset,
+        LAYER=layer,
+        BLOCK=block,
+        num_warps=warps(2 * block),
+    )
+    return dx, _sum(dweight, x, weight), _sum(dbias, x, bias)
+
+
+def _no_gradient(x: Tensor, parameter: Tensor | None) -> Tensor:
+    return x.new_empty(0) if parameter is None else torch.zeros_like(parameter)
+
+
+def _sum(partial: Tensor | None, x: Tensor, parameter: Tensor | None) -> Tensor:
+    from llmkern.backends.triton._kernels.norm import sum_partials_kernel
+
+    if partial is None or parameter is None:
+        return x.new_empty(0)
+    out = torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
+    programs, hidden = partial.shape
+    launch(
+        sum_partials_kernel, (-(-hidden // 64), 1, 1), partial, out, programs, hidden, ROWS=32, BLOCK=64, num_warps=4
+    )
+    return out

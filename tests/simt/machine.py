@@ -1,0 +1,126 @@
+"""csrc/cuda's kernels compiled for the SIMT machine of csrc/simt, and the machine's switches."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DLLMKERN_SIMT", "-Wall", "-Wextra"]
+# A pragma of nvcc's; registers that are set under the same condition as they are used; __half, copied as bytes.
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-class-memaccess"]
+
+
+class Unavailable(Exception):
+    """The kernels cannot be compiled here; the message is why."""
+
+
+@functools.cache
+def setup() -> ModuleType:
+    """setup.py, whose ways to find compilers and to build are used here too."""
+    spec = importlib.util.spec_from_file_location("llmkern_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def compiler_and_headers() -> tuple[str, list[str]]:
+    """The C++ compiler, and the flags with which it finds CUDA's headers: nvcc's own."""
+    try:
+        compiler = setup().find_compiler()
+    except setup().Unavailable as why:
+        raise Unavailable(str(why)) from None
+    nvcc, why_not = setup().find_nvcc()
+    if nvcc is None:
+        raise Unavailable(f"CUDA's headers are needed: {why_not}")
+    plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
+    found = re.search(r"INCLUDES=(.*)", plan)
+    if found is None:
+        raise Unavailable(f"{nvcc} does not say where CUDA's headers are")
+    return compiler, re.findall(r'"-I([^"]+)"', found[1])
+
+
+def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
+    """A shared library of the sources and the machine, under build/simt; ninja compiles what has changed."""
+    compiler, headers = compiler_and_headers()
+    folder = ROOT / "build" / "simt"
+    includes = [f"-I{path}" for path in (ROOT / "csrc" / "include", ROOT / "csrc", ROOT / "csrc" / "cuda")]
+    tool = [compiler, *FLAGS, *includes, *(part for path in headers for part in ("-isystem", path)), *flags]
+    key = hashlib.sha256(" ".join(tool).encode()).hexdigest()[:12]
+    text = [f"builddir = {folder / key}\n", setup().RULES]
+    objects = []
+    for source in [*sorted((ROOT / "csrc" / "simt").glob("*.cpp")), *sources]:
+        try:
+            stem = source.relative_to(ROOT)
+        except ValueError:
+            stem = Path(hashlib.sha256(str(source).encode()).hexdigest()[:12]) / source.name
+        cuda = ["-x", "c++"] if source.suffix == ".cu" else []
+        objects.append(setup().build(text, "compile", folder / key / f"{stem}.o", [source], [*tool, *cuda]))
+    output = folder / f"{name}-{key}.so"
+    setup().build(text, "link", output, objects, [compiler, "-shared", "-Wl,-Bsymbolic"])
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / f"{name}-{key}.ninja"
+    with (folder / "lock").open("w") as lock:  # pytest's workers build the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script.write_text("".join(text))
+        run = subprocess.run([setup().find_ninja(), "-f", script], capture_output=True, text=True)
+    if run.returncode != 0:
+        raise AssertionError(f"the kernels did not compile for the SIMT machine:\n{run.stdout}")
+    return output
+
+
+class Machine:
+    """One loaded library: `machine.library` has its functions, the rest its switches."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.simt_take_error.restype = ctypes.c_char_p
+        self.library.simt_register.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p)
+        self.library.simt_forget.argtypes = (ctypes.c_void_p,)
+        self.library.simt_set.argtypes = (ctypes.c_uint64, ctypes.c_int)
+
+    def set(self, *, seed: int = 0, late_copies: bool = False) -> None:
+        """Seed of all orders; whether asynchronous copies land only when they are waited for."""
+        self.library.simt_set(seed, int(late_copies))
+
+    def error(self) -> str:
+        """The sentence of the first broken rule since the last question; empty if there was none."""
+        return self.library.simt_take_error().decode()
+
+    @contextlib.contextmanager
+    def memory(self, *, writable: bool = False, **tensors: Tensor) -> Iterator[None]:
+        """Within the block kernels may read these tensors' storages, and write them where `writable`."""
+        storages = {name: t.untyped_storage() for name, t in tensors.items() if t.numel()}
+        for name, storage in storages.items():
+            self.library.simt_register(storage.data_ptr(), storage.nbytes(), int(writable), name.encode())
+        try:
+            yield
+        finally:
+            for storage in storages.values():
+                self.library.simt_forget(storage.data_ptr())
+
+    def run(self, function: str, *arguments: Tensor | int, outputs: int = 1) -> str:
+        """Calls an exported function; tensors are its pointers, and the last `outputs` may be written.
+
+        Returns the error.
+        """
+        tensors = {f"argument {i}": a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
+        written = {name: tensors.pop(name) for name in list(tensors)[len(tensors) - outputs :]}
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
+        with self.memory(**tensors), self.memory(writable=True, **written):
+            getattr(self.library, function)(*values)
+        return self.error()
