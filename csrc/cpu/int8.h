@@ -35,7 +35,7 @@ float quantize_values(const Value& value, int64_t k, Code* codes) {
   const float amax = bits_as<float>(largest);
   const float scale = amax < 0x1p-118f ? 0.0f : amax / 127.0f;
   if (!(scale > 0.0f && scale < __builtin_inff())) {
-    std::memset(codes, 0, k * sizeof(Code));
+    for (int64_t i = 0; i < k; ++i) codes[i] = 0;
     return scale;
   }
   const F32 inv = broadcast(127.0f / amax);
