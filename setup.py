@@ -94,6 +94,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
     compiler, torch = find_compiler(), folder_of("torch")
     host, stable = [compiler, *COMMON, *HOST, *WARN], ["-isystem", str(torch / "include"), ABI]
     objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
+    objects += compile_all(text, "bindings/*.cpp", [*host, *stable], ".cpu")
     for isa, flags in ISAS.items():
         kernel = [*host, *KERNEL, *flags, f"-DLLMKERN_ISA={isa}"]
         objects += compile_all(text, "cpu/products/*.cpp", kernel, f".{isa}")
@@ -104,7 +105,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
         gencode += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]  # PTX, for devices to come
         device = [nvcc, "-ccbin", compiler, "-Xcompiler", ",".join(HOST), *gencode, *COMMON]
         objects += compile_all(text, "cuda/*.cu", device)
-        objects += compile_all(text, "bindings/cuda/*.cpp", [*device, *stable, "-DUSE_CUDA"])
+        objects += compile_all(text, "bindings/*.cpp", [*device, *stable, "-DUSE_CUDA", "-DLLMKERN_CUDA"], ".cuda")
         link = [nvcc, "-ccbin", compiler, "-cudart", "static"]
     link += ["-shared", f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs=ALL"]
     build(text, "link", output, objects, link, "-ltorch -ltorch_cpu -Xlinker -z -Xlinker defs")

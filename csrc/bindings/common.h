@@ -1,9 +1,6 @@
 // What every binding needs: torch's tensors as params structs see them, and the reference for calls no kernel serves.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -14,13 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "device.h"
 #include "llmkern/dtype.h"
 #include "llmkern/rows.h"
 
 namespace llmkern {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace {  // as in device.h
 
 // The kernels' name of an element type; nullopt for types they do not have.
 inline std::optional<DType> dtype_of(const Tensor& t) {
@@ -97,9 +93,9 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 // Empty codes and scales for rows like those of x, as quantize_int8 returns them.
 inline std::tuple<Tensor, Tensor> new_codes(const Tensor& x) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Tensor codes = torch::stable::new_empty(x, shape, ScalarType::Char);
+  const Tensor codes = new_tensor(x, shape, ScalarType::Char);
   shape.back() = 1;
-  return {codes, torch::stable::new_empty(x, shape, ScalarType::Float)};
+  return {codes, new_tensor(x, shape, ScalarType::Float)};
 }
 
 // An op's results on the dispatcher's stack.
@@ -130,4 +126,5 @@ inline Result call_reference(const char* op, const Args&... args) {
   return Results<Result>::of(stack.data());
 }
 
+}  // namespace
 }  // namespace llmkern

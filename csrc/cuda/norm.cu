@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const NormParams p
         for (int i = 0; i < kVector; ++i) y[i] += parameter[i];
       }
     };
-    if (p.out) {
+    if (!p.scale) {
       T* out = static_cast<T*>(p.out) + p.out_rows.offset(row);
       each([&](const float (&values)[kVector], int column) {
         float y[kVector];

@@ -3,8 +3,10 @@
 
 #define LLMKERN_EXPORT extern "C" __attribute__((visibility("default")))
 
-LLMKERN_EXPORT void simt_set(uint64_t seed, int late_copies) {
-  llmkern::simt::settings = {.seed = seed, .late_copies = late_copies != 0};
+LLMKERN_EXPORT void simt_set(uint64_t seed, int late_copies, int sm_count, int capability) {
+  llmkern::simt::settings = {.seed = seed,
+                             .late_copies = late_copies != 0,
+                             .gpu = {.stream = nullptr, .sm_count = sm_count, .capability = capability}};
 }
 
 // Valid until the next call; empty where nothing was wrong.
@@ -20,4 +22,8 @@ LLMKERN_EXPORT void simt_register(const void* begin, size_t bytes, int writable,
 
 LLMKERN_EXPORT void simt_forget(const void* begin) {
   llmkern::simt::forget_memory(begin);
+}
+
+LLMKERN_EXPORT void simt_forget_all() {
+  llmkern::simt::forget_all_memory();
 }

@@ -281,6 +281,15 @@ void forget_memory(const void* begin) {
   memory.erase(reinterpret_cast<uintptr_t>(begin));
 }
 
+void forget_all_memory() {
+  memory.clear();
+}
+
+void adopt_memory(void* begin, size_t bytes, const std::string& name) {
+  std::memset(begin, 0xff, bytes);
+  register_memory(begin, bytes, true, name);
+}
+
 namespace {
 
 // `bytes` from `address` within one allocation; `where` names the place for a sentence, if one is needed.

@@ -18,11 +18,14 @@
 #include <functional>
 #include <string>
 
+#include "llmkern/gpu.h"
+
 namespace llmkern::simt {
 
 struct Settings {
   uint64_t seed = 0;         // of every order that CUDA leaves open
   bool late_copies = false;  // asynchronous copies land when they are waited for, not at once
+  Gpu gpu{.stream = nullptr, .sm_count = 4, .capability = 90};  // what launchers are told
 };
 
 inline Settings settings;
@@ -43,6 +46,10 @@ std::string take_error();
 // Global memory that kernels may use.  Freed memory must be forgotten.
 void register_memory(const void* begin, size_t bytes, bool writable, const std::string& name);
 void forget_memory(const void* begin);
+void forget_all_memory();
+
+// The same for what a binding allocates, which is poisoned too.
+void adopt_memory(void* begin, size_t bytes, const std::string& name);
 
 enum class Space { global, shared };
 enum class Access { read, write };

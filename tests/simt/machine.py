@@ -13,8 +13,12 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from llmkern import dispatch
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DLLMKERN_SIMT", "-Wall", "-Wextra"]
@@ -54,7 +58,13 @@ def compiler_and_headers() -> tuple[str, list[str]]:
     return compiler, re.findall(r'"-I([^"]+)"', found[1])
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
+def torch_flags() -> list[str]:
+    """For sources that use torch's stable ABI, as setup.py compiles them, and for linking them."""
+    torch_folder = setup().folder_of("torch")
+    return [setup().ABI, "-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}"]
+
+
+def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), libraries: Sequence[str] = ()) -> Path:
     """A shared library of the sources and the machine, under build/simt; ninja compiles what has changed."""
     compiler, headers = compiler_and_headers()
     folder = ROOT / "build" / "simt"
@@ -71,7 +81,7 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path
         cuda = ["-x", "c++"] if source.suffix == ".cu" else []
         objects.append(setup().build(text, "compile", folder / key / f"{stem}.o", [source], [*tool, *cuda]))
     output = folder / f"{name}-{key}.so"
-    setup().build(text, "link", output, objects, [compiler, "-shared", "-Wl,-Bsymbolic"])
+    setup().build(text, "link", output, objects, [compiler, "-shared", "-Wl,-Bsymbolic", *flags], " ".join(libraries))
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / f"{name}-{key}.ninja"
     with (folder / "lock").open("w") as lock:  # pytest's workers build the same
@@ -91,11 +101,18 @@ class Machine:
         self.library.simt_take_error.restype = ctypes.c_char_p
         self.library.simt_register.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p)
         self.library.simt_forget.argtypes = (ctypes.c_void_p,)
-        self.library.simt_set.argtypes = (ctypes.c_uint64, ctypes.c_int)
+        self.library.simt_set.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int)
 
-    def set(self, *, seed: int = 0, late_copies: bool = False) -> None:
-        """Seed of all orders; whether asynchronous copies land only when they are waited for."""
-        self.library.simt_set(seed, int(late_copies))
+    def set(
+        self,
+        *,
+        seed: int = 0,
+        late_copies: bool = False,
+        sm_count: int = 4,
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
+        """Seed of all orders; whether asynchronous copies land only when they are waited for; the GPU's properties."""
+        self.library.simt_set(seed, int(late_copies), sm_count, 10 * capability[0] + capability[1])
 
     def error(self) -> str:
         """The sentence of the first broken rule since the last question; empty if there was none."""
@@ -124,3 +141,28 @@ class Machine:
         with self.memory(**tensors), self.memory(writable=True, **written):
             getattr(self.library, function)(*values)
         return self.error()
+
+
+class Operators(Machine):
+    """Every operator of llmkern whose CUDA binding is in the library, on CPU tensors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        # The bindings register kernels for this namespace; the schemas are those of the operators themselves.
+        self._namespace = torch.library.Library("llmkern_simt", "FRAGMENT")
+        for op in dispatch.ops():
+            schema = str(getattr(torch.ops.llmkern, op).default._schema)
+            self._namespace.define(schema.removeprefix("llmkern::"))
+        torch.ops.load_library(path)
+
+    def call(self, op: str, arguments: dict[str, Any]) -> Any:
+        """The operator's result; a broken rule raises AssertionError with the machine's sentence."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        try:
+            with self.memory(**tensors):
+                result = getattr(torch.ops.llmkern_simt, op).default(**arguments)
+        finally:
+            error = self.error()
+            self.library.simt_forget_all()
+        assert error == "", error
+        return result

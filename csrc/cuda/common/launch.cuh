@@ -44,8 +44,11 @@ inline void launch(const char* name, void (*kernel)(Params...), const LaunchConf
   if (config.shared_bytes > kWithoutAsking)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
   if (status == cudaSuccess) {
-    kernel<<<config.grid, config.block, config.shared_bytes, gpu.stream> > >(args...);
-    status = cudaGetLastError();
+    auto start = [&](Params... params) {  // of the kernel's own types: CUDA copies them from where they are
+      void* pointers[] = {&params...};
+      return cudaLaunchKernel(kernel, config.grid, config.block, pointers, config.shared_bytes, gpu.stream);
+    };
+    status = start(args...);
   }
   if (status != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
 #endif

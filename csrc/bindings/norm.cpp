@@ -1,8 +1,7 @@
 // The normalisations: rms and layer, with a residual sum before or not, quantized after or not; one launcher for all.
 #include "llmkern/norm.h"
 
-#include "../common.h"
-#include "threads.h"
+#include "common.h"
 
 namespace llmkern {
 namespace {
@@ -31,14 +30,14 @@ const void* parameter(const Call& call, const char* name, const Optional& t) {
   const int64_t hidden = hidden_of(call.x);
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == hidden && t->is_contiguous(), call.op, ": ", name,
                   " must be contiguous with shape [", hidden, "], x's last dimension");
-  STD_TORCH_CHECK(t->is_cpu(), call.op, ": ", name, " must be on the CPU, as x is");
+  STD_TORCH_CHECK(on_device(*t), call.op, ": ", name, " must be on x's device");
   return t->const_data_ptr();
 }
 
 Normed run(const Call& call) {
   const auto& [op, norm, quantized, x, residual, weight, bias, eps, weight_offset] = call;
   STD_TORCH_CHECK(x.dim() > 0, op, ": x has no dimensions, expected [..., hidden]");
-  STD_TORCH_CHECK(!residual || (same_shape(*residual, x) && dtype_of(*residual) == dtype_of(x) && residual->is_cpu()),
+  STD_TORCH_CHECK(!residual || (same_shape(*residual, x) && dtype_of(*residual) == dtype_of(x) && on_device(*residual)),
                   op, ": residual must have x's shape, dtype and device");
   const RowTensor rows = as_rows(x);
   const RowTensor other = residual ? as_rows(*residual) : RowTensor{};
@@ -47,8 +46,8 @@ Normed run(const Call& call) {
   if (quantized)
     std::tie(result.out, result.scale) = new_codes(x);
   else
-    result.out = torch::stable::new_empty(x, x.sizes());
-  if (residual) result.total = torch::stable::new_empty(x, x.sizes());
+    result.out = new_tensor(x, x.sizes(), x.scalar_type());
+  if (residual) result.total = new_tensor(x, x.sizes(), x.scalar_type());
   launch_norm(
       {
           .x = rows.tensor.const_data_ptr(),
@@ -71,7 +70,7 @@ Normed run(const Call& call) {
           .eps = static_cast<float>(eps),
           .weight_offset = static_cast<float>(weight_offset),
       },
-      kTorchThreads);
+      Place(x));
   return result;
 }
 
@@ -120,7 +119,7 @@ Three add_rms_norm_quant(const Tensor& x, const Tensor& residual, const Optional
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("rms_norm", TORCH_BOX(&llmkern::rms_norm));
   m.impl("layer_norm", TORCH_BOX(&llmkern::layer_norm));
   m.impl("add_rms_norm", TORCH_BOX(&llmkern::add_rms_norm));

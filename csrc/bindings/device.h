@@ -1,0 +1,99 @@
+// The device that a binding is compiled for.  Each csrc/bindings/<op>.cpp is compiled once for the CPU, once for CUDA
+// (LLMKERN_CUDA) and, in tests, for the SIMT machine (LLMKERN_SIMT), which takes CPU tensors; what differs is here:
+//   LLMKERN_BINDINGS(m) { m.impl(...); }   where the operators are registered
+//   on_device(t)                           whether kernels of this device can read t
+//   new_tensor(x, sizes, dtype)            memory on x's device
+//   Place(x)                               what launchers take behind their params
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(LLMKERN_CUDA)
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "llmkern/gpu.h"
+
+// In torch's CUDA library, which a CPU-only torch lacks.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern, CUDA, m)
+#elif defined(LLMKERN_SIMT)
+#include "llmkern/gpu.h"
+#include "simt/machine.h"
+#define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern_simt, CPU, m)
+#else
+#include "cpu/threads.h"
+#define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m)
+#endif
+
+namespace llmkern {
+namespace {  // the copies for several devices are linked into one library
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool on_device(const Tensor& t) {
+#ifdef LLMKERN_CUDA
+  return t.is_cuda();
+#else
+  return t.is_cpu();
+#endif
+}
+
+inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  Tensor made = torch::stable::new_empty(x, sizes, dtype);
+#ifdef LLMKERN_SIMT
+  simt::adopt_memory(made.mutable_data_ptr(), made.numel() * made.element_size(), "an output");
+#endif
+  return made;
+}
+
+#if defined(LLMKERN_CUDA)
+
+class Place {
+ public:
+  explicit Place(const Tensor& x) : guard_(x.get_device_index()) {
+    const int device = x.get_device_index();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    gpu_ = {static_cast<CUstream_st*>(stream), attribute(cudaDevAttrMultiProcessorCount, device),
+            10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                attribute(cudaDevAttrComputeCapabilityMinor, device)};
+  }
+
+  operator const Gpu&() const { return gpu_; }
+
+ private:
+  static int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
+    STD_TORCH_CHECK(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status));
+    return value;
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;  // launchers launch on the current device
+  Gpu gpu_;
+};
+
+#elif defined(LLMKERN_SIMT)
+
+struct Place {
+  explicit Place(const Tensor&) {}
+  operator const Gpu&() const { return simt::settings.gpu; }
+};
+
+#else
+
+struct Place {
+  explicit Place(const Tensor&) {}
+  operator const Threads&() const { return kTorchThreads; }
+};
+
+#endif
+
+}  // namespace
+}  // namespace llmkern
