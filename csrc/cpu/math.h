@@ -7,11 +7,14 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-// eˣ within 1.1 ulp, also where it is subnormal or 0 or infinite; of NaN NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2, and eʳ = 1 + r + r² g(r), g the polynomial of least error (0.06 ulp).
-inline F32 exp(F32 x) {
-  x = x < -104.0f ? F32{} - 104.0f : x;  // half the smallest subnormal number is e^-103.97; NaN stays
-  x = x > 89.0f ? F32{} + 89.0f : x;
+// eˣ as fraction · 2ⁿ for |x| < 2²¹: x = n ln 2 + r with |r| <= ln 2 / 2, and eʳ = 1 + r + r² g(r), g the polynomial of
+// least error (0.06 ulp).
+struct Exponential {
+  F32 fraction, n;
+  S32 n_as_integer;
+};
+
+inline Exponential exponential(F32 x) {
   const F32 rounder = F32{} + 0x1.8p23f;  // added to |x| < 2²², it leaves the nearest integer in the low bits
   const F32 shifted = x * 0x1.715476p0f + rounder;
   const F32 n = shifted - rounder;
@@ -20,14 +23,44 @@ inline F32 exp(F32 x) {
   g = g * r + 0x1.5558f2p-5f;
   g = g * r + 0x1.555492p-3f;
   g = g * r + 0x1.fffffcp-2f;
-  const F32 y = g * (r * r) + r + 1.0f;
+  return {g * (r * r) + r + 1.0f, n, bits_as<S32>(shifted) - bits_as<S32>(rounder)};
+}
+
+// eˣ within 1.1 ulp, also where it is subnormal or 0 or infinite; of NaN NaN.
+inline F32 exp(F32 x) {
+  x = x < -104.0f ? F32{} - 104.0f : x;  // half the smallest subnormal number is e^-103.97; NaN stays
+  x = x > 89.0f ? F32{} + 89.0f : x;
+  const Exponential e = exponential(x);
 #if LLMKERN_ISA_LEVEL == 2
-  return _mm512_scalef_ps(y, n);
+  return _mm512_scalef_ps(e.fraction, e.n);
 #else
   // 2ⁿ as two factors, since n goes from -150 to 128.
-  const S32 whole = bits_as<S32>(shifted) - bits_as<S32>(rounder), half = whole >> 1;
-  return y * bits_as<F32>((half + 127) << 23) * bits_as<F32>((whole - half + 127) << 23);
+  const S32 half = e.n_as_integer >> 1;
+  return e.fraction * bits_as<F32>((half + 127) << 23) * bits_as<F32>((e.n_as_integer - half + 127) << 23);
 #endif
+}
+
+// eˣ for x <= 0, as softmax needs it: within 1.1 ulp, but 0 below e⁻⁸⁷, as a subnormal result takes the processor a
+// hundred cycles; of NaN NaN.
+inline F32 exp_or_0(F32 x) {
+  const Exponential e = exponential(x);
+#if LLMKERN_ISA_LEVEL == 2
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, F32{} - 87.0f, _CMP_NLT_UQ), e.fraction, e.n);
+#else
+  return x < -87.0f ? F32{} : e.fraction * bits_as<F32>((e.n_as_integer + 127) << 23);
+#endif
+}
+
+// tanh x within 1.5 ulp; of NaN NaN.  Near 0, where 1 − 2 / (e²ˣ + 1) cancels, x + x³ g(x²).
+inline F32 tanh(F32 x) {
+  const F32 magnitude = bits_as<F32>(bits_as<S32>(x) & 0x7fffffff), square = x * x;
+  F32 g = square * -0x1.75e1cp-8f + 0x1.52269ap-6f;
+  g = g * square - 0x1.b83c5ap-5f;
+  g = g * square + 0x1.110726p-3f;
+  g = g * square - 0x1.555532p-2f;
+  const F32 near = x + x * (square * g);
+  const F32 far = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
+  return magnitude < 0.625f ? near : bits_as<F32>(bits_as<S32>(far) | (bits_as<S32>(x) & INT32_MIN));
 }
 
 }  // namespace

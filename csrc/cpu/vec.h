@@ -126,8 +126,18 @@ inline void store(Float16* p, F32 v) {
 // The first n < kLanes elements at p; the other lanes are 0.
 template <class T>
 inline F32 load_first(const T* p, int n) {
+#if LLMKERN_ISA_LEVEL == 2  // a masked load: what memcpy writes element by element would stall the load after it
+  const __mmask16 first = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(first, p);
+  alignas(32) T padded[kLanes];
+  if constexpr (sizeof(T) == 2)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(first, p));
+  else
+    _mm_store_si128(reinterpret_cast<__m128i*>(padded), _mm_maskz_loadu_epi8(first, p));
+#else
   T padded[kLanes] = {};
   std::memcpy(padded, p, n * sizeof(T));
+#endif
   return load(padded);
 }
 
@@ -162,12 +172,20 @@ inline F32 broadcast(float value) {
   return F32{} + value;
 }
 
+// 0, 1, 2, …
+inline S32 lane_numbers() {
+#if LLMKERN_ISA_LEVEL == 2
+  return S32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif LLMKERN_ISA_LEVEL == 1
+  return S32{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return S32{0, 1, 2, 3};
+#endif
+}
+
 // v in its first n lanes, 0 in the others.
 inline F32 first(F32 v, int n) {
-  typedef int32_t Index __attribute__((vector_size(kVectorBytes)));
-  Index lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < n ? v : F32{};
+  return lane_numbers() < n ? v : F32{};
 }
 
 // Of floats or integers; pairwise, each half of the lanes added to the other, which rounds least.

@@ -136,13 +136,22 @@ def _check(
     check_sinks("attention", q, sinks)
 
 
-def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
-    """Dtypes, devices, ranks, heads and head dimensions of q, k and v; k and v may be a cache, of any batch size."""
-    check_floating(op, **{"q": q, k_name: k, v_name: v})
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str, *, codes: bool = False) -> None:
+    """Dtypes, devices, ranks, heads and head dimensions of q, k and v; k and v may be a cache, of any batch size.
+
+    codes: k and v are int8 instead of q's dtype.
+    """
+    check_floating(op, q=q)
+    if codes:
+        check_dtype(op, k_name, k, torch.int8)
+        check_dtype(op, v_name, v, torch.int8)
+    else:
+        check_floating(op, **{k_name: k, v_name: v})
     for name, tensor in (("q", q), (k_name, k), (v_name, v)):
         if tensor.dim() != 4:
             raise ValueError(f"{op}: {name} has shape {shape_text(tensor.shape)}, expected 4 dimensions")
-    check_same_dtype(op, "q", q, **{k_name: k, v_name: v})
+    if not codes:
+        check_same_dtype(op, "q", q, **{k_name: k, v_name: v})
     check_same_device(op, "q", q, **{k_name: k, v_name: v})
     if q.shape[3] == 0 or k.shape[3] != q.shape[3]:
         raise ValueError(f"{op}: {k_name} has head dimension {k.shape[3]}, expected {max(q.shape[3], 1)} (q's)")

@@ -25,6 +25,8 @@ SOURCE = """
     for (long i = 0; i < n; i += kLanes) store(y + i, llmkern::LLMKERN_ISA::f(load(x + i))); \\
   }
 FUNCTION(exp)
+FUNCTION(exp_or_0)
+FUNCTION(tanh)
 """
 
 
@@ -73,3 +75,20 @@ def test_exp(functions: ctypes.CDLL) -> None:
     special = torch.tensor([0.0, -0.0, -104.0, -1e9, -3.4e38, -inf, 88.73, 1e9, inf, nan, -nan, *[1e-40] * 5])
     expected = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, inf, inf, inf, nan, nan, *[1.0] * 5])
     torch.testing.assert_close(apply(functions.apply_exp, special), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_exp_or_0(functions: ctypes.CDLL) -> None:
+    x = torch.linspace(-87, 0, 2**20)
+    assert ulps(apply(functions.apply_exp_or_0, x), x.double().exp()) <= 1.1
+    below = torch.tensor([-87.01, -88.0, -103.0, -104.0, -1e9, -3.4e38, -float("inf"), *[-87.5] * 9])
+    assert torch.equal(apply(functions.apply_exp_or_0, below), torch.zeros(16))
+    assert apply(functions.apply_exp_or_0, torch.full((16,), float("nan"))).isnan().all()
+
+
+def test_tanh(functions: ctypes.CDLL) -> None:
+    for x in (torch.linspace(-10, 10, 2**20), torch.linspace(-1e-3, 1e-3, 2**16)):
+        assert ulps(apply(functions.apply_tanh, x), x.double().tanh()) <= 1.5
+    inf, nan = float("inf"), float("nan")
+    special = torch.tensor([0.0, 20.0, -20.0, 1e30, -1e30, inf, -inf, nan, *[1e-40] * 8])
+    expected = torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, nan, *[1e-40] * 8])
+    torch.testing.assert_close(apply(functions.apply_tanh, special), expected, rtol=0, atol=0, equal_nan=True)

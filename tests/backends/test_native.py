@@ -91,6 +91,16 @@ def int8_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
     return torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(n, 1)
 
 
+def decode(int8: bool) -> tuple[object, ...]:
+    """One sequence long enough for several chunks, one short, one empty."""
+    cache = torch.randn(2, 3, 3, 1100, 59)
+    scales: tuple[Tensor | None, ...] = (None, None)
+    if int8:
+        cache, scales = (cache * 40).to(torch.int8), tuple(torch.rand(2, 3, 3, 1100) / 40)
+    lengths = torch.tensor([1100, 70, 0])
+    return torch.randn(3, 9, 2, 59), *cache, lengths, None, *scales, None, 0.2, [-1, -1], 0.0, True
+
+
 # Large enough to be shared among threads, and odd, so that their shares differ.
 SHARED = {
     "rms_norm": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
@@ -99,6 +109,8 @@ SHARED = {
     "add_layer_norm": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6),
     "rms_norm_quant": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
     "add_rms_norm_quant": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6, 0.0),
+    "attention_decode": lambda: decode(int8=False),
+    "attention_decode-int8": lambda: decode(int8=True),
     "int8_linear-w8a16": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a16"),
     "int8_linear-w8a8": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a8"),
 }

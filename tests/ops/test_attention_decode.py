@@ -13,12 +13,12 @@ from llmkern.dispatch import use_backend
 from llmkern.testing.case import Call, Case, cases
 from llmkern.testing.compare import upcast
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch")  # in float64; what a native kernel computes is judged by the contract's tests
 PAGED = [c for c in cases("attention_decode") if c.dtype == torch.float32 and c.name.startswith("paged")]
 
 
 def tokens(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
-    """[1, Hkv, length, D]: the cached vectors of sequence b, position by position."""
+    """[1, Hkv, length, D]: what is cached of sequence b, position by position."""
     if block_table is None:
         return cache[b : b + 1, :, :length]
     size = cache.shape[2]
@@ -33,6 +33,9 @@ def one_by_one(call: Call) -> tuple[Tensor, Tensor]:
     lse = q.new_zeros(q.shape[:3])
     for b, length in enumerate(call["seq_lens"].tolist()):
         k, v = tokens(k_cache, b, length, table), tokens(v_cache, b, length, table)
+        if call["k_scale"] is not None:
+            k = k * tokens(call["k_scale"][..., None], b, length, table)
+            v = v * tokens(call["v_scale"][..., None], b, length, table)
         shared = {name: call[name] for name in ("sinks", "sm_scale", "window", "softcap")}
         with use_backend("reference"):
             out[b : b + 1], lse[b : b + 1] = ops.attention(q[b : b + 1], k, v, causal=True, return_lse=True, **shared)
@@ -97,6 +100,12 @@ def tensors(**replaced: object) -> dict[str, object]:
 
 
 TABLE = torch.zeros(2, 3, dtype=torch.int32)
+SCALE = torch.ones(2, 2, 16)
+
+
+def int8_tensors(**replaced: object) -> dict[str, object]:
+    codes = torch.zeros(2, 2, 16, 8, dtype=torch.int8)
+    return tensors(**{"k_cache": codes, "v_cache": codes, "k_scale": SCALE, "v_scale": SCALE} | replaced)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,13 @@ TABLE = torch.zeros(2, 3, dtype=torch.int32)
         (tensors(block_table=TABLE.long()), TypeError, "block_table is torch.int64, expected torch.int32"),
         (tensors(block_table=TABLE[0]), ValueError, r"block_table has shape \[3\], expected \[2, max_blocks\]"),
         (tensors(block_table=TABLE[:1]), ValueError, r"block_table has shape \[1, 3\], expected \[2, max_blocks\]"),
+        (int8_tensors(k_cache=torch.zeros(2, 2, 16, 8)), TypeError, "k_cache is torch.float32, expected torch.int8"),
+        (int8_tensors(k_scale=None), ValueError, "k_scale is None, expected one beside the other: both or neither"),
+        (int8_tensors(v_scale=None), ValueError, "v_scale is None, expected one beside the other: both or neither"),
+        (int8_tensors(k_scale=None, v_scale=None), TypeError, "k_cache is torch.int8, expected q's dtype, or k_scale"),
+        (int8_tensors(v_scale=SCALE.half()), TypeError, "v_scale is torch.float16, expected torch.float32"),
+        (int8_tensors(v_scale=SCALE[:, :1]), ValueError, r"v_scale has shape \[2, 1, 16\], expected \[2, 2, 16\]"),
+        (int8_tensors(k_scale=SCALE.to("meta")), ValueError, "k_scale is on meta, expected cpu"),
         (tensors(sinks=torch.zeros(3)), ValueError, r"sinks has shape \[3\], expected \[4\]"),
         (tensors(window=-3), ValueError, "window is -3"),
         (tensors(softcap=math.inf), ValueError, "softcap is inf"),

@@ -17,19 +17,28 @@ def attention_decode(
     v_cache: Tensor,
     seq_lens: Tensor,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     sinks: Tensor | None,
     sm_scale: float,
     window: Sequence[int],
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    if block_table is not None:
-        k_cache, v_cache = in_order(k_cache, block_table), in_order(v_cache, block_table)
+    k_cache, v_cache = stored(k_cache, k_scale, block_table), stored(v_cache, v_scale, block_table)
     slots = k_cache.shape[2]
     live = before_end(seq_lens, slots)
     k, v = torch.where(live, k_cache, 0), torch.where(live, v_cache, 0)
     mask = visible_slots(q.shape[2], slots, seq_lens, window)
     return attention(q, k, v, mask, None, sinks, False, sm_scale, (-1, -1), softcap, return_lse)
+
+
+def stored(cache: Tensor, scale: Tensor | None, block_table: Tensor | None) -> Tensor:
+    """The cache as [B, Hkv, slots, D], a paged one copied in order; int8 codes times their scale, in its dtype."""
+    if block_table is not None:
+        cache = in_order(cache, block_table)
+        scale = None if scale is None else in_order(scale[..., None], block_table)[..., 0]
+    return cache if scale is None else cache * scale[..., None]
 
 
 def in_order(cache: Tensor, block_table: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkern.backends.reference.attention_decode import before_end, in_order, visible_slots
+from llmkern.backends.reference.attention_decode import before_end, stored, visible_slots
 from llmkern.backends.torch import TORCH
 from llmkern.backends.torch.attention import attention, refuse_lse
 from llmkern.dispatch import implements
@@ -20,14 +20,16 @@ def attention_decode(
     v_cache: Tensor,
     seq_lens: Tensor,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     sinks: Tensor | None,
     sm_scale: float,
     window: Sequence[int],
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    if block_table is not None:
-        k_cache, v_cache = in_order(k_cache, block_table), in_order(v_cache, block_table)
+    k_cache = stored(k_cache, k_scale, block_table).to(q.dtype)
+    v_cache = stored(v_cache, v_scale, block_table).to(q.dtype)
     slots = k_cache.shape[2]
     mask = visible_slots(q.shape[2], slots, seq_lens, window)
     # A mask alone would let a NaN in an unused slot through as 0 · NaN.  Clearing the slots' bits costs no more than a

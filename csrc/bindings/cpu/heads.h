@@ -1,0 +1,61 @@
+// What the bindings of attention share: tensors [batch, heads, length, dim], and the results.
+#pragma once
+
+#include "../common.h"
+#include "llmkern/attention.h"
+
+namespace llmkern {
+
+inline HeadStrides head_strides(const Tensor& t) {
+  const auto strides = t.strides();
+  return {strides[0], strides[1], strides[2]};
+}
+
+// Every vector is contiguous.
+inline bool plain_vectors(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1;
+}
+
+// An uninitialised [batch, heads, queries, dim] like q in the memory order [batch, queries, heads, dim].
+inline Tensor out_like(const Tensor& q, int64_t dim) {
+  const int64_t heads = q.size(1), queries = q.size(2);
+  const int64_t sizes[] = {q.size(0), heads, queries, dim};
+  const int64_t strides[] = {queries * heads * dim, dim, heads * dim, 1};
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+// An uninitialised log-sum-exp for q; it has 0 elements where none is wanted.
+inline Tensor lse_like(const Tensor& q, bool wanted) {
+  if (!wanted) return torch::stable::new_empty(q, {0}, ScalarType::Float);
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+}
+
+inline void check_on_cpu(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, as q is");
+}
+
+// Shapes that a kernel relies on, of q [B, Hq, Sq, D] and of keys and values or their caches.
+inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
+  check_on_cpu(op, "k", k);
+  check_on_cpu(op, "v", v);
+  STD_TORCH_CHECK(k.size(3) == q.size(3), op, ": k has head dimension ", k.size(3), ", q has ", q.size(3));
+  STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2), op,
+                  ": k and v differ before the last dimension");
+  STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, ": q has ", q.size(1),
+                  " heads, which is no multiple of k's ", k.size(1));
+}
+
+inline const void* sinks_of(const char* op, const Tensor& q, const std::optional<Tensor>& sinks) {
+  if (!sinks) return nullptr;
+  check_on_cpu(op, "sinks", *sinks);
+  STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == q.size(1) && sinks->is_contiguous(), op,
+                  ": sinks must be contiguous with ", q.size(1), " elements, one per head");
+  return sinks->const_data_ptr();
+}
+
+}  // namespace llmkern
