@@ -20,7 +20,7 @@ from llmkern.dispatch import Refused, backend_named
 
 __all__ = ["app", "main", "run"]
 
-COMMANDS = ("info", "why", "check", "generate", "demo")
+COMMANDS = ("info", "why", "check", "generate", "demo", "bench")
 BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError, Refused)
 # typer carries click under one name or another; this is the class whose message is for the user.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -66,7 +66,11 @@ def options(
 for _name in COMMANDS:
     _module = importlib.import_module(f"llmkern.cli.{_name}")
     _epilog = _module.epilog() if hasattr(_module, "epilog") else None
-    app.command(_name, epilog=_epilog, context_settings=_HELP)(getattr(_module, _name))
+    _command = getattr(_module, _name)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name, epilog=_epilog, context_settings=_HELP)(_command)
 
 
 def run(arguments: Sequence[str]) -> int:

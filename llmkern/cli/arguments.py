@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_scheme", "dtype_named"]
+__all__ = ["check_scheme", "device_named", "dtype_named"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -29,3 +29,14 @@ def check_scheme(scheme: str | None) -> None:
     """The scheme of an option `--quantize` is known."""
     if scheme not in (None, "int8"):
         raise ValueError(f"--quantize is {scheme!r}, expected int8")
+
+
+def device_named(name: str) -> torch.device:
+    """The device of an option `--device`, which is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, expected cpu, cuda or auto")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, and PyTorch finds no CUDA device; there is cpu")
+    return torch.device(name)

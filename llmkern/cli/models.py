@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.cli.arguments import dtype_named
+from llmkern.cli.arguments import device_named, dtype_named
 from llmkern.cli.output import say, working
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Loaded:
 def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
     """Load MODEL; ValueError with one line where it is missing, corrupt or of a kind that is not supported."""
     wanted = None if dtype == "auto" else dtype_named(dtype)
-    place = _device(device)
+    place = device_named(device)
     _quiet()
     with working(f"loading {name}"):
         loaded = _load_demo(name, wanted) if name.startswith("demo:") else _load(name, wanted)
@@ -62,16 +62,6 @@ def _own_memory(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, expected cpu, cuda or auto")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}, and PyTorch finds no CUDA device; there is cpu")
-    return torch.device(name)
 
 
 def _quiet() -> None:

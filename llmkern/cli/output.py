@@ -10,16 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-__all__ = ["print_json", "say", "save", "task", "working"]
+__all__ = ["finite", "print_json", "say", "save", "task", "working"]
 
 _stderr = Console(stderr=True, highlight=False, markup=False)
 
 
 def print_json(value: Any) -> None:
     """JSON that every parser reads: numbers that are infinite or NaN become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def save(path: Path, command: str, result: dict[str, Any]) -> None:
@@ -30,14 +38,15 @@ def save(path: Path, command: str, result: dict[str, Any]) -> None:
     del environment["library"]["path"]  # where it is on this machine means nothing on another
     content = {"command": command, "environment": environment, "result": result}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    path.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with None in place of every number that is infinite or NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -70,6 +79,8 @@ def task(what: str) -> Iterator[Callable[[int, int], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=_stderr, transient=True) as bar:
         identity = bar.add_task(what, total=None)

@@ -26,7 +26,7 @@ from llmkern.config import settings
 from llmkern.discovery import import_children
 from llmkern.table import render
 
-__all__ = ["Decision", "Row", "ops", "sizes", "why"]
+__all__ = ["Decision", "Ghosts", "Row", "builder", "capture", "ops", "sizes", "why"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Decision:
         return "\n".join([f"{self.op}({self.call})", table, *([self.note] if self.note else [])])
 
 
-class _Ghosts:
+class Ghosts:
     """`Make` for tensors that have a device, a dtype and strides but no memory, so that no such device is needed."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -87,7 +87,8 @@ def ops() -> list[str]:
     return [module.__name__.rpartition(".")[2] for module in import_children(__name__)]
 
 
-def _builder(op: str) -> Callable[..., dict[str, Any]]:
+def builder(op: str) -> Callable[..., dict[str, Any]]:
+    """`build` of llmkern/why/<op>.py."""
     if op not in ops():
         raise ValueError(f"unknown op {op!r}; there are {', '.join(ops())}")
     return importlib.import_module(f"{__name__}.{op}").build
@@ -97,7 +98,7 @@ def sizes(op: str) -> list[str]:
     """What the numbers of `--shape` mean for `op`."""
     return [
         p.name
-        for p in list(inspect.signature(_builder(op)).parameters.values())[1:]
+        for p in list(inspect.signature(builder(op)).parameters.values())[1:]
         if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
 
@@ -121,7 +122,7 @@ def why(
     arguments: further arguments of the op's public function, as text: {"causal": "true", "window": "128"}.
     Raises ValueError or TypeError with one line where an argument is not accepted.
     """
-    build = _builder(op)
+    build = builder(op)
     place = _device(device)
     if capability is not None and place.type != "cuda":
         raise ValueError(f"why: capability is for cuda devices, device is {place}")
@@ -130,8 +131,8 @@ def why(
         raise ValueError(f"why: shape of {op} is {','.join(names)}, got {','.join(map(str, shape)) or 'nothing'}")
     function = getattr(llmkern.ops, op)
     extras, keywords = _split(op, build, function, arguments or {})
-    make = _Ghosts(dtype, place)
-    call = _capture(op, function, build(make, *shape, **extras) | keywords)
+    make = Ghosts(dtype, place)
+    call = capture(op, function, build(make, *shape, **extras) | keywords)
     if grad:
         call = {
             k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -215,7 +216,7 @@ class _Captured(Exception):
         self.call = call
 
 
-def _capture(op: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def capture(op: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The call that the public function would dispatch, after its own checks."""
 
     def interceptor(name: str, call: dict[str, Any]) -> Any:

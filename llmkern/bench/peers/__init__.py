@@ -1,0 +1,1 @@
+"""One file per peer; `llmkern/bench/peer.py` says what it holds."""

@@ -1,0 +1,135 @@
+"""Results as tables: for the terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmkern.bench.schema import Row
+from llmkern.table import render
+
+__all__ = ["Table", "markdown", "number", "tables", "text"]
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, headers, rows."""
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; – for none."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def text(rows: Sequence[Row]) -> str:
+    """For the terminal."""
+    return "\n\n".join(render(title, headers, cells) for title, headers, cells in tables(rows))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """For READMEs."""
+    parts = []
+    for title, headers, cells in tables(rows):
+        lines = [headers, ["---"] * len(headers), *cells]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        parts.append(f"**{title}**\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One for each op, and one for each model."""
+    found: list[Table] = []
+    for suite, make in (("ops", _op_table), ("model", _model_table)):
+        names = dict.fromkeys(row.name for row in rows if row.suite == suite)
+        found += [make(name, [row for row in rows if row.suite == suite and row.name == name]) for name in names]
+    return found
+
+
+def _op_table(name: str, rows: list[Row]) -> Table:
+    headers = ["sweep", "size", "provider", "µs (20–80%)", "vs torch", "rate", "of ceiling", "error, remarks"]
+    cells = []
+    for row in rows:
+        x = row.x
+        ratio = row.detail.get("ratio")
+        mode = "" if x["mode"] == "forward" else f", {x['mode']}"
+        inside = " in a graph" if row.metric == "kernel_us" else ""
+        spread = f" ({number(row.p20)}–{number(row.p80)})" if row.p50 is not None else ""
+        cells.append(
+            [
+                f"{x['sweep']}, {x['dtype']}{mode}",
+                f"{x['x']}={x[x['x']]}",
+                row.provider + inside,
+                number(row.p50) + spread,
+                f"{ratio['p50']:.2f}×" if ratio else "–",
+                _rate(row.detail) if row.p50 is not None else "–",
+                "–" if row.speed_of_light is None else f"{row.speed_of_light:.0%}",
+                "; ".join(filter(None, _remarks(row))),
+            ]
+        )
+    return name, headers, cells
+
+
+def _rate(detail: dict[str, Any]) -> str:
+    moved = f"{number(detail['gb_per_s'])} GB/s"
+    return f"{number(detail['tflop_per_s'])} TFLOP/s, {moved}" if detail["operations"] else moved
+
+
+def _remarks(row: Row) -> list[str]:
+    """The error by whichever rule judged it, and what else there is to say."""
+    accuracy, found = row.accuracy, []
+    if "relative_error" in accuracy:
+        found.append(f"{accuracy['relative_error']:.1e} relative")
+    elif "error" in accuracy:
+        found.append(f"{accuracy['error']:.1e} of {accuracy['allowed']:.1e} allowed")
+    elif "rule" in accuracy:
+        found.append("exact" if accuracy["rule"] == "bits" else "right")
+    return [*found, accuracy.get("approximate", ""), row.detail.get("note", ""), row.error or ""]
+
+
+_ACCURACY: dict[str, tuple[str, Callable[[float], str]]] = {
+    "perplexity": ("perplexity", lambda v: f"{v:.3f}"),
+    "top1": ("top-1 agreement", lambda v: f"{v:.2%}"),
+    "max_abs": ("largest difference", lambda v: f"{v:.2g}"),
+    "rel": ("relative difference", lambda v: f"{v:.1e}"),
+    "cosine": ("mean cosine", lambda v: f"{v:.5f}"),
+}
+_COLUMNS = {
+    "prefill_tokens_per_s": "prefill tokens/s",
+    "decode_tokens_per_s": "decode tokens/s",
+    "sentences_per_s": "sentences/s",
+    "ttft_ms": "first token, ms",
+    "itl_ms": "between tokens, ms (p50/p90/p99)",
+    "peak_memory_mb": "peak memory, MB",
+}
+
+
+def _model_table(name: str, rows: list[Row]) -> Table:
+    """A line for each variant; every metric with its ratio to the first variant's, where it is a rate."""
+    metrics = [metric for metric in _COLUMNS if any(row.metric == metric for row in rows)]
+    measures = [key for key in _ACCURACY if any(key in row.accuracy for row in rows)]
+    headers = ["variant", *[_COLUMNS[m] for m in metrics], *[_ACCURACY[key][0] for key in measures], "note"]
+    cells = []
+    for provider in dict.fromkeys(row.provider for row in rows):
+        own = {row.metric: row for row in rows if row.provider == provider}
+        accuracy = {key: value for row in own.values() for key, value in row.accuracy.items()}
+        errors = dict.fromkeys(row.error for row in own.values() if row.error)
+        cells.append(
+            [
+                provider,
+                *[_model_cell(own.get(metric)) for metric in metrics],
+                *[_ACCURACY[k][1](accuracy[k]) if accuracy.get(k) is not None else "–" for k in measures],
+                "; ".join(errors),
+            ]
+        )
+    x = next((row.x for row in rows), {})
+    sizes = ", ".join(f"{key} {value}" for key, value in x.items() if key != "dtype")
+    return f"{name}: {sizes}", headers, cells
+
+
+def _model_cell(row: Row | None) -> str:
+    if row is None or row.p50 is None:
+        return "–"
+    if row.metric == "itl_ms":
+        return f"{number(row.p50)} / {number(row.detail.get('p90'))} / {number(row.detail.get('p99'))}"
+    ratio = row.detail.get("ratio")
+    return number(row.p50) + (f" ({ratio['p50']:.2f}×)" if ratio else "")

@@ -1,0 +1,213 @@
+"""`llmkern bench`: ops, models, and what has changed since."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import torch
+import typer
+
+from llmkern.cli.arguments import device_named, dtype_named
+from llmkern.cli.models import DEVICE_HELP
+from llmkern.cli.output import print_json, say, task
+
+if TYPE_CHECKING:
+    from llmkern.bench.schema import Result
+
+__all__ = ["bench"]
+
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+bench = typer.Typer(
+    help="""Kernels and whole models against every peer at hand, in one run: checked first, then timed, interleaved.
+
+    \b
+    llmkern bench ops --quick
+    llmkern bench model demo:smollm2 --quick
+    llmkern bench compare old.json new.json
+    """,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=_HELP,
+)
+
+# Seconds of measuring for each contender at each point.
+SECONDS, QUICK_SECONDS = 1.0, 0.15
+
+_Json = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - prints it in place of the tables."),
+]
+_Plot = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--plot", metavar="DIR", help="Write PNG plots into this folder."),
+]
+_Html = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--html", metavar="FILE", help="Write one self-contained page."),
+]
+
+
+@bench.command("ops", context_settings=_HELP)
+def ops(
+    op: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="These ops; all of them without."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="In place of the dtypes of the sweeps."),
+    ] = None,
+    shape: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="N,N,…", help="One call of one op in place of its sweeps; sizes as for llmkern why."),
+    ] = None,
+    peers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="These peers; without, all that are there; none: llmkern alone."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few points, in one dtype: under three minutes.")] = False,
+    as_csv: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--csv", metavar="FILE", help="Write a CSV with the columns of Liger-Kernel's."),
+    ] = None,
+    as_json: _Json = None,
+    plot: _Plot = None,
+    html: _Html = None,
+) -> None:
+    """Time ops against every peer at hand, after checking each result against the reference in float64.
+
+    \b
+    llmkern bench ops --quick
+    llmkern bench ops --op rms_norm,swiglu --dtype bfloat16 --json ops.json --plot plots
+    llmkern bench ops --op attention --shape 1,32,8,2048,2048,128 --device cuda
+    """
+    from llmkern.bench.ceilings import ceilings
+    from llmkern.bench.peer import peers_named
+    from llmkern.bench.run_ops import run_points
+    from llmkern.bench.sweep import definition, ops_with_sweeps, points
+    from llmkern.bench.timers import clock_for
+
+    place = device_named(device)
+    names = ops_with_sweeps() if op is None else op.split(",")
+    for name in names:
+        definition(name)
+    dtypes = None if dtype is None else [dtype_named(name) for name in dtype.split(",")]
+    sizes = None if shape is None else _sizes(names, shape)
+    chosen = peers_named(peers)
+    absent = {name: reason for name, peer in chosen.items() if (reason := peer.missing()) is not None}
+    outputs = _Outputs(as_json, plot, html, as_csv)
+    result = _new_result(place, {"absent_peers": absent, "left_out": []})
+    todo = [point for name in names for point in points(name, place, dtypes=dtypes, quick=quick, shape=sizes)]
+    with _kept_on_interrupt(result, outputs):
+        say("measuring the device's ceilings")
+        ceiling = ceilings(place)
+        result.environment["ceilings"] = ceiling.to_dict()
+        with task(f"measuring {len(todo)} points") as progress:
+            run_points(
+                todo,
+                [peer for name, peer in chosen.items() if name not in absent],
+                clock_for(place),
+                ceiling,
+                seconds=QUICK_SECONDS if quick else SECONDS,
+                add=result.rows.extend,
+                left_out=result.environment["left_out"].append,
+                progress=progress,
+            )
+
+
+@bench.command("compare", context_settings=_HELP)
+def compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="What to compare with.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="What is compared.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ratios of two results, and which of them are beyond the noise of both runs.
+
+    \b
+    llmkern bench compare before.json after.json
+    """
+    from llmkern.bench.compare import compare as run
+    from llmkern.bench.schema import Result
+
+    found = run(Result.load(old), Result.load(new))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print(found)
+
+
+def _sizes(names: list[str], shape: str) -> dict[str, int]:
+    from llmkern.why import sizes
+
+    if len(names) != 1:
+        raise ValueError("--shape is for one op: give it with --op NAME")
+    expected = sizes(names[0])
+    parts = shape.split(",")
+    if len(parts) != len(expected) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--shape is {shape!r}, expected {','.join(expected)} as whole numbers of at least 1")
+    return dict(zip(expected, map(int, parts), strict=True))
+
+
+def _new_result(device: torch.device, further: dict[str, Any]) -> Result:
+    from llmkern.bench.environment import environment
+    from llmkern.bench.schema import Result
+
+    return Result(shlex.join(["llmkern", *sys.argv[1:]]), environment(device) | further)
+
+
+class _Outputs:
+    """Where a result goes; what cannot be written is said before anything is measured."""
+
+    def __init__(self, as_json: Path | None, plot: Path | None, html: Path | None, as_csv: Path | None = None) -> None:
+        from llmkern.bench import plots
+
+        self.as_json, self.plot, self.html, self.as_csv = as_json, plot, html, as_csv
+        if plot is not None and (reason := plots.missing()):
+            raise ValueError(f"--plot: {reason}")
+        for name, path in (("--json", as_json), ("--html", html), ("--csv", as_csv)):
+            if path is not None and path.is_dir():
+                raise ValueError(f"{name} is {path}, which is a folder; expected a file")
+
+    def write(self, result: Result) -> None:
+        from llmkern.bench.html import write_html
+        from llmkern.bench.liger_csv import write_csv
+        from llmkern.bench.plots import write_plots
+        from llmkern.bench.tables import text
+
+        if self.as_json is not None and str(self.as_json) == "-":
+            print_json(result.to_dict())
+        else:
+            print(text(result.rows))
+            for name, reason in result.environment["absent_peers"].items():
+                print(f"{name} is absent: {reason}")
+            for sentence in result.environment["left_out"]:
+                print(f"left out: {sentence}")
+        writers: list[tuple[Path | None, Callable[[Path, Result], Any]]] = [
+            (self.as_csv, write_csv),
+            (self.html, write_html),
+            (self.plot, write_plots),
+        ]
+        if self.as_json is not None and str(self.as_json) != "-":
+            result.save(self.as_json)
+        for path, write in writers:
+            if path is not None:
+                write(path, result)
+
+
+@contextmanager
+def _kept_on_interrupt(result: Result, outputs: _Outputs) -> Iterator[None]:
+    """Ctrl-C ends the measuring, not the run: what there is goes where it was to go, with exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        result.environment["interrupted"] = True
+        say(f"interrupted: {len(result.rows)} rows were measured")
+        outputs.write(result)
+        raise typer.Exit(130) from None
+    outputs.write(result)

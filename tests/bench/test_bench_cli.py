@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmkern.bench import ceilings, run_ops
+from llmkern.bench.schema import Result
+from llmkern.cli import run
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch) -> None:
+    """Seconds of measuring that no test needs."""
+    fixed = ceilings.Ceilings(1e10, 1e10, {"float32": 1e11})
+    monkeypatch.setattr(ceilings, "ceilings", lambda device: fixed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--op", "softmax"], "unknown op 'softmax'; there are add_layer_norm, "),
+        (["ops", "--peers", "tensorrt"], "unknown peer 'tensorrt'; there are torch, "),
+        (["ops", "--op", "rms_norm", "--shape", "8"], "--shape is '8', expected rows,hidden as whole numbers"),
+        (["ops", "--op", "rms_norm", "--shape", "8,-1"], "--shape is '8,-1', expected rows,hidden"),
+        (["ops", "--shape", "8,8"], "--shape is for one op: give it with --op NAME"),
+        (["ops", "--dtype", "int4"], "--dtype is 'int4', expected float32"),
+        (["ops", "--device", "tpu"], "--device is 'tpu', expected cpu, cuda or auto"),
+        (["ops", "--json", "."], "--json is ., which is a folder; expected a file"),
+        (["compare", "absent.json", "absent.json"], "absent.json cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, capsys) -> None:
+    assert run(["bench", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+def test_one_call_from_the_command_line(quick_ceilings, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(run_ops, "MOST_SETS", 1)
+    path, table = tmp_path / "ops.json", tmp_path / "ops.csv"
+    command = ["bench", "ops", "--op", "gelu", "--shape", "4,32", "--dtype", "float32", "--device", "cpu", "--quick"]
+    assert run([*command, "--json", str(path), "--csv", str(table)]) == 0
+    result = Result.load(path)
+    assert {row.provider for row in result.rows} == {"llmkern", "torch"}
+    assert {row.x["mode"] for row in result.rows} == {"forward", "backward"}
+    assert all(row.p50 > 0 for row in result.rows)
+    assert result.environment["threads"] >= 1
+    assert result.environment["ceilings"]["matmul_tflop_per_s"] == {"float32": 0.1}
+    assert "absent: " in capsys.readouterr().out
+    assert table.read_text().startswith("kernel_name,")
+    assert run(["bench", "compare", str(path), str(path), "--json"]) == 0
+    assert {pair["ratio"] for pair in json.loads(capsys.readouterr().out)["pairs"]} == {1.0}
+
+
+def test_an_interruption_keeps_what_was_measured(quick_ceilings, tmp_path, capsys, monkeypatch) -> None:
+    original, done = run_ops.run_point, []
+
+    def second_is_interrupted(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(run_ops, "run_point", second_is_interrupted)
+    path = tmp_path / "ops.json"
+    command = ["bench", "ops", "--op", "gelu", "--shape", "4,32", "--peers", "none", "--dtype", "float32"]
+    assert run([*command, "--device", "cpu", "--json", str(path)]) == 130
+    result = Result.load(path)
+    assert result.environment["interrupted"]
+    assert [(row.provider, row.x["mode"]) for row in result.rows] == [("llmkern", "forward")]
+    shown = capsys.readouterr()
+    assert "interrupted: 1 rows were measured" in shown.err
+    assert shown.out.startswith("gelu")
