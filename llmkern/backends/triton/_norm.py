@@ -102,12 +102,13 @@ def norm_backward(
         return dx, _no_gradient(x, weight), _no_gradient(x, bias)
     xs, dys = as_rows(x), as_rows(dy)
     rows, hidden = xs.shape
-    programs = min(rows, target_of(x).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
+    block = next_power_of_2(hidden)
+    rows_at_once = max(1, min(1024 // block, next_power_of_2(rows)))
+    programs = min(-(-rows // rows_at_once), target_of(x).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
     dweight, dbias = (
         None if parameter is None else torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
         for parameter in (weight, bias)
     )
-    block = next_power_of_2(hidden)
     launch(
         norm_backward_kernel,
         (programs, 1, 1),
@@ -124,8 +125,9 @@ def norm_backward(
         eps,
         weight_offset,
         LAYER=layer,
+        ROWS=rows_at_once,
         BLOCK=block,
-        num_warps=warps(2 * block),
+        num_warps=warps(block * rows_at_once),
     )
     return dx, _sum(dweight, x, weight), _sum(dbias, x, bias)
 

@@ -27,6 +27,14 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def widen(w, DTYPE: tl.constexpr):
+    """int8 `w` in DTYPE, which holds it exactly, as an operand of `dot`."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        return w.to(tl.float32)
+    return w.to(DTYPE)
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """fp32 `x` rounded to nearest even in DTYPE.  The interpreter's own conversion to bfloat16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:

@@ -1,8 +1,8 @@
 """Normalisations: one kernel for layer_norm and rms_norm, with or without residual and quantization; one backward.
 
 forward   a program takes ROWS rows of BLOCK >= hidden columns, all in registers: memory is read and written once
-backward  a program takes every P-th row, and sums dweight and dbias of its rows in registers; `sum_partials` adds
-          the P partial sums, in the same order every time
+backward  a program takes every P-th block of ROWS rows, and sums dweight and dbias of its rows in registers;
+          `sum_partials_kernel` adds the P partial sums, in the same order every time
 """
 
 import triton
@@ -81,37 +81,36 @@ def norm_backward_kernel(
     eps,
     weight_offset,
     LAYER: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK)
-    valid = col < hidden
-    mask = valid[None, :]
-    weight = tl.full((BLOCK,), 1.0, tl.float32)
+    valid = (col < hidden)[None, :]
+    weight = tl.full((1, BLOCK), 1.0, tl.float32)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + col, valid, other=0.0).to(tl.float32) + weight_offset
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64)
-        x = tl.load(x_ptr + at * x_stride + col, valid, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at * dy_stride + col, valid, other=0.0).to(tl.float32)
-        normed2, rstd1 = _standardize(x[None, :], mask, hidden, eps, LAYER)
-        normed = tl.reshape(normed2, (BLOCK,))
-        rstd = tl.sum(rstd1, axis=0)
+        weight = tl.load(weight_ptr + col[None, :], valid, other=0.0).to(tl.float32) + weight_offset
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        mask = (row < rows) & valid
+        x = tl.load(x_ptr + row * x_stride + col[None, :], mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + col[None, :], mask, other=0.0).to(tl.float32)
+        normed, rstd = _standardize(x, mask, hidden, eps, LAYER)
         # dx = rstd·(g − mean(g) − n·mean(g·n)); an rms_norm subtracts no mean
-        g = tl.where(valid, dy * weight, 0.0)
-        dx = g - normed * (tl.sum(g * normed, axis=0) / hidden)
+        g = dy * weight
+        dx = g - normed * (tl.sum(g * normed, axis=1) / hidden)[:, None]
         if LAYER:
-            dx = dx - tl.sum(g, axis=0) / hidden
-        tl.store(dx_ptr + at * hidden + col, narrow(dx * rstd, dx_ptr.dtype.element_ty), valid)
+            dx = dx - (tl.sum(g, axis=1) / hidden)[:, None]
+        tl.store(dx_ptr + row * hidden + col[None, :], narrow(dx * rstd[:, None], dx_ptr.dtype.element_ty), mask)
         dweight += dy * normed
         dbias += dy
-    start = program.to(tl.int64) * hidden
+    at = program.to(tl.int64) * hidden + col
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + start + col, dweight, valid)
+        tl.store(dweight_ptr + at, tl.sum(dweight, axis=0), col < hidden)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + start + col, dbias, valid)
+        tl.store(dbias_ptr + at, tl.sum(dbias, axis=0), col < hidden)
 
 
 @triton.jit

@@ -1,0 +1,67 @@
+"""What the launchers of attention share: shapes and strides as the kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.triton._launch import next_power_of_2
+
+MAX_DIM = 256
+
+
+def refuse_dims(k: Tensor, v: Tensor) -> str | None:
+    """The sentence for head dimensions that the tiles do not hold."""
+    for name, tensor in (("k", k), ("v", v)):
+        if not 0 < tensor.shape[3] <= MAX_DIM:
+            return f"{name} has head dimension {tensor.shape[3]}; 1 to {MAX_DIM} are taken"
+    return None
+
+
+def padded(dim: int) -> int:
+    """The power of two that a tile has for a head dimension; tensor cores take no fewer than 16."""
+    return max(next_power_of_2(dim), 16)
+
+
+def shape_class(q: Tensor, v: Tensor) -> str:
+    """The class of configurations: a tile's size follows from the head dimension and the bytes of an element."""
+    dim = max(padded(q.shape[3]), padded(v.shape[3]), 64)
+    return f"{'fp32' if q.dtype == torch.float32 else 'half'}-{dim}"
+
+
+def inner_contiguous(x: Tensor) -> Tensor:
+    """`x` with a last dimension of stride 1: itself, or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Of [B, H, S, D] all but the last, which is 1."""
+    return x.stride()[:3]
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as uint8, any other as it is."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+    """Four strides, 0 where the mask is broadcast."""
+    if mask is None:
+        return (0, 0, 0, 0)
+    return tuple([0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)])
+
+
+def features(
+    attn_mask: Tensor | None, causal: bool, window: Sequence[int], softcap: float
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """((left, right), the kernels' switches); causality is a window that ends at the query's own key."""
+    left, right = window[0], 0 if causal else window[1]
+    return (left, right), {
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "SOFTCAP": softcap > 0,
+        "ADDITIVE": attn_mask is not None and attn_mask.dtype != torch.bool,
+    }

@@ -1,0 +1,101 @@
+"""Tile sizes: a small table by op, class of shapes and architecture, and the user's own from `llmkern tune`.
+
+Nothing is measured while a model runs.  A class is a name that the op's launcher derives from the shapes; its entry
+names an architecture, or "*" for any other.  A tuned entry, for the very device, Triton and llmkern, comes first.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+from llmkern.backends.triton._launch import Target
+from llmkern.config import settings
+
+__all__ = ["DEFAULTS", "Config", "classes", "config", "forget", "tuned_path"]
+
+Config = dict[str, int]
+"""Block sizes, num_warps and num_stages, by the names of the kernel's constexprs."""
+
+
+def _matmul(m: int, n: int, k: int, warps: int, stages: int, group: int = 8) -> Config:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": group, "num_warps": warps, "num_stages": stages}
+
+
+def _tile(m: int, n: int, warps: int, stages: int) -> Config:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+# The interpreter's programs cost the same however many elements they have; small tiles there visit every edge.
+_INTERPRETED = _matmul(16, 64, 64, 1, 1, group=2)
+_TILE_INTERPRETED = _tile(32, 32, 1, 1)
+
+DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
+    "int8_matmul": {
+        "s8-16": {"*": _matmul(16, 32, 256, 4, 4), "gfx942": _matmul(16, 64, 256, 4, 2), "cpu": _INTERPRETED},
+        "s8-64": {"*": _matmul(64, 64, 128, 4, 4), "gfx942": _matmul(64, 64, 128, 4, 2), "cpu": _INTERPRETED},
+        "s8-many": {
+            "*": _matmul(128, 128, 64, 8, 3),
+            "sm90": _matmul(128, 128, 128, 8, 4),
+            "gfx942": _matmul(128, 128, 128, 8, 2),
+            "cpu": _INTERPRETED,
+        },
+        "half-16": {"*": _matmul(16, 32, 128, 4, 4), "gfx942": _matmul(16, 64, 128, 4, 2), "cpu": _INTERPRETED},
+        "half-64": {"*": _matmul(64, 64, 64, 4, 4), "gfx942": _matmul(64, 64, 64, 4, 2), "cpu": _INTERPRETED},
+        "half-many": {"*": _matmul(128, 128, 32, 8, 4), "gfx942": _matmul(128, 128, 64, 8, 2), "cpu": _INTERPRETED},
+        "fp32-16": {"*": _matmul(16, 32, 64, 4, 3), "cpu": _INTERPRETED},
+        "fp32-64": {"*": _matmul(32, 64, 32, 4, 3), "cpu": _INTERPRETED},
+        "fp32-many": {"*": _matmul(64, 64, 32, 8, 3), "cpu": _INTERPRETED},
+    },
+    "attention": {
+        "half-64": {"*": _tile(128, 64, 4, 3), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-128": {"*": _tile(128, 64, 8, 2), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-256": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-64": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-128": {"*": _tile(32, 32, 8, 2), "gfx942": _tile(32, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-256": {"*": _tile(16, 32, 8, 2), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+    },
+    "rope": {
+        "any": {
+            "*": {"ROWS": 8, "num_warps": 4, "num_stages": 1},
+            "cpu": {"ROWS": 64, "num_warps": 1, "num_stages": 1},
+        },
+    },
+}
+
+_chosen: dict[tuple[str, str, Target], Config] = {}
+
+
+def classes(op: str) -> tuple[str, ...]:
+    """The classes of shapes of an op that has configurations; `ValueError` for one that has none."""
+    if op not in DEFAULTS:
+        raise ValueError(f"{op!r} has no configurations to tune; these have: {', '.join(DEFAULTS)}")
+    return tuple(DEFAULTS[op])
+
+
+def config(op: str, shape_class: str, target: Target) -> Config:
+    """The configuration for a launch."""
+    key = (op, shape_class, target)
+    if key not in _chosen:
+        table = DEFAULTS[op][shape_class]
+        _chosen[key] = _tuned(target).get(op, {}).get(shape_class) or table.get(target.arch) or table["*"]
+    return _chosen[key]
+
+
+def forget() -> None:
+    """Read the tuned tables again."""
+    _chosen.clear()
+
+
+def tuned_path(target: Target) -> Path:
+    """Where `llmkern tune` keeps its table: one file for each device, Triton and llmkern."""
+    versions = [f"{package}-{importlib.metadata.version(package)}" for package in ("triton", "llmkern")]
+    name = "_".join([re.sub(r"\W+", "-", target.name).strip("-").lower(), *versions])
+    return Path(settings.cache).expanduser() / "triton" / f"{name}.json"
+
+
+def _tuned(target: Target) -> dict[str, dict[str, Config]]:
+    path = tuned_path(target)
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.triton._configs import config
+from llmkern.backends.triton._declare import serves
+from llmkern.backends.triton._launch import launch, next_power_of_2, target_of
+
+
+@serves("rope", has_backward=True)
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    from llmkern.backends.triton._kernels.rope import rope_kernel
+
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    batch, q_heads, length, dim = q.shape
+    k_heads = k.shape[1]
+    q_rows, k_rows = batch * q_heads * length, batch * k_heads * length
+    if q_rows + k_rows == 0:
+        return q_out, k_out
+    rest = dim - rotary_dim
+    chosen = config("rope", "any", target_of(q))
+    launch(
+        rope_kernel,
+        (-(-q_rows // chosen["ROWS"]) - (-k_rows // chosen["ROWS"]), 1, 1),
+        q,
+        k,
+        cos,
+        sin,
+        q_out,
+        k_out,
+        q_rows,
+        k_rows,
+        q_heads,
+        k_heads,
+        length,
+        dim,
+        *q.stride(),
+        *k.stride(),
+        *_strides(cos),
+        *_strides(sin),
+        ROTARY=rotary_dim,
+        PER_PAIR=cos.shape[2] != rotary_dim,
+        INTERLEAVED=interleaved,
+        PAIRS=next_power_of_2(rotary_dim // 2),
+        REST=next_power_of_2(rest) if rest else 0,
+        **chosen,
+    )
+    return q_out, k_out
+
+
+def _strides(angles: Tensor) -> tuple[int, int, int]:
+    """Those of [B or 1, S, W]; a batch of 1 is every sequence's."""
+    batch, position, dim = angles.stride()
+    return 0 if angles.shape[0] == 1 else batch, position, dim
