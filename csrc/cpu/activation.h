@@ -1,26 +1,41 @@
-// Activations on one fp32 value, as the reference defines them.  A product has k multiplications for each of these,
-// so libm's functions are fast enough.
+// Activations of fp32 values, as the reference defines them.
 #pragma once
 
 #include "llmkern/activation.h"
+#include "math.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-inline float activate(Activation activation, float z) {
+template <Activation kActivation>
+inline F32 activate(F32 z) {
+  if constexpr (kActivation == Activation::gelu) return gelu(z);
+  if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(z);
+  if constexpr (kActivation == Activation::silu) return silu(z);
+  if constexpr (kActivation == Activation::relu) return z < 0.0f ? F32{} : z;  // NaN stays
+  return z;
+}
+
+// f.template operator()<kActivation>() with `activation` as a constant.
+template <class F>
+inline auto with_activation(Activation activation, const F& f) {
   switch (activation) {
     case Activation::none:
-      return z;
-    case Activation::gelu:  // through erfc: 1 + erf cancels where z is negative
-      return 0.5f * z * __builtin_erfcf(z * -0.70710678f);
+      return f.template operator()<Activation::none>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
     case Activation::gelu_tanh:
-      return 0.5f * z * (1.0f + __builtin_tanhf(0.79788456f * (z + 0.044715f * z * z * z)));
+      return f.template operator()<Activation::gelu_tanh>();
     case Activation::silu:
-      return z / (1.0f + __builtin_expf(-z));
+      return f.template operator()<Activation::silu>();
     case Activation::relu:
-      return z < 0.0f ? 0.0f : z;  // NaN stays
+      return f.template operator()<Activation::relu>();
   }
   __builtin_unreachable();
+}
+
+inline F32 activate(Activation activation, F32 z) {
+  return with_activation(activation, [z]<Activation kActivation>() { return activate<kActivation>(z); });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import runpy
 import subprocess
 from collections.abc import Callable
@@ -27,6 +28,9 @@ SOURCE = """
 FUNCTION(exp)
 FUNCTION(exp_or_0)
 FUNCTION(tanh)
+FUNCTION(silu)
+FUNCTION(gelu)
+FUNCTION(gelu_tanh)
 """
 
 
@@ -92,3 +96,42 @@ def test_tanh(functions: ctypes.CDLL) -> None:
     special = torch.tensor([0.0, 20.0, -20.0, 1e30, -1e30, inf, -inf, nan, *[1e-40] * 8])
     expected = torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, nan, *[1e-40] * 8])
     torch.testing.assert_close(apply(functions.apply_tanh, special), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + (-x).exp())
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.special.erfc(x * -math.sqrt(0.5)) / 2
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+@pytest.mark.parametrize(
+    ("exact", "low", "high", "most"),
+    [
+        (silu, -80.0, 80.0, 3),
+        (gelu, 0.0, 30.0, 4),
+        (gelu, -4.0, 0.0, 10),
+        (gelu, -13.0, 0.0, 70),
+        (gelu_tanh, -1.0, 30.0, 3),
+        (gelu_tanh, -6.0, 0.0, 70),
+    ],
+)
+def test_activations(functions: ctypes.CDLL, exact, low: float, high: float, most: float) -> None:
+    x = torch.linspace(low, high, 2**20)
+    assert ulps(apply(getattr(functions, f"apply_{exact.__name__}"), x), exact(x.double())) <= most
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_activations_of_special_values(functions: ctypes.CDLL, name: str) -> None:
+    """As the limits say, but for -infinity, where PyTorch's functions have 0 times infinity too."""
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor(
+        [nan, -nan, inf, -inf, 0.0, -0.0, 3.4e38, -3.4e38, 1e20, -1e20, 1e-40, -1e-40, *[200.0, -200.0] * 2]
+    )
+    expected = torch.tensor([nan, nan, inf, nan, 0, 0, 3.4e38, 0, 1e20, 0, 5e-41, -5e-41, *[200.0, 0.0] * 2])
+    torch.testing.assert_close(apply(getattr(functions, f"apply_{name}"), x), expected, rtol=0, atol=0, equal_nan=True)

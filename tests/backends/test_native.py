@@ -111,6 +111,10 @@ SHARED = {
     "add_rms_norm_quant": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6, 0.0),
     "attention_decode": lambda: decode(int8=False),
     "attention_decode-int8": lambda: decode(int8=True),
+    "swiglu": lambda: tuple(torch.randn(2, 301, 577)),
+    "gelu-none": lambda: (torch.randn(301 * 577), "none"),
+    "gelu-tanh": lambda: (torch.randn(301, 577), "tanh"),
+    "quantize_int8": lambda: (torch.randn(301, 577),),
     "int8_linear-w8a16": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a16"),
     "int8_linear-w8a8": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a8"),
 }

@@ -62,11 +62,6 @@ inline F32 load_typed(DType dtype, const void* p, int64_t i, int64_t n) {
   return with_type(dtype, [&]<class T>() { return load_at_most(static_cast<const T*>(p) + i, n); });
 }
 
-inline F32 activated(Activation activation, F32 y) {
-  for (int i = 0; i < kLanes; ++i) y[i] = activate(activation, y[i]);
-  return y;
-}
-
 // out[r0, r0 + rows) in the strip's columns from `sums`, whose rows are `stride` apart and padded to whole registers.
 template <class Scheme, class T>
 void finish_as(const LinearParams& p, const Strip& to, int64_t r0, int rows, const typename Scheme::Sum* sums,
@@ -79,8 +74,7 @@ void finish_as(const LinearParams& p, const Strip& to, int64_t r0, int rows, con
     for (int r = 0; r < rows; ++r) {
       const Header& header = headers(p)[r0 + r];
       const auto sum = bits_as<typename Scheme::Sums>(load_bytes(sums + r * stride + c));
-      F32 y = Scheme::finish(sum, header) * scale + bias;
-      if (s.activation != Activation::none) y = activated(s.activation, y);
+      F32 y = activate(s.activation, Scheme::finish(sum, header) * scale + bias);
       if (s.residual) y += load_typed(p.residual_dtype, s.residual, (r0 + r) * s.residual_stride + n, left);
       store_at_most(static_cast<T*>(s.out) + (r0 + r) * s.out_stride + n, y, left);
     }

@@ -1,0 +1,34 @@
+#include "llmkern/quantize_int8.h"
+
+#include "../common.h"
+#include "threads.h"
+
+namespace llmkern {
+namespace {
+
+using Codes = std::tuple<Tensor, Tensor>;
+
+Codes quantize_int8(const Tensor& x) {
+  if (!kernel_types(x)) return call_reference<Codes>("quantize_int8", x);
+  STD_TORCH_CHECK(x.dim() > 0, "quantize_int8: x has no dimensions, expected [..., hidden]");
+  const auto [tensor, rows] = as_rows(x);
+  auto [codes, scale] = new_codes(x);
+  launch_quantize_int8(
+      {
+          .x = tensor.const_data_ptr(),
+          .codes = static_cast<int8_t*>(codes.mutable_data_ptr()),
+          .scale = static_cast<float*>(scale.mutable_data_ptr()),
+          .rows = rows,
+          .hidden = hidden_of(x),
+          .dtype = *dtype_of(x),
+      },
+      kTorchThreads);
+  return {codes, scale};
+}
+
+}  // namespace
+}  // namespace llmkern
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+  m.impl("quantize_int8", TORCH_BOX(&llmkern::quantize_int8));
+}

@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+from llmkern.backends.cpu import CPU
+from llmkern.backends.cpu._rows import DTYPES, refuse_strided
+from llmkern.dispatch import implements
+from llmkern.library import native
+
+implements("quantize_int8", CPU, dtypes=DTYPES, refuse=refuse_strided)(native("quantize_int8"))
