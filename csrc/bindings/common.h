@@ -19,8 +19,8 @@ namespace llmkern {
 namespace {  // as in device.h
 
 // The kernels' name of an element type; nullopt for types they do not have.
-inline std::optional<DType> dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline std::optional<DType> dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::BFloat16:
@@ -30,6 +30,10 @@ inline std::optional<DType> dtype_of(const Tensor& t) {
     default:
       return std::nullopt;
   }
+}
+
+inline std::optional<DType> dtype_of(const Tensor& t) {
+  return dtype_of(t.scalar_type());
 }
 
 // True where every given tensor has a type that the kernels have.

@@ -9,6 +9,7 @@ from llmkern.ops.gelu import gelu as gelu
 from llmkern.ops.int8_linear import int8_linear as int8_linear
 from llmkern.ops.int8_matmul import int8_matmul as int8_matmul
 from llmkern.ops.layer_norm import layer_norm as layer_norm
+from llmkern.ops.linear import linear as linear
 from llmkern.ops.quantize_int8 import quantize_int8 as quantize_int8
 from llmkern.ops.rms_norm import rms_norm as rms_norm
 from llmkern.ops.rms_norm_quant import rms_norm_quant as rms_norm_quant
@@ -25,6 +26,7 @@ __all__ = [
     "int8_linear",
     "int8_matmul",
     "layer_norm",
+    "linear",
     "quantize_int8",
     "rms_norm",
     "rms_norm_quant",

@@ -95,14 +95,15 @@ def straight_through(
             activation="none",
             scheme=scheme,
         )
-        dy = _activation_backward(dy, z, activation)
+        dy = activation_backward(dy, z, activation)
     weight = (w_q * w_scale).to(dy.dtype)
     dx = (dy.reshape(-1, dy.shape[-1]) @ weight).view(x.shape)
     dbias = None if bias is None else dy.sum(tuple(range(dy.dim() - 1)), dtype=bias.dtype)
     return dx, dbias
 
 
-def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+def activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """The gradient of `activate(z, activation)` in z; of an activation other than "none"."""
     if activation == "silu":
         return torch.ops.aten.silu_backward(dy, z)
     if activation == "relu":

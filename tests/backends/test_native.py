@@ -115,6 +115,15 @@ SHARED = {
     "gelu-none": lambda: (torch.randn(301 * 577), "none"),
     "gelu-tanh": lambda: (torch.randn(301, 577), "tanh"),
     "quantize_int8": lambda: (torch.randn(301, 577),),
+    "linear": lambda: (torch.randn(3, 577), torch.randn(577, 577), torch.randn(577), "none"),
+    "linear-many": lambda: (torch.randn(33, 577), torch.randn(577, 577), torch.randn(577), "none"),
+    "int8_matmul": lambda: (
+        torch.randint(-128, 128, (33, 577), dtype=torch.int8),
+        int8_weight(577, 577)[0],
+        *[None] * 4,
+        "none",
+        torch.int32,
+    ),
     "int8_linear-w8a16": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a16"),
     "int8_linear-w8a8": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a8"),
 }
