@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,11 @@ def decode(int8: bool) -> tuple[object, ...]:
     return torch.randn(3, 9, 2, 59), *cache, lengths, None, *scales, None, 0.2, [-1, -1], 0.0, True
 
 
+def rotated(interleaved: bool) -> tuple[Any, ...]:
+    q, k = torch.randn(2, 9, 77, 66), torch.randn(2, 3, 77, 66)
+    return q, k, torch.randn(1, 77, 66), torch.randn(1, 77, 66), 66, interleaved
+
+
 # Large enough to be shared among threads, and odd, so that their shares differ.
 SHARED = {
     "rms_norm": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
@@ -114,6 +120,8 @@ SHARED = {
     "swiglu": lambda: tuple(torch.randn(2, 301, 577)),
     "gelu-none": lambda: (torch.randn(301 * 577), "none"),
     "gelu-tanh": lambda: (torch.randn(301, 577), "tanh"),
+    "rope-half": lambda: rotated(interleaved=False),
+    "rope-interleaved": lambda: rotated(interleaved=True),
     "quantize_int8": lambda: (torch.randn(301, 577),),
     "linear": lambda: (torch.randn(3, 577), torch.randn(577, 577), torch.randn(577), "none"),
     "linear-many": lambda: (torch.randn(33, 577), torch.randn(577, 577), torch.randn(577), "none"),

@@ -11,7 +11,10 @@
 
 namespace llmkern {
 
-// One of the tensors to rotate.  out may be x itself (with the same strides), or lie in a cache of keys.
+constexpr int64_t kRopeMostDims = 1024;
+
+// One of the tensors [batch, heads, length, dim] to rotate.  out may be x itself (with the same strides), or lie in a
+// cache of keys.
 struct RopeHeads {
   const void* x;
   void* out;
@@ -29,7 +32,7 @@ struct RopeParams {
   RopeHeads q, k;
   RopeAngles cos, sin;
   int64_t batch, length, dim;
-  int64_t rotary_dim;  // even, at most dim
+  int64_t rotary_dim;  // even, at most dim and kRopeMostDims
   int64_t width;       // of cos and sin: rotary_dim, or rotary_dim / 2 with one value for each pair
   DType dtype, angles_dtype;
   bool interleaved;
