@@ -26,6 +26,8 @@ class Found:
     cls: the class to give it (None where the swap is not a matter of the module's own class).
     sample: given a dtype and a device, a small call of the op with this module's sizes, to name the backend that
         will serve it.
+    variants, served: where the switch has several values that turn it on, the class for each, `cls` being that of the
+        default; and where no op is called, what the report names instead of a backend.
     """
 
     kind: str
@@ -33,11 +35,13 @@ class Found:
     reason: str = ""
     cls: type[nn.Module] | None = None
     sample: Callable[[torch.dtype, torch.device], dict[str, Any]] | None = field(default=None, repr=False)
+    variants: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    served: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_frame(self) -> bool:
         """Whether it calls no op itself, and is swapped only so that the modules within it are called: no row."""
-        return not self.op and not self.reason
+        return not self.op and not self.reason and not self.served
 
 
 def is_stateless(module: nn.Module) -> bool:

@@ -6,13 +6,14 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from llmkern import dispatch
+from llmkern.checks import check_choice
 from llmkern.integrations.transformers.attention import register_once
 from llmkern.integrations.transformers.config_view import is_view, original_of, view_of
 from llmkern.swap import derive
@@ -42,12 +43,17 @@ def optimize_(
     norms: bool = True,
     mlp: bool = True,
     rope: bool = True,
+    kv_cache: Literal["auto", "int8"] | None = "auto",
     filter_fn: FilterFn | None = None,
     on_unsupported: Literal["warn", "error", "ignore"] = "warn",
 ) -> SwapReport:
     """Swap llmkern's ops into `model`, in place and in this instance only.
 
     attention, norms, mlp, rope: which kinds of modules to swap (mlp includes GELU modules).
+    kv_cache: the cache that the model makes where the caller gives and chooses none.  "auto": on the CPU an
+        `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; transformers' own for
+        encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
+        and a model that keeps its own counts as unsupported.  None: always transformers' own.
     filter_fn: called with a module's path and the module; False leaves it alone.
     on_unsupported: what to do where a module of these kinds cannot be swapped: warn once, raise `RuntimeError`
         before anything has changed, or say nothing.  The report has the reasons in any case.
@@ -56,8 +62,8 @@ def optimize_(
     Raises TypeError for what is not a module, ValueError for a model on the meta device; a failure half-way leaves
     the model as it was.
     """
-    _check(model, filter_fn, on_unsupported)
-    switches = {"attention": attention, "norms": norms, "mlp": mlp, "rope": rope}
+    _check(model, filter_fn, kv_cache, on_unsupported)
+    switches = {"attention": attention, "norms": norms, "mlp": mlp, "rope": rope, "kv_cache": kv_cache}
     sites = list(_sites(model, switches, filter_fn))
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
@@ -112,11 +118,12 @@ def patched(model: nn.Module, **options: Any) -> Iterator[SwapReport]:
         restore_(model)
 
 
-def _check(model: nn.Module, filter_fn: FilterFn | None, on_unsupported: str) -> None:
+def _check(model: nn.Module, filter_fn: FilterFn | None, kv_cache: str | None, on_unsupported: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_: model is a {type(model).__name__}, expected a torch.nn.Module")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"optimize_: filter_fn is a {type(filter_fn).__name__}, expected a function or None")
+    check_choice("optimize_", "kv_cache", kv_cache, ("auto", "int8", None))
     if on_unsupported not in ("warn", "error", "ignore"):
         raise ValueError(f"optimize_: on_unsupported is {on_unsupported!r}, expected 'warn', 'error' or 'ignore'")
     for path, module in model.named_modules():
@@ -126,7 +133,7 @@ def _check(model: nn.Module, filter_fn: FilterFn | None, on_unsupported: str) ->
                 raise ValueError(f"optimize_: {where} is on the meta device; load the weights first")
 
 
-def _sites(model: nn.Module, switches: dict[str, bool], filter_fn: FilterFn | None) -> Iterator[_Site]:
+def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | None) -> Iterator[_Site]:
     absorbed: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # compiled: its class cannot be changed
@@ -135,17 +142,28 @@ def _sites(model: nn.Module, switches: dict[str, bool], filter_fn: FilterFn | No
             found = rule.find(_as_before(module))
             if found is None or id(module) in absorbed:
                 continue
+            found = _variant(found, module, switches[rule.SWITCHES[0]])
             excluded = ""
             if not _is_swapped(module, found):
                 if not any(switches[switch] for switch in rule.SWITCHES):
-                    excluded = f"switched off by {' and '.join([f'{switch}=False' for switch in rule.SWITCHES])}"
+                    off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES]
+                    excluded = f"switched off by {' and '.join(off)}"
                 elif filter_fn is not None and not found.is_frame and not filter_fn(path, module):
                     excluded = "left out by filter_fn"
                 elif not found.reason and derive.forward_is_replaced(module):
                     found = Found(found.kind, found.op, "its forward was replaced on the instance")
+                if found.kind == "cache" and switches["kv_cache"] == "auto":
+                    excluded = excluded or found.reason  # nobody has asked for what it cannot have
             if found.kind == "mlp" and not found.reason and not excluded:
                 absorbed |= {id(child) for child in module.children()}  # its activation is no longer called
             yield _Site(path, module, found, excluded)
+
+
+def _variant(found: Found, module: nn.Module, choice: Any) -> Found:
+    """What is found with the class for this value of the switch; "auto" changes nothing that is swapped already."""
+    if choice == "auto" and type(module) in found.variants.values():
+        return replace(found, cls=type(module))
+    return replace(found, cls=found.variants.get(choice, found.cls))
 
 
 def _as_before(module: nn.Module) -> nn.Module:
@@ -179,7 +197,11 @@ def _row(model: nn.Module, site: _Site) -> SwapRow:
     reason = site.excluded or found.reason
     if reason:
         return SwapRow(site.path, found.kind, found.op, "left", "", reason)
-    return SwapRow(site.path, found.kind, found.op, "swapped", _serving(model, site), "")
+    if found.served:
+        served = next(found.served[choice] for choice, cls in found.variants.items() if cls is found.cls)
+    else:
+        served = _serving(model, site)
+    return SwapRow(site.path, found.kind, found.op, "swapped", served, "")
 
 
 def _serving(model: nn.Module, site: _Site) -> str:

@@ -106,9 +106,7 @@ class KVLayer(DynamicLayer):
         """
         if not self._buffers:
             raise RuntimeError("reserve: the layer has no buffers yet; update or initialize it first")
-        # What was made in inference mode cannot be written outside it.
-        writable = self._owned and (torch.is_inference_mode_enabled() or not self._buffers[0].is_inference())
-        if not writable or self.end + tokens > self.capacity:
+        if not self._owned or self.end + tokens > self.capacity or _only_for_inference(self._buffers[0]):
             capacity = 1 << max(self.length + tokens, _LEAST_CAPACITY - 1).bit_length()
             self._move(self._buffers[0].shape[0], capacity, lambda held, place: place.copy_(held))
 
@@ -335,3 +333,10 @@ class Int8KVLayer(KVLayer):
 
 class Int8SlidingKVLayer(Int8KVLayer, SlidingKVLayer):
     """A SlidingKVLayer of int8 codes, as `Int8KVLayer`."""
+
+
+def _only_for_inference(buffer: Tensor) -> bool:
+    """Whether it was made in inference mode, outside which we now are: then it cannot be written (nor traced)."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return buffer.is_inference()

@@ -1,0 +1,122 @@
+"""The cache that a transformers model makes where the caller gives none: in `generate`, and in a decoder's forward.
+
+It becomes an llmkern.KVCache with layers of the same kinds, on the CPU, where a step's time goes into copying the past
+otherwise.  What the caller chooses (past_key_values, cache_implementation, use_cache=False) is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmkern.integrations.transformers.config_view import original_of
+from llmkern.swap.derive import derive, mentioned_globals, rebind
+from llmkern.swap.found import Found
+
+SWITCHES = ("kv_cache",)
+
+_PREPARE = "_prepare_cache_for_generation"
+_MADE = "DynamicCache"
+
+
+def find(module: nn.Module) -> Found | None:
+    cls: Any = type(module)
+    generates = hasattr(cls, _PREPARE)
+    if not generates and not (_MADE in mentioned_globals(cls.forward) and _looks_back(module)):
+        return None
+    reason = _why_not(module)
+    if reason:
+        return Found("cache", "", reason) if generates else None
+    variants = _variants(cls)
+    served = {"auto": "KVCache", "int8": "KVCache int8"} if generates else {}
+    return Found("cache", "", cls=variants["auto"], variants=variants, served=served)
+
+
+def _looks_back(module: nn.Module) -> bool:
+    """Whether attention in it is causal: encoders of the BERT family have the code of a decoder, too."""
+    return any(getattr(child, "is_causal", False) is True for child in module.modules())
+
+
+def _why_not(module: Any) -> str:
+    from llmkern.integrations.transformers.cache import KVCache
+    from llmkern.integrations.transformers.kv_layers import KVLayer
+
+    config = original_of(module.config)
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        return "its cache holds keys and values of an encoder too, and stays transformers' own"
+    if not getattr(module, "_supports_default_dynamic_cache", lambda: True)():
+        return "it has a kind of cache of its own"
+    layers = KVCache(config).layers
+    if layers and not any(isinstance(layer, KVLayer) for layer in layers):
+        return "none of its layers keeps plain keys and values"
+    return ""
+
+
+@functools.cache
+def _variants(cls: Any) -> dict[str, type[nn.Module]]:
+    """The derived class for each value of the switch."""
+    made = {}
+    for choice, dtype in (("auto", None), ("int8", "int8")):
+        attributes = [(_PREPARE, _prepare(cls, dtype))] if hasattr(cls, _PREPARE) else []
+        made[choice] = derive(cls, _forward(cls, dtype), *attributes)
+    return made
+
+
+def _prepare(cls: Any, dtype: str | None) -> Callable[..., Any]:
+    original = getattr(cls, _PREPARE)
+
+    @functools.wraps(original)
+    def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        given = model_kwargs.get("past_key_values")
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if made is not given and generation_config.cache_implementation is None and self.device.type == "cpu":
+            model_kwargs["past_key_values"] = _in_place_of(made, dtype)
+        return result
+
+    return prepare
+
+
+def _forward(cls: Any, dtype: str | None) -> Callable[..., Any]:
+    original = cls.forward
+    made = mentioned_globals(original).get(_MADE)
+    if made is None:
+        return original
+    rebound = rebind(original, _MADE, _Default(made.__name__, (made,), {"_llmkern_dtype": dtype}))
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Autograd has to keep what each step returned, and a compiled graph its guards: both as transformers does it.
+        plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if kwargs.get("past_key_values") is not None or plain or self.device.type != "cpu":
+            return original(self, *args, **kwargs)
+        return rebound(self, *args, **kwargs)
+
+    return forward
+
+
+class _Default(type):
+    """A class that is called in DynamicCache's name and makes a KVCache; `isinstance` means what it did."""
+
+    _llmkern_dtype: str | None
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _in_place_of(cls.__base__(*args, **kwargs), cls._llmkern_dtype)  # type: ignore[misc]
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__base__)  # type: ignore[arg-type]
+
+
+def _in_place_of(cache: Any, dtype: str | None) -> Any:
+    """A KVCache for the new DynamicCache; anything else, and one that offloads, is returned."""
+    from transformers import DynamicCache
+
+    from llmkern.integrations.transformers.cache import KVCache
+
+    if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
+        return cache
+    return KVCache.in_place_of(cache, dtype)
