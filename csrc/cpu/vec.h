@@ -168,8 +168,15 @@ inline __attribute__((always_inline)) void for_registers(int64_t count, const F&
   if (i < count) f(i, static_cast<int>(count - i));
 }
 
+// Not F32{} + value, which compilers add in earnest: it makes 0 of -0.
 inline F32 broadcast(float value) {
-  return F32{} + value;
+#if LLMKERN_ISA_LEVEL == 2
+  return _mm512_set1_ps(value);
+#elif LLMKERN_ISA_LEVEL == 1
+  return _mm256_set1_ps(value);
+#else
+  return F32{value, value, value, value};
+#endif
 }
 
 // 0, 1, 2, …
@@ -203,6 +210,44 @@ inline auto sum(V v) {
   const auto v4 = v;
 #endif
   return (v4[0] + v4[2]) + (v4[1] + v4[3]);
+}
+
+// The elements a[0], b[0], a[1], b[1], …: of the lower halves, and of the upper ones.
+inline F32 interleave_lower(F32 a, F32 b) {
+#if LLMKERN_ISA_LEVEL == 2
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif LLMKERN_ISA_LEVEL == 1
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+inline F32 interleave_upper(F32 a, F32 b) {
+#if LLMKERN_ISA_LEVEL == 2
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LLMKERN_ISA_LEVEL == 1
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// A square of kLanes registers: lane j of register i becomes lane i of register j.  Each round interleaves the first
+// half of the registers with the second; log2(kLanes) of them rotate the bits of (register, lane) into (lane,
+// register).
+inline void transpose(F32 (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    F32 next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_lower(v[i], v[i + kLanes / 2]);
+      next[2 * i + 1] = interleave_upper(v[i], v[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
 }
 
 }  // namespace

@@ -115,6 +115,7 @@ SHARED = {
     "add_layer_norm": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6),
     "rms_norm_quant": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
     "add_rms_norm_quant": lambda: (*torch.randn(2, 301, 577), torch.randn(577), None, 1e-6, 0.0),
+    "attention": lambda: (*torch.randn(3, 2, 6, 131, 59), None, None, None, True, 0.2, [-1, -1], 0.0, True),
     "attention_decode": lambda: decode(int8=False),
     "attention_decode-int8": lambda: decode(int8=True),
     "swiglu": lambda: tuple(torch.randn(2, 301, 577)),

@@ -29,9 +29,9 @@ struct AttentionParams {
   struct {
     int64_t batch, key;  // elements
   } padding_strides;
-  int64_t batch, heads, kv_heads, queries, keys;
-  int64_t dim, value_dim;             // at most kMaxHeadDim
-  int64_t window_left, window_right;  // keys around the query's own position; -1 for no limit
+  int64_t batch, heads, kv_heads, queries, keys;  // keys below 2³¹
+  int64_t dim, value_dim;                         // at most kMaxHeadDim
+  int64_t window_left, window_right;              // keys around the query's own position; -1 for no limit
   DType dtype, mask_dtype, sinks_dtype;
   bool mask_is_bool;  // true: attend; mask_dtype has no meaning then.  false: added to the scaled and capped scores
   bool causal;        // besides window_right: a query sees keys up to its own position

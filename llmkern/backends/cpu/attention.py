@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.cpu import CPU
+from llmkern.backends.cpu._rows import DTYPES
+from llmkern.backends.cpu.attention_decode import refuse_heads
+from llmkern.dispatch import implements
+from llmkern.library import native
+
+
+def _refuse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    window: Sequence[int],
+    softcap: float,
+    return_lse: bool,
+    **_: Any,
+) -> str | None:
+    plain = sinks is None and softcap == 0 and not return_lse and max(window) < 0
+    if plain and q.dtype == torch.bfloat16:
+        return "it computes bfloat16 in float32, and PyTorch is faster without softcap, sinks, window and log-sum-exp"
+    return refuse_heads(sinks, q=q, k=k, v=v)
+
+
+implements("attention", CPU, dtypes=DTYPES, refuse=_refuse)(native("attention"))
