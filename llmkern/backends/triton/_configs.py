@@ -30,7 +30,7 @@ def _tile(m: int, n: int, warps: int, stages: int) -> Config:
 
 # The interpreter's programs cost the same however many elements they have; small tiles there visit every edge.
 _INTERPRETED = _matmul(16, 64, 64, 1, 1, group=2)
-_TILE_INTERPRETED = _tile(32, 32, 1, 1)
+_TILE_INTERPRETED = _tile(32, 64, 1, 1)
 
 DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
     "int8_matmul": {
@@ -56,6 +56,14 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
         "fp32-64": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-128": {"*": _tile(32, 32, 8, 2), "gfx942": _tile(32, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-256": {"*": _tile(16, 32, 8, 2), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+    },
+    "attention_backward": {
+        "half-64": {"*": _tile(64, 128, 8, 2), "gfx942": _tile(32, 64, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-128": {"*": _tile(32, 128, 8, 2), "gfx942": _tile(32, 64, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-256": {"*": _tile(32, 64, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-64": {"*": _tile(32, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-128": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-256": {"*": _tile(16, 16, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
     },
     "rope": {
         "any": {

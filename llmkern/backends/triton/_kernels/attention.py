@@ -186,14 +186,14 @@ def attention_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, PADDED_V), tl.float32)
     for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
-        EDGE: tl.constexpr = phase != 1
+        # phases: the band's left edge, blocks that all see, the right edge
         begin = low if phase == 0 else (inner if phase == 1 else outer)
         end = inner if phase == 0 else (outer if phase == 1 else high)
         for start_n in range(begin, end, BLOCK_N):
             column = start_n + tl.arange(0, BLOCK_N)
             at_k = column.to(tl.int64)[None, :] * k_stride + dim[:, None]
             at_v = column.to(tl.int64)[:, None] * v_stride + dim_v[None, :]
-            if EDGE:
+            if phase != 1:
                 k = tl.load(k_ptr + at_k, (column < keys)[None, :] & (dim < DIM)[:, None], other=0.0)
             else:
                 k = tl.load(k_ptr + at_k, (dim < DIM)[:, None], other=0.0)
@@ -202,9 +202,9 @@ def attention_kernel(
                 s = capped(s * sm_scale, softcap, SOFTCAP) * UNIT
             else:
                 s = s * (sm_scale * UNIT)
-            if EDGE or mask_ptr is not None or padding_ptr is not None:
+            if phase != 1 or mask_ptr is not None or padding_ptr is not None:
                 allowed = (row < queries)[:, None] & (column < keys)[None, :]
-                if EDGE:
+                if phase != 1:
                     allowed = visible(
                         row[:, None], column[None, :], queries, keys, left, right, HAS_LEFT, HAS_RIGHT
                     )  # fmt: skip
@@ -218,7 +218,7 @@ def attention_kernel(
             scale = exponential(m - shift, BASE2)
             l = l * scale + tl.sum(p, axis=1)
             if not STATS:
-                if EDGE:
+                if phase != 1:
                     v = tl.load(v_ptr + at_v, (column < keys)[:, None] & (dim_v < DIM_V)[None, :], other=0.0)
                 else:
                     v = tl.load(v_ptr + at_v, (dim_v < DIM_V)[None, :], other=0.0)

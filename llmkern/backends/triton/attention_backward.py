@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.triton._attention import (
+    as_bytes,
+    features,
+    inner_contiguous,
+    mask_strides,
+    padded,
+    refuse_dims,
+    shape_class,
+    strides,
+)
+from llmkern.backends.triton._configs import config
+from llmkern.backends.triton._declare import serves
+from llmkern.backends.triton._launch import launch, target_of
+from llmkern.backends.triton.attention import launch_forward
+
+DELTA_ROWS = 16
+
+
+def _refuse(k: Tensor, v: Tensor, **_: object) -> str | None:
+    return refuse_dims(k, v)
+
+
+@serves("attention_backward", refuse=_refuse)
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    sm_scale: float,
+    window: Sequence[int],
+    softcap: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from llmkern.backends.triton._kernels.attention_backward import delta_kernel, dkv_kernel, dmask_kernel, dq_kernel
+
+    # Zeros, since nothing is launched where there are no queries or no keys.
+    make = torch.empty if q.numel() and k.numel() else torch.zeros
+    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dmask, dsinks = q.new_empty(0), q.new_empty(0)
+    if attn_mask is not None and mask_grad:
+        dmask = make(attn_mask.shape, dtype=attn_mask.dtype, device=q.device)
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys, dim_v = k.shape[1], k.shape[2], v.shape[3]
+    q, k, v, dout, out = (inner_contiguous(x) for x in (q, k, v, dout, out))
+
+    delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if delta.numel():
+        launch(
+            delta_kernel,
+            (-(-delta.numel() // DELTA_ROWS), 1, 1),
+            dout,
+            out,
+            dlse.contiguous() if dlse.numel() else None,
+            delta,
+            delta.numel(),
+            heads,
+            queries,
+            *strides(dout),
+            *strides(out),
+            DIM_V=dim_v,
+            PADDED_V=padded(dim_v),
+            ROWS=DELTA_ROWS,
+            num_warps=4,
+        )
+    shift, total = lse, None
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    if additive or lse.numel() == 0:
+        shift, total = torch.empty_like(delta), torch.empty_like(delta)
+        launch_forward(
+            q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap, shift, total, stats=True
+        )
+    if sinks is not None:
+        dsinks = _dsinks(sinks, shift, total, delta)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq, dk, dv, dmask, dsinks
+
+    mask, padding = as_bytes(attn_mask), as_bytes(key_padding_mask)
+    band, switches = features(attn_mask, causal, window, softcap)
+    chosen = config("attention_backward", shape_class(q, v), target_of(q))
+    block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
+    inputs = (q, k, v, dout, mask, padding, shift.contiguous(), total, delta)
+    numbers = (
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        *strides(dout),
+        *mask_strides(mask),
+        *((0, 0) if padding is None else padding.stride()),
+        sm_scale,
+        softcap,
+        *band,
+    )
+    constants = {
+        **switches,
+        "DIM": dim,
+        "DIM_V": dim_v,
+        "PADDED": padded(dim),
+        "PADDED_V": padded(dim_v),
+        **chosen,
+    }
+    shape = (heads, heads // kv_heads, queries, keys)
+    launch(dkv_kernel, (-(-keys // block_n) * batch * kv_heads, 1, 1), *inputs, dk, dv, *shape, *numbers, **constants)
+    # A query's tile walks the keys as a key's tile walks the queries: the larger of the two sizes stays put.
+    constants |= {"BLOCK_M": block_n, "BLOCK_N": block_m}
+    launch(dq_kernel, (-(-queries // block_n) * batch * heads, 1, 1), *inputs, dq, *shape, *numbers, **constants)
+    if dmask.numel() and attn_mask is not None:
+        mask_batches, mask_heads, mask_rows, mask_columns = attn_mask.shape
+        one_row, one_column = mask_rows == 1, mask_columns == 1
+        tiles = (1 if one_row else -(-mask_rows // block_n)) * (1 if one_column else -(-mask_columns // block_m))
+        launch(
+            dmask_kernel,
+            (tiles * mask_batches * mask_heads, 1, 1),
+            *inputs,
+            dmask,
+            batch,
+            *shape,
+            *attn_mask.shape,
+            *numbers,
+            ONE_ROW=one_row,
+            ONE_COLUMN=one_column,
+            **constants,
+        )
+    return dq, dk, dv, dmask, dsinks
+
+
+def _dsinks(sinks: Tensor, shift: Tensor, total: Tensor | None, delta: Tensor) -> Tensor:
+    """The sink's value is 0, so that only −P_sink·Δ is left of its gradient."""
+    weights = torch.exp(sinks.float()[:, None] - shift)
+    if total is not None:
+        weights = weights / total
+    return -(weights * delta).sum((0, 2)).to(sinks.dtype)
