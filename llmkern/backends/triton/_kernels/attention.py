@@ -4,8 +4,8 @@ tiles    a program takes BLOCK_M queries of one head, and walks the keys in step
 bands    query i stands at key i + keys − queries; it sees `left` keys back and `right` on.  Blocks of keys that no
          query of the tile sees are not visited; only those at the band's edges are compared with it
 masks    bool or additive through their strides (0 where broadcast), padding [B, keys]; read for every visited block
-numbers  scores, maxima and sums in fp32.  Exponentials in base 2, but beside an additive mask, whose −3e38 would
-         overflow when scaled
+numbers  scores, maxima and sums in fp32.  Exponentials in base 2, but in fp32, where one more rounding of the scores
+         shows, and beside an additive mask, whose −3e38 would overflow when scaled
 rows     that see nothing have maximum −inf and sum 0: out 0, lse −inf
 """
 
@@ -104,7 +104,7 @@ def attention_kernel(
     mask_ptr,  # uint8 or floating, or None
     padding_ptr,  # uint8, or None
     sinks_ptr,  # or None
-    out_ptr,  # STATS: the row maxima, fp32 [B, Hq, Sq], natural
+    out_ptr,  # STATS: the row maxima, fp32 [B, Hq, Sq]
     lse_ptr,  # fp32 [B, Hq, Sq], or None; STATS: the sums of exponentials
     heads,
     group,
@@ -144,7 +144,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    BASE2: tl.constexpr = not ADDITIVE
+    BASE2: tl.constexpr = not ADDITIVE and not STATS and q_ptr.dtype.element_ty != tl.float32
     UNIT: tl.constexpr = LOG2E if BASE2 else 1.0
     blocks = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
@@ -229,7 +229,7 @@ def attention_kernel(
         acc, m, l = with_sink(acc, m, l, tl.load(sinks_ptr + head).to(tl.float32) * UNIT, BASE2)
     at_row = batch_head.to(tl.int64) * queries + row
     if STATS:
-        tl.store(out_ptr + at_row, m * LN2 if BASE2 else m, row < queries)
+        tl.store(out_ptr + at_row, m, row < queries)
         tl.store(lse_ptr + at_row, l, row < queries)
     else:
         if lse_ptr is not None:

@@ -20,9 +20,11 @@ ZERO_ROW = tl.constexpr(2.0**-118)
 @triton.jit
 def dot(a, b, acc):
     """acc + a·b in fp32 (s32 for int8); fp32 operands are not rounded to TF32."""
-    if INTERPRETED and a.dtype == tl.bfloat16:  # NumPy has no bfloat16: it would multiply the bits
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    if INTERPRETED and a.dtype != tl.int8:
+        # NumPy has no bfloat16: it would multiply the bits.  And the order of its sums hangs on shapes and strides, a
+        # GPU's does not: there q·kᵀ and k·qᵀ, from which a backward takes the same weights, are equal.
+        wide = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64)
+        return (wide + acc.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
