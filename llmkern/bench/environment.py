@@ -14,7 +14,7 @@ import torch
 
 from llmkern.info import info
 
-__all__ = ["device_name", "environment", "slug"]
+__all__ = ["device_name", "environment", "memory_of", "slug"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "MKL_NUM_THREADS")
@@ -42,6 +42,15 @@ def environment(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """The GPU's or the CPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(info().hardware["cpu"])
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        return int(next(lines).split()[1]) * 1024
+    return 2**33
 
 
 def slug(name: str) -> str:

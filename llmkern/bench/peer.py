@@ -42,13 +42,22 @@ class OpPeer:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a model: `build(spec)` returns a runner (`llmkern.bench.variants`)."""
+    """One way to run a model.
+
+    build: takes a `Spec`, returns a runner (`llmkern.bench.variants` has both).  kinds: "causal", "encoder".
+    dtypes: those in which it is measured unless it is asked for as NAME@DTYPE; empty for a precision of its own.
+    int8: whether it is one of those that `--quantize int8` selects.  default, quick: whether it is measured without
+    being asked for, and with `--quick` too.
+    """
 
     name: str
     peer: str
     build: Callable[[Any], Any]
     kinds: tuple[str, ...]
     dtypes: tuple[str, ...]
+    int8: bool
+    default: bool
+    quick: bool
 
 
 @dataclass
@@ -77,16 +86,19 @@ class Peer:
         return register
 
     def variant(
-        self, name: str, *, kinds: Sequence[str] = ("causal", "encoder"), dtypes: Sequence[str] = ("float32",)
+        self,
+        name: str,
+        *,
+        kinds: Sequence[str] = ("causal", "encoder"),
+        dtypes: Sequence[str] = ("float32",),
+        int8: bool = False,
+        default: bool = True,
+        quick: bool = True,
     ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-        """Decorator: `build` of a model variant.
-
-        kinds: "causal", "encoder".  dtypes: those in which it is measured unless `--variants` says NAME@DTYPE; none:
-        only where it is asked for by name.
-        """
+        """Decorator: `build` of a `Variant`."""
 
         def register(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-            self.variants[name] = Variant(name, self.name, build, tuple(kinds), tuple(dtypes))
+            self.variants[name] = Variant(name, self.name, build, tuple(kinds), tuple(dtypes), int8, default, quick)
             return build
 
         return register
@@ -124,5 +136,8 @@ def peers_named(names: str | None) -> dict[str, Peer]:
 
 
 def variants() -> dict[str, Variant]:
-    """Every peer's model variants by name."""
-    return {name: variant for peer in peers().values() for name, variant in peer.variants.items()}
+    """Every way to run a model by name: PyTorch's, ours, the other peers'."""
+    from llmkern.bench.ours import OURS
+
+    torch_first, *others = peers().values()
+    return {name: variant for peer in (torch_first, OURS, *others) for name, variant in peer.variants.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from llmkern import dispatch
 from llmkern.bench import stats
 from llmkern.bench.accuracy import Judge, Wrong, weights_like
 from llmkern.bench.ceilings import Ceilings
+from llmkern.bench.environment import memory_of
 from llmkern.bench.peer import Peer, Unsupported
 from llmkern.bench.schema import Row
 from llmkern.bench.sweep import Inputs, Point, Work, tensor_bytes
@@ -111,18 +111,10 @@ def too_large(point: Point, ceilings: Ceilings) -> str | None:
     longest = LONGEST_SECONDS[point.device.type]
     if floor > longest:
         return f"takes at least {floor:.2g} s on this device, at most {longest:g} s are measured"
-    share = work.moved / _memory(point.device)
+    share = work.moved / memory_of(point.device)
     if share > LARGEST_SHARE_OF_MEMORY:
         return f"needs {share:.0%} of this device's memory, at most {LARGEST_SHARE_OF_MEMORY:.0%} are used"
     return None
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
-        return int(next(lines).split()[1]) * 1024
-    return 2**33
 
 
 def _outputs(op: str, call: dict[str, Any]) -> Any:

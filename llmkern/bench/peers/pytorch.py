@@ -111,14 +111,6 @@ def quantize_dynamic(model: nn.Module) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-@PEER.variant("eager")
-def _eager(spec: Any) -> Any:
-    """transformers' attention in plain operators."""
-    from llmkern.bench.variants import transformers_runner
-
-    return transformers_runner(spec, attention="eager")
-
-
 @PEER.variant("sdpa", dtypes=("float32", "bfloat16"))
 def _scaled_dot_product(spec: Any) -> Any:
     """transformers as it comes: the untouched model that all others are compared with."""
@@ -127,16 +119,24 @@ def _scaled_dot_product(spec: Any) -> Any:
     return transformers_runner(spec)
 
 
-@PEER.variant("compile", dtypes=())
+@PEER.variant("eager", quick=False)
+def _eager(spec: Any) -> Any:
+    """transformers' attention in plain operators."""
+    from llmkern.bench.variants import transformers_runner
+
+    return transformers_runner(spec, attention="eager")
+
+
+@PEER.variant("compile", dtypes=("bfloat16",), default=False)
 def _compiled(spec: Any) -> Any:
-    """torch.compile with the weights frozen, a static cache, lengths fixed."""
+    """torch.compile with the weights frozen, and a static cache."""
     from llmkern.bench.variants import transformers_runner
 
     torch._inductor.config.freezing = True
     return transformers_runner(spec, compiled=True)
 
 
-@PEER.variant("quantize_dynamic")
+@PEER.variant("quantize_dynamic", int8=True)
 def _dynamic_model(spec: Any) -> Any:
     from llmkern.bench.variants import transformers_runner
 

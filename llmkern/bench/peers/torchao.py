@@ -38,12 +38,12 @@ def _model(spec: Any, config: str) -> Any:
     return transformers_runner(spec, change=lambda model, loaded: _quantized(model, config))
 
 
-@PEER.variant("torchao-int8")
+@PEER.variant("torchao-int8", int8=True)
 def _int8(spec: Any) -> Any:
     """int8 weights, activations quantized per token."""
     return _model(spec, "Int8DynamicActivationInt8WeightConfig")
 
 
-@PEER.variant("torchao-int8-weight-only", dtypes=())
+@PEER.variant("torchao-int8-weight-only", int8=True, quick=False)
 def _weight_only(spec: Any) -> Any:
     return _model(spec, "Int8WeightOnlyConfig")
