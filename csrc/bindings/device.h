@@ -1,5 +1,6 @@
 // The device that a binding is compiled for.  Each csrc/bindings/<op>.cpp is compiled once for the CPU, once for CUDA
-// (LLMKERN_CUDA) and, in tests, for the SIMT machine (LLMKERN_SIMT), which takes CPU tensors; what differs is here:
+// (LLMKERN_CUDA; csrc/bindings/cuda/<op>.cpp for it only) and, in tests, for the SIMT machine (LLMKERN_SIMT), which
+// takes CPU tensors; what differs is here:
 //   LLMKERN_BINDINGS(m) { m.impl(...); }   where the operators are registered
 //   on_device(t)                           whether kernels of this device can read t
 //   new_tensor(x, sizes, dtype)            memory on x's device
@@ -24,7 +25,12 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #elif defined(LLMKERN_SIMT)
 #include "llmkern/gpu.h"
 #include "simt/machine.h"
-#define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern_simt, CPU, m)
+// A test may load a second copy of an operator under another name.
+#ifndef LLMKERN_SIMT_NAMESPACE
+#define LLMKERN_SIMT_NAMESPACE llmkern_simt
+#endif
+#define LLMKERN_BINDINGS_OF(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m)
+#define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_OF(LLMKERN_SIMT_NAMESPACE, m)
 #else
 #include "cpu/threads.h"
 #define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m)

@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const NormParams p
     const bool inside = row < p.x_rows.count;
     const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
     T* total = static_cast<T*>(p.total) + p.total_rows.offset(row);
-    RowShare<Vector, kVector, kHeld> share(inside ? p.hidden : 0);
+    RowShare<T, kVector, kHeld> share(inside ? p.hidden : 0);
 
-    share.each_held([&](Vector& held, int column) { held.load(x + column); });
+    share.load(x);
     if (p.residual) {
       const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row);
       auto add = [&](Vector& held, int column) {
@@ -49,31 +49,16 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const NormParams p
     }
     const T* source = p.residual ? total : x;  // of vectors that are not held
 
-    // f(values, first column) for all of this thread's vectors.
-    auto each = [&](const auto& f) {
-      auto unpacked = [&](const Vector& vector, int column) {
-        float values[kVector];
-        vector.unpack(values);
-        f(values, column);
-      };
-      share.each_held(unpacked);
-      share.each_other([&](int column) {
-        Vector vector;
-        vector.load(source + column);
-        unpacked(vector, column);
-      });
-    };
-
     const float hidden = static_cast<float>(p.hidden);
     float mean = 0.0f, squares = 0.0f;
     if (centre) {
-      each([&](const float (&values)[kVector], int) {
+      share.each(source, [&](const float (&values)[kVector], int) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) mean += values[i];
       });
       mean = reduce(mean, Sum()) / hidden;
     }
-    each([&](const float (&values)[kVector], int) {
+    share.each(source, [&](const float (&values)[kVector], int) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) squares += (values[i] - mean) * (values[i] - mean);
     });
@@ -96,7 +81,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const NormParams p
     };
     if (!p.scale) {
       T* out = static_cast<T*>(p.out) + p.out_rows.offset(row);
-      each([&](const float (&values)[kVector], int column) {
+      share.each(source, [&](const float (&values)[kVector], int column) {
         float y[kVector];
         normalized(values, column, y);
         Vector packed;
@@ -106,13 +91,13 @@ __global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const NormParams p
       continue;
     }
     uint32_t most = 0;
-    each([&](const float (&values)[kVector], int column) {
+    share.each(source, [&](const float (&values)[kVector], int column) {
       float y[kVector];
       normalized(values, column, y);
       most = largest(most, y);
     });
     const RowCodes codes(reduce(most, MaxBits()));
-    each([&](const float (&values)[kVector], int column) {
+    share.each(source, [&](const float (&values)[kVector], int column) {
       float y[kVector];
       normalized(values, column, y);
       codes.store(p.codes + row * p.hidden + column, y);

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from machine import ROOT, Machine, Operators, Unavailable, build, torch_flags
+from machine import ROOT, TORCH_LIBRARIES, Machine, Operators, Unavailable, build, torch_flags
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,8 @@ def instructions() -> Machine:
 def operators() -> Operators:
     """csrc/cuda and its bindings."""
     try:
-        sources = [*sorted((ROOT / "csrc").glob("cuda/*.cu")), *sorted((ROOT / "csrc").glob("bindings/*.cpp"))]
-        return Operators(build("operators", sources, torch_flags(), ["-ltorch", "-ltorch_cpu"]))
+        patterns = ("cuda/*.cu", "bindings/*.cpp", "bindings/cuda/*.cpp")
+        sources = [source for pattern in patterns for source in sorted((ROOT / "csrc").glob(pattern))]
+        return Operators(build("operators", sources, torch_flags(), TORCH_LIBRARIES))
     except Unavailable as why:
         pytest.skip(str(why))

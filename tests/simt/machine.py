@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DLLMKERN_SIMT", "-Wall", "-Wextra"]
 # A pragma of nvcc's; registers that are set under the same condition as they are used; __half, copied as bytes.
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-class-memaccess"]
+TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu"]
 
 
 class Unavailable(Exception):
@@ -146,10 +147,10 @@ class Machine:
 class Operators(Machine):
     """Every operator of llmkern whose CUDA binding is in the library, on CPU tensors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, namespace: str = "llmkern_simt") -> None:
         super().__init__(path)
         # The bindings register kernels for this namespace; the schemas are those of the operators themselves.
-        self._namespace = torch.library.Library("llmkern_simt", "FRAGMENT")
+        self._namespace = torch.library.Library(namespace, "FRAGMENT")
         for op in dispatch.ops():
             schema = str(getattr(torch.ops.llmkern, op).default._schema)
             self._namespace.define(schema.removeprefix("llmkern::"))
@@ -160,7 +161,7 @@ class Operators(Machine):
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         try:
             with self.memory(**tensors):
-                result = getattr(torch.ops.llmkern_simt, op).default(**arguments)
+                result = getattr(getattr(torch.ops, self._namespace.ns), op).default(**arguments)
         finally:
             error = self.error()
             self.library.simt_forget_all()

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "../activation.h"
 #include "../common.h"
 #include "threads.h"
 
@@ -24,13 +25,6 @@ struct Call {
   ScalarType out_type;
   bool w8a8;
 };
-
-std::optional<Activation> activation_of(const std::string& name) {
-  constexpr const char* kNames[] = {"none", "gelu", "gelu_tanh", "silu", "relu"};
-  for (int i = 0; i < 5; ++i)
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  return std::nullopt;
-}
 
 bool is_type(ScalarType type, const Optional& t) {
   return !t || t->scalar_type() == type;

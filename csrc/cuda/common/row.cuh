@@ -8,14 +8,15 @@
 
 namespace llmkern {
 
-template <class Held, int kVector, int kHeld>
+template <class T, int kVector, int kHeld>
 struct RowShare {
-  Held held[kHeld];
+  using Vector = Packed<T, kVector>;
+  Vector held[kHeld];
   int vectors;  // of the row
 
   __device__ explicit RowShare(int64_t hidden) : vectors(static_cast<int>(hidden / kVector)) {}
 
-  // f(held, first column) for the vectors in registers.
+  // f(vector, first column) for the vectors in registers, which it may change.
   template <class F>
   __device__ __forceinline__ void each_held(const F& f) {
 #pragma unroll
@@ -29,6 +30,26 @@ struct RowShare {
   template <class F>
   __device__ __forceinline__ void each_other(const F& f) const {
     for (int vector = kHeld * blockDim.x + threadIdx.x; vector < vectors; vector += blockDim.x) f(vector * kVector);
+  }
+
+  __device__ __forceinline__ void load(const T* row) {
+    each_held([&](Vector& vector, int column) { vector.load(row + column); });
+  }
+
+  // f(values, first column) for all of this thread's vectors; those not held are read from `row`.
+  template <class F>
+  __device__ __forceinline__ void each(const T* row, const F& f) {
+    auto unpacked = [&](const Vector& vector, int column) {
+      float values[kVector];
+      vector.unpack(values);
+      f(values, column);
+    };
+    each_held(unpacked);
+    each_other([&](int column) {
+      Vector vector;
+      vector.load(row + column);
+      unpacked(vector, column);
+    });
   }
 };
 
@@ -59,6 +80,10 @@ inline bool aligned(const void* p, int64_t bytes, int64_t vector) {
 
 inline bool aligned(const Rows& rows, int64_t vector) {
   return rows.stride0 % vector == 0 && rows.stride1 % vector == 0 && rows.stride2 % vector == 0;
+}
+
+inline bool without_gaps(const Rows& rows, int64_t hidden) {
+  return rows.count <= 1 || (rows.size1 == 1 && rows.size2 == 1 && rows.stride0 == hidden);
 }
 
 }  // namespace llmkern

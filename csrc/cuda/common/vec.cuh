@@ -142,4 +142,21 @@ __device__ __forceinline__ void load_as_float(const void* p, DType dtype, int64_
   }
 }
 
+template <int kN>
+__device__ __forceinline__ void store_as(void* p, DType dtype, int64_t index, const float (&values)[kN]) {
+  if (dtype == DType::f32) {
+    Packed<float, kN> packed;
+    packed.pack(values);
+    packed.store(static_cast<float*>(p) + index);
+  } else if (dtype == DType::bf16) {
+    Packed<BFloat16, kN> packed;
+    packed.pack(values);
+    packed.store(static_cast<BFloat16*>(p) + index);
+  } else {
+    Packed<Float16, kN> packed;
+    packed.pack(values);
+    packed.store(static_cast<Float16*>(p) + index);
+  }
+}
+
 }  // namespace llmkern

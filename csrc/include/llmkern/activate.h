@@ -7,6 +7,7 @@
 
 #include "llmkern/activation.h"
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
 #include "llmkern/rows.h"
 #include "llmkern/threads.h"
 
@@ -27,5 +28,6 @@ struct ActivateParams {
 };
 
 void launch_activate(const ActivateParams& p, const Threads& threads);
+void launch_activate(const ActivateParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

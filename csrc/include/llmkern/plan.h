@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "llmkern/rows.h"
+
 namespace llmkern {
 
 // For kernels that work row by row (norms, activations, quantization).
@@ -44,6 +46,40 @@ constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, boo
   plan.rows_per_block = plan.row_threads == kWarp ? kBlock / kWarp : 1;
   plan.blocks = std::min<int64_t>((rows + plan.rows_per_block - 1) / plan.rows_per_block, 0x7fffffff);
   return plan;
+}
+
+// For elementwise kernels: a block takes kElementwiseVectors vectors for each of its threads, all of one row.
+constexpr int kElementwiseThreads = 256, kElementwiseVectors = 4;
+
+LLMKERN_HOST_DEVICE constexpr int64_t elementwise_chunks(int64_t hidden, int vector) {
+  const int64_t chunk = int64_t{kElementwiseThreads} * kElementwiseVectors * vector;
+  return (hidden + chunk - 1) / chunk;
+}
+
+constexpr int64_t elementwise_blocks(int64_t rows, int64_t hidden, int vector) {
+  return std::min<int64_t>(rows * elementwise_chunks(hidden, vector), 0x7fffffff);
+}
+
+enum class Int8MatmulKernel : int8_t { tile_128x128, tile_64x64, decode_8, decode_16 };
+
+struct Int8MatmulPlan {
+  Int8MatmulKernel kernel;
+  int block_m, block_n;  // of the result
+  int64_t blocks;
+};
+
+constexpr int kDecodeThreads = 256;
+
+// Up to 16 rows cannot fill a tile: then what counts is to stream the weights.  Otherwise large tiles, which load least
+// for each product, unless there are too few of them for the SMs.
+constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int sm_count) {
+  auto plan = [&](Int8MatmulKernel kernel, int block_m, int block_n) {
+    return Int8MatmulPlan{kernel, block_m, block_n, (m + block_m - 1) / block_m * ((n + block_n - 1) / block_n)};
+  };
+  if (m <= 8) return plan(Int8MatmulKernel::decode_8, 8, 16);
+  if (m <= 16) return plan(Int8MatmulKernel::decode_16, 16, 16);
+  const Int8MatmulPlan large = plan(Int8MatmulKernel::tile_128x128, 128, 128);
+  return large.blocks >= sm_count ? large : plan(Int8MatmulKernel::tile_64x64, 64, 64);
 }
 
 }  // namespace llmkern

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
 #include "llmkern/rows.h"
 #include "llmkern/threads.h"
 
@@ -20,5 +21,6 @@ struct QuantizeInt8Params {
 };
 
 void launch_quantize_int8(const QuantizeInt8Params& p, const Threads& threads);
+void launch_quantize_int8(const QuantizeInt8Params& p, const Gpu& gpu);
 
 }  // namespace llmkern

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
 #include "llmkern/heads.h"
 #include "llmkern/threads.h"
 
@@ -39,5 +40,6 @@ struct RopeParams {
 };
 
 void launch_rope(const RopeParams& p, const Threads& threads);
+void launch_rope(const RopeParams& p, const Gpu& gpu);
 
 }  // namespace llmkern
