@@ -5,6 +5,4 @@ from llmkern.backends.cuda import CUDA
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("layer_norm", CUDA, dtypes=DTYPES, min_capability=(8, 0), has_backward=True, refuse=refuse_norm)(
-    native("layer_norm")
-)
+implements("layer_norm", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=refuse_norm)(native("layer_norm"))

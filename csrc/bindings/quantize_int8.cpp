@@ -1,7 +1,6 @@
 #include "llmkern/quantize_int8.h"
 
-#include "../common.h"
-#include "threads.h"
+#include "common.h"
 
 namespace llmkern {
 namespace {
@@ -22,13 +21,13 @@ Codes quantize_int8(const Tensor& x) {
           .hidden = hidden_of(x),
           .dtype = *dtype_of(x),
       },
-      kTorchThreads);
+      Place(x));
   return {codes, scale};
 }
 
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("quantize_int8", TORCH_BOX(&llmkern::quantize_int8));
 }

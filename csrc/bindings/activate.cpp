@@ -1,8 +1,7 @@
 // The activations of feed-forward layers: one launcher for all.
 #include "llmkern/activate.h"
 
-#include "../common.h"
-#include "threads.h"
+#include "common.h"
 
 namespace llmkern {
 namespace {
@@ -10,7 +9,7 @@ namespace {
 Tensor activated(Activation activation, const Tensor& x, const std::optional<Tensor>& up) {
   const RowTensor rows = as_rows(x);
   const RowTensor factor = up ? as_rows(*up) : RowTensor{};
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x, x.sizes(), x.scalar_type());
   launch_activate(
       {
           .x = rows.tensor.const_data_ptr(),
@@ -25,13 +24,13 @@ Tensor activated(Activation activation, const Tensor& x, const std::optional<Ten
           .dtype = *dtype_of(x),
           .activation = activation,
       },
-      kTorchThreads);
+      Place(x));
   return out;
 }
 
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
   if (!kernel_types(gate)) return call_reference<Tensor>("swiglu", gate, up);
-  STD_TORCH_CHECK(same_shape(up, gate) && dtype_of(up) == dtype_of(gate) && up.is_cpu(),
+  STD_TORCH_CHECK(same_shape(up, gate) && dtype_of(up) == dtype_of(gate) && on_device(up),
                   "swiglu: up must have gate's shape, dtype and device");
   return activated(Activation::silu, gate, up);
 }
@@ -44,7 +43,7 @@ Tensor gelu(const Tensor& x, std::string approximate) {
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("swiglu", TORCH_BOX(&llmkern::swiglu));
   m.impl("gelu", TORCH_BOX(&llmkern::gelu));
 }
