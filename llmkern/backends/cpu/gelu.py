@@ -8,8 +8,8 @@ from llmkern.dispatch import implements
 from llmkern.library import native
 
 
-def _refuse(x: Tensor, approximate: str) -> str | None:
+def refuse(x: Tensor, approximate: str) -> str | None:
     return refuse_strided(x=x)
 
 
-implements("gelu", CPU, dtypes=DTYPES, refuse=_refuse)(native("gelu"))
+implements("gelu", CPU, dtypes=DTYPES, refuse=refuse)(native("gelu"))

@@ -10,7 +10,7 @@ from llmkern.library import native
 MOST_DIMS = 1024  # kRopeMostDims in csrc/include/llmkern/rope.h
 
 
-def _refuse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> str | None:
+def refuse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> str | None:
     if cos.dtype not in DTYPES:
         return f"cos is {cos.dtype}; float32, bfloat16 and float16 are taken"
     if rotary_dim > MOST_DIMS:
@@ -18,4 +18,4 @@ def _refuse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, int
     return refuse_strided(q=q, k=k, cos=cos, sin=sin)
 
 
-implements("rope", CPU, dtypes=DTYPES, refuse=_refuse)(native("rope"))
+implements("rope", CPU, dtypes=DTYPES, refuse=refuse)(native("rope"))

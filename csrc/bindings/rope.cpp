@@ -1,7 +1,6 @@
 #include "llmkern/rope.h"
 
-#include "../common.h"
-#include "threads.h"
+#include "common.h"
 
 namespace llmkern {
 namespace {
@@ -40,10 +39,10 @@ Two rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
   STD_TORCH_CHECK((rotary_dim == width || rotary_dim == 2 * width) && rotary_dim % 2 == 0 && rotary_dim <= q.size(3),
                   "rope: rotary_dim is ", rotary_dim, ", expected ", width, " or ", 2 * width, ", even, at most ",
                   q.size(3));
-  STD_TORCH_CHECK(k.is_cpu() && cos.is_cpu() && sin.is_cpu(), "rope: k, cos and sin must be on the CPU, as q is");
+  STD_TORCH_CHECK(on_device(k) && on_device(cos) && on_device(sin), "rope: k, cos and sin must be on q's device");
   const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k);
   const Tensor cosines = with_contiguous_rows(cos), sines = with_contiguous_rows(sin);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes()), k_out = torch::stable::new_empty(k, k.sizes());
+  Tensor q_out = new_tensor(q, q.sizes(), q.scalar_type()), k_out = new_tensor(k, k.sizes(), k.scalar_type());
   launch_rope(
       {
           .q = heads(queries, q_out),
@@ -59,13 +58,13 @@ Two rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
           .angles_dtype = *dtype_of(cos),
           .interleaved = interleaved,
       },
-      kTorchThreads);
+      Place(q));
   return {q_out, k_out};
 }
 
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("rope", TORCH_BOX(&llmkern::rope));
 }

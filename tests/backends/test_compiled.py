@@ -1,0 +1,90 @@
+"""What nvcc made of the CUDA kernels, read from the built objects: spills and narrow accesses show without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OBJECTS = sorted((ROOT / "build" / "native" / "cuda").glob("*.cu.o"))
+
+# A part of a kernel's demangled name, and the instructions that its SASS must have.  Kernels without vectors of 16
+# bytes are those for rows that are not aligned.
+WANTED = {
+    r"norm_kernel<.*, [48], \d>": ["LDG.E.128", "STG.E.128"],
+    r"quantize_int8_kernel<.*, [48], \d>": ["LDG.E.128"],
+    r"activate_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
+    r"rope_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
+    r"int8_matmul_kernel<.*, true, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.*128"],
+    r"int8_matmul_kernel<.*, false, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "STS.128"],
+    r"int8_decode_kernel<\d, true>": ["IMMA.16832.S8.S8", "LDG.E.128"],
+    r"int8_decode_kernel<\d, false>": ["IMMA.16832.S8.S8"],
+}
+
+
+@functools.cache
+def cuobjdump() -> str | None:
+    """From PATH, CUDA_HOME, or the wheels of NVIDIA and Triton."""
+    packages = [Path(site) for site in sys.path]
+    folders = [folder for site in packages for folder in site.glob("nvidia/*/bin")]
+    folders += [site / "triton" / "backends" / "nvidia" / "bin" for site in packages]
+    search = [os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "") + "/bin", *map(str, folders)]
+    return shutil.which("cuobjdump", path=os.pathsep.join(search))
+
+
+def dump(option: str, path: Path) -> str:
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("cuobjdump was found neither in PATH nor in CUDA_HOME nor in a wheel")
+    return subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
+
+
+@functools.cache
+def demangled(name: str) -> str:
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt (binutils) is not installed")
+    return subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
+
+
+needs_objects = pytest.mark.skipif(not OBJECTS, reason="no CUDA part of the library was built here")
+each_object = pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
+
+
+@needs_objects
+@each_object
+def test_no_kernel_spills(path: Path) -> None:
+    """Neither a stack nor local memory, for any architecture."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage", path))
+    assert found
+    for name, _, stack, local in found:
+        assert (stack, local) == ("0", "0"), f"{demangled(name)}: {stack} bytes of stack, {local} of local memory"
+
+
+@needs_objects
+@each_object
+def test_instructions(path: Path) -> None:
+    """Accesses of 16 bytes and tensor cores where they are meant, in every image."""
+    for function in dump("-sass", path).split("Function : ")[1:]:
+        name, _, code = function.partition("\n")
+        for pattern, instructions in WANTED.items():
+            if not re.search(pattern, demangled(name)):
+                continue
+            for instruction in instructions:
+                assert re.search(instruction, code), f"{demangled(name)} has no {instruction}"
+
+
+@needs_objects
+def test_every_kernel_is_judged() -> None:
+    names = {demangled(name) for path in OBJECTS for name in re.findall(r"Function (\S+):", dump("-res-usage", path))}
+    for pattern in WANTED:
+        assert any(re.search(pattern, name) for name in names), f"no kernel is like {pattern}"
+    for name in names:
+        one_by_one = re.search(r"<[^<]*, 1, ", name)  # for rows that are not aligned
+        assert one_by_one or any(re.search(pattern, name) for pattern in WANTED), f"{name} is not judged"
