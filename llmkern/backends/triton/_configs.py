@@ -28,6 +28,10 @@ def _tile(m: int, n: int, warps: int, stages: int) -> Config:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
+def _keys(n: int, warps: int, stages: int) -> Config:
+    return {"BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
 # The interpreter's programs cost the same however many elements they have; small tiles there visit every edge.
 _INTERPRETED = _matmul(16, 64, 64, 1, 1, group=2)
 _TILE_INTERPRETED = _tile(32, 64, 1, 1)
@@ -64,6 +68,14 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
         "fp32-64": {"*": _tile(32, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-128": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-256": {"*": _tile(16, 16, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
+    },
+    "attention_decode": {
+        "half-64": {"*": _keys(64, 4, 3), "gfx942": _keys(64, 4, 1), "cpu": _keys(16, 1, 1)},
+        "half-128": {"*": _keys(64, 4, 3), "gfx942": _keys(64, 4, 1), "cpu": _keys(16, 1, 1)},
+        "half-256": {"*": _keys(32, 4, 2), "gfx942": _keys(32, 4, 1), "cpu": _keys(16, 1, 1)},
+        "fp32-64": {"*": _keys(32, 4, 2), "gfx942": _keys(32, 4, 1), "cpu": _keys(16, 1, 1)},
+        "fp32-128": {"*": _keys(16, 4, 2), "gfx942": _keys(16, 4, 1), "cpu": _keys(16, 1, 1)},
+        "fp32-256": {"*": _keys(16, 8, 2), "gfx942": _keys(16, 8, 1), "cpu": _keys(16, 1, 1)},
     },
     "rope": {
         "any": {

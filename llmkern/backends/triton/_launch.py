@@ -28,7 +28,7 @@ class Target:
     name: str
 
 
-INTERPRETER = Target("cpu", 2, "interpreter")
+INTERPRETER = Target("cpu", 8, "interpreter")
 
 
 class _Thread(threading.local):
