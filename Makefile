@@ -1,6 +1,8 @@
 # make install   .venv with everything, and the native library for this machine
 # make demo      a real model, untouched and optimized, side by side
 # make test      lint and the whole test suite
+# make bench     ops and models against every peer at hand, on a CPU with nothing else to do; benchmarks/README.md
+# make gpu       on a GPU, from the source tree, with the PYTHON of your choice: its tests, then the ops, in 9 minutes
 # make lint, make format, make clean
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -9,7 +11,11 @@ NATIVE := $(shell find csrc -type f)
 # Two workers, one thread each: two threads each would fight over two cores.  Triton kernels run in its interpreter.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: install test demo lint format clean
+# What `make gpu` runs with; nothing is installed.
+PYTHON ?= python3
+BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
+
+.PHONY: install test demo bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 install: $(STAMPS)/build
@@ -20,6 +26,18 @@ test: lint
 
 demo: install
 	@HF_HUB_OFFLINE=1 $(BIN)/llmkern demo
+
+bench: install
+	@$(BENCH) ops --quick --device cpu --record benchmarks
+	@$(BENCH) model demo:smollm2 --device cpu --tokens 20480 --record benchmarks
+	@$(BENCH) model demo:minilm --device cpu --record benchmarks
+	@$(BIN)/python tools/generate.py
+
+gpu:
+	@echo "Building the native library for this GPU, or saying why not"
+	-@$(PYTHON) setup.py -q build_ext --inplace
+	@$(PYTHON) -m pytest -m gpu tests/ops/test_contract.py
+	@PYTHONPATH=. $(PYTHON) -m llmkern bench ops --device cuda --quick --record benchmarks
 
 lint: install
 	@echo "Checking style and types"

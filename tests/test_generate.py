@@ -18,8 +18,9 @@ def generate(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("generate", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("STUB", "README"):
-        copy = tmp_path / getattr(module, name).name
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    for name in ("STUB", "README", "BENCH_README"):
+        copy = tmp_path / ("benchmarks" if name == "BENCH_README" else "") / getattr(module, name).name
         shutil.copy(getattr(module, name), copy)
         monkeypatch.setattr(module, name, copy)
     monkeypatch.setattr(module, "ROOT", tmp_path)
@@ -31,15 +32,17 @@ def test_what_is_committed_is_what_the_registry_says() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["STUB", "README"])
+@pytest.mark.parametrize("name", ["STUB", "README", "BENCH_README"])
 def test_a_stale_file_is_found_and_written(generate, name: str, capsys) -> None:
     path = getattr(generate, name)
     assert generate.main([]) == 0
     fresh = path.read_text(encoding="utf-8")
-    path.write_text(fresh.replace("layer_norm", "layer_nrom"), encoding="utf-8")
+    stale = fresh.replace("layer_norm", "layer_nrom").replace("make bench", "make bnech")
+    path.write_text(stale, encoding="utf-8")
     capsys.readouterr()
     assert generate.main(["--check"]) == 1
-    assert capsys.readouterr().out == f"{path.name} is stale: run `python tools/generate.py`\n"
+    shown = path.relative_to(generate.ROOT)
+    assert capsys.readouterr().out == f"{shown} is stale: run `python tools/generate.py`\n"
     assert generate.main([]) == 0
     assert path.read_text(encoding="utf-8") == fresh
     assert generate.main(["--check"]) == 0

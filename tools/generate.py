@@ -1,4 +1,6 @@
-"""Writes what is derived from the registry: the stub llmkern/ops/__init__.pyi and the ops table in README.md."""
+"""Writes what is derived: from the registry the stub llmkern/ops/__init__.pyi and the ops table in README.md; from the
+committed results benchmarks/README.md and the models' tables in README.md.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llmkern import dispatch, ops  # noqa: E402  (from this checkout, whatever is installed)
+# From this checkout, whatever is installed.
+from llmkern import dispatch, ops  # noqa: E402
+from llmkern.bench.readme import benchmarks_readme, newest_models  # noqa: E402
 
 STUB = ROOT / "llmkern" / "ops" / "__init__.pyi"
 README = ROOT / "README.md"
 BEGIN = "<!-- ops table: generated -->"
 END = "<!-- /ops table: generated -->"
+BENCH_README = ROOT / "benchmarks" / "README.md"
+BENCH_BEGIN = "<!-- newest results: generated -->"
+BENCH_END = "<!-- /newest results: generated -->"
 DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
@@ -60,13 +67,19 @@ def table() -> str:
     return "\n".join(["| " + " | ".join(row) + " |" for row in rows])
 
 
+def between(text: str, begin: str, end: str, content: str) -> str:
+    """`text` with `content` between its markers; raises `Missing` where it has none."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise Missing(f"README.md needs one line {begin} and, after it, one line {end}; the table goes between them")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
 def readme(text: str) -> str:
-    """`text` with the table between its markers; raises `Missing` where it has none."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise Missing(f"README.md needs one line {BEGIN} and, after it, one line {END}; the table goes between them")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """`text` with the table of the ops, and the newest results of the models."""
+    text = between(text, BEGIN, END, table())
+    return between(text, BENCH_BEGIN, BENCH_END, newest_models(BENCH_README.parent))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     try:
         wanted = {STUB: stub(), README: readme(README.read_text(encoding="utf-8"))}
+        if BENCH_README.parent.is_dir():
+            wanted[BENCH_README] = benchmarks_readme(BENCH_README.parent)
     except Missing as error:
         print(error, file=sys.stderr)
         return 1

@@ -48,6 +48,10 @@ _Plot = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--plot", metavar="DIR", help="Write PNG plots into this folder."),
 ]
+_Record = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--record", metavar="DIR", help="Keep JSON and plots under DIR/results and DIR/plots, by device."),
+]
 _Html = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--html", metavar="FILE", help="Write one self-contained page."),
@@ -81,6 +85,7 @@ def ops(
     as_json: _Json = None,
     plot: _Plot = None,
     html: _Html = None,
+    record: _Record = None,
 ) -> None:
     """Time ops against every peer at hand, after checking each result against the reference in float64.
 
@@ -103,6 +108,7 @@ def ops(
     sizes = None if shape is None else _sizes(names, shape)
     chosen = peers_named(peers)
     absent = {name: reason for name, peer in chosen.items() if (reason := peer.missing()) is not None}
+    as_json, plot = _recorded(record, "ops", place, as_json, plot)
     outputs = _Outputs(as_json, plot, html, as_csv)
     result = _new_result(place, {"absent_peers": absent, "left_out": []})
     todo = [point for name in names for point in points(name, place, dtypes=dtypes, quick=quick, shape=sizes)]
@@ -171,6 +177,7 @@ def model(
     as_json: _Json = None,
     plot: _Plot = None,
     html: _Html = None,
+    record: _Record = None,
 ) -> None:
     """Time a whole model, untouched, by llmkern and by every peer at hand, each in a process of its own, in turn.
 
@@ -211,6 +218,7 @@ def model(
         compiled=compiled,
         quick=quick,
     )
+    as_json, plot = _recorded(record, plan.name, plan.spec.device, as_json, plot)
     outputs = _Outputs(as_json, plot, html)
     result = _new_result(plan.spec.device, {"absent_peers": {}, "left_out": []})
     with _kept_on_interrupt(result, outputs), task(f"measuring {len(chosen)} variants of {plan.name}") as progress:
@@ -317,6 +325,19 @@ def _new_result(device: torch.device, further: dict[str, Any]) -> Result:
     from llmkern.bench.schema import Result
 
     return Result(shlex.join(["llmkern", *sys.argv[1:]]), environment(device) | further)
+
+
+def _recorded(
+    record: Path | None, name: str, device: torch.device, as_json: Path | None, plot: Path | None
+) -> tuple[Path | None, Path | None]:
+    """The places of JSON and plots: those given, else those that `--record` means."""
+    from llmkern.bench.environment import device_name, slug
+    from llmkern.bench.readme import paths
+
+    if record is None:
+        return as_json, plot
+    result, plots = paths(record, slug(device_name(device)), slug(name))
+    return as_json or result, plot or plots
 
 
 class _Outputs:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmkern.bench import ceilings, run_ops
+from llmkern.bench.readme import results
 from llmkern.bench.schema import Result
 from llmkern.cli import run
 
@@ -53,6 +54,18 @@ def test_one_call_from_the_command_line(quick_ceilings, tmp_path, capsys, monkey
     assert table.read_text().startswith("kernel_name,")
     assert run(["bench", "compare", str(path), str(path), "--json"]) == 0
     assert {pair["ratio"] for pair in json.loads(capsys.readouterr().out)["pairs"]} == {1.0}
+
+
+def test_a_recorded_run_lies_where_the_readme_looks(quick_ceilings, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run_ops, "MOST_SETS", 1)
+    command = ["bench", "ops", "--op", "gelu", "--shape", "4,32", "--peers", "none", "--device", "cpu", "--quick"]
+    assert run([*command, "--dtype", "float32", "--record", str(tmp_path)]) == 0
+    ((path, result),) = results(tmp_path)
+    assert path.name == "ops.json"
+    assert len(result.rows) == 2
+    names = [png.name for png in tmp_path.glob(f"plots/{path.parent.name}/ops/*.png")]
+    assert sorted(names) == ["gelu-float32-backward.png", "gelu-float32-forward.png"]
 
 
 def test_an_interruption_keeps_what_was_measured(quick_ceilings, tmp_path, capsys, monkeypatch) -> None:

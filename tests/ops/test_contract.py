@@ -23,11 +23,15 @@ def case_id(case: Case) -> str:
 
 
 def pairs() -> list:
-    return [
-        pytest.param(case, impl, id=f"{case_id(case)}-{impl.backend.name}")
-        for case in ALL_CASES
-        for impl in dispatch.implementations(case.op)
-    ]
+    """Each case by each implementation on the CPU, and on a GPU by those that are written for one."""
+    found = []
+    for case in ALL_CASES:
+        for impl in dispatch.implementations(case.op):
+            name = f"{case_id(case)}-{impl.backend.name}"
+            found.append(pytest.param(case, impl, "cpu", id=name))
+            if impl.devices is not None and "cuda" in impl.devices:
+                found.append(pytest.param(case, impl, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu))
+    return found
 
 
 def second_of_each_op(candidates: list[Case]) -> list[Case]:
@@ -66,10 +70,12 @@ def layout(tensor: Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1 and tensor.numel()]
 
 
-@pytest.mark.parametrize(("case", "impl"), pairs())
-def test_implementation(case: Case, impl: dispatch.Implementation) -> None:
+@pytest.mark.parametrize(("case", "impl", "device"), pairs())
+def test_implementation(case: Case, impl: dispatch.Implementation, device: str) -> None:
     """Right by the case's rule; inputs untouched; outputs laid out as the op's fake says, and no view of an input."""
-    call = case.make()
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU here")
+    call = case.make(device)
     if reason := impl.why_not(**call):
         pytest.skip(reason)  # the dispatcher's own words
     before = {name: value.clone() for name, value in tensors(call).items()}
