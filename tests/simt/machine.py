@@ -131,16 +131,17 @@ class Machine:
             for storage in storages.values():
                 self.library.simt_forget(storage.data_ptr())
 
-    def run(self, function: str, *arguments: Tensor | int, outputs: int = 1) -> str:
-        """Calls an exported function; tensors are its pointers, and the last `outputs` may be written.
+    def call(self, function: str, *arguments: Tensor | int) -> None:
+        """Calls an exported function; tensors are its pointers."""
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
+        getattr(self.library, function)(*values)
 
-        Returns the error.
-        """
+    def run(self, function: str, *arguments: Tensor | int, outputs: int = 1) -> str:
+        """The same with the tensors as memory, of which the last `outputs` may be written; returns the error."""
         tensors = {f"argument {i}": a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
         written = {name: tensors.pop(name) for name in list(tensors)[len(tensors) - outputs :]}
-        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments]
         with self.memory(**tensors), self.memory(writable=True, **written):
-            getattr(self.library, function)(*values)
+            self.call(function, *arguments)
         return self.error()
 
 
@@ -156,7 +157,7 @@ class Operators(Machine):
             self._namespace.define(schema.removeprefix("llmkern::"))
         torch.ops.load_library(path)
 
-    def call(self, op: str, arguments: dict[str, Any]) -> Any:
+    def op(self, op: str, arguments: dict[str, Any]) -> Any:
         """The operator's result; a broken rule raises AssertionError with the machine's sentence."""
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
+import torch
 
 from llmkern import dispatch
 from llmkern.testing.case import Call, Case, cases
@@ -15,6 +19,19 @@ CUDA = {
     for implementation in dispatch.implementations(op)
     if implementation.backend.name == "cuda"
 }
+# Rows on either side of the number of SMs, 4; hidden sizes for a warp, for blocks and beyond the registers of one,
+# by vectors and element by element.
+GRID = [(rows, hidden) for rows in (1, 3, 199) for hidden in (1, 7, 8, 300, 577, 4096)]
+GRID += [(rows, hidden) for rows in (1, 7) for hidden in (520, 1100, 2500, 20000, 20001, 40000)]
+GRID_OPS = ("layer_norm", "add_rms_norm_quant", "quantize_int8", "swiglu", "gelu")
+# M on either side of every tile's; N and K with and without a remainder, rows aligned to 16 bytes or not.
+# With few SMs the large tiles are chosen, with many the small ones; up to 16 rows none are.
+SWEPT = [
+    pytest.param((m, n, k), sm_count, id=f"{m}x{n}x{k}-{sm_count}")
+    for m in (*range(1, 34), 127, 128, 129)
+    for n, k in ((33, 80), (130, 67))
+    for sm_count in ((1, 1000) if m > 16 else (1,))
+]
 
 
 def refusal(case: Case, call: Call) -> str | None:
@@ -24,11 +41,48 @@ def refusal(case: Case, call: Call) -> str | None:
     return implementation.refuse(**call) if implementation.refuse is not None else None
 
 
-@pytest.mark.parametrize("case", [case for op in CUDA for case in cases(op)], ids=lambda case: f"{case.op}-{case}")
-def test_cases(operators, case: Case) -> None:
+def judge(operators, case: Case, **settings: object) -> None:
     call = case.make()
     if reason := refusal(case, call):
         pytest.skip(reason)
     for seed in SEEDS:
-        operators.set(seed=seed, late_copies=seed % 2 == 1)
-        assert_right(case, call, operators.call(case.op, call))
+        operators.set(seed=seed, late_copies=seed % 2 == 1, **settings)
+        assert_right(case, call, operators.op(case.op, call))
+
+
+def at_shape(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Case:
+    """One of the op's own cases, with another shape."""
+    case = next(case for case in cases(op) if "3x7" in case.name and case.dtype == dtype)
+
+    def change(build: functools.partial) -> functools.partial:
+        keywords = {name: change(v) if isinstance(v, functools.partial) else v for name, v in build.keywords.items()}
+        return functools.partial(
+            build.func, *build.args, **(keywords | ({"shape": shape} if "shape" in keywords else {}))
+        )
+
+    changed = dataclasses.replace(case, build=change(case.build), name="x".join(map(str, shape)))
+    assert shape in {tuple(value.shape) for value in changed.make().values() if isinstance(value, torch.Tensor)}
+    return changed
+
+
+@pytest.mark.parametrize("case", [case for op in CUDA for case in cases(op)], ids=lambda case: f"{case.op}-{case}")
+def test_cases(operators, case: Case) -> None:
+    judge(operators, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", GRID, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("op", GRID_OPS)
+def test_every_size_of_row(operators, op: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    judge(operators, at_shape(op, dtype, shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "sm_count"), SWEPT)
+def test_every_number_of_rows_of_a_product(operators, size: tuple[int, int, int], sm_count: int, dtype) -> None:
+    m, n, k = size
+    wanted = "s32" if dtype == torch.int32 else "130"
+    own = next(c for c in cases("int8_matmul") if wanted in c.name and dtype in (torch.int32, c.dtype))
+    assert isinstance(own.build, functools.partial)
+    build = functools.partial(own.build.func, **(own.build.keywords | {"rows": (m,), "n": n, "k": k}))
+    judge(operators, dataclasses.replace(own, build=build), sm_count=sm_count)
