@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkern import ops
 from llmkern.checks import FLOATING, check_choice
+from llmkern.nn._int8_weight import Int8Weight, quantized, with_hooks
 from llmkern.ops.int8_linear import SCHEMES
 
 __all__ = ["Int8Linear", "is_conv1d", "weight_out_in"]
 
-Module = TypeVar("Module", bound=nn.Module)
 
-
-class Int8Linear(nn.Linear):
+class Int8Linear(Int8Weight, nn.Linear):
     """`nn.Linear` with an int8 weight and one fp32 scale per output channel; a quarter of fp32's bytes.
 
     weight: Parameter [out, in] int8, frozen.  weight_scale: buffer [out, 1] fp32.  bias: as in nn.Linear.
@@ -48,17 +46,11 @@ class Int8Linear(nn.Linear):
             raise TypeError(f"Int8Linear: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("weight_scale", torch.zeros(out_features, 1, dtype=torch.float32, device=device))
-        self.weight_scale: Tensor
+        self._hold_codes(out_features, in_features, dtype, device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
-        # Without elements, and converted by .to(dtype) with everything else: it remembers the floating dtype.
-        self.register_buffer("_floating", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self._floating: Tensor
         self.from_conv1d = False
 
     @property
@@ -70,10 +62,6 @@ class Int8Linear(nn.Linear):
         check_choice("Int8Linear", "scheme", scheme, SCHEMES)
         self._scheme = scheme
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._floating.dtype
-
     @classmethod
     def from_linear(cls, module: nn.Module, *, scheme: str = "auto") -> Int8Linear:
         """The int8 layer of an nn.Linear, or of transformers' Conv1D (GPT-2), whose weight is [in, out].
@@ -82,23 +70,14 @@ class Int8Linear(nn.Linear):
         Raises TypeError for other modules and dtypes, ValueError for meta tensors and weights that are not finite.
         """
         weight = weight_out_in(module).detach()
-        if weight.dtype not in FLOATING:
-            raise TypeError(
-                f"Int8Linear: weight is {weight.dtype}, expected float32, bfloat16, float16 or float64"
-                + (" (the layer is quantized already)" if isinstance(module, Int8Linear) else "")
-            )
-        if weight.device.type == "meta":
-            raise ValueError("Int8Linear: weight is on the meta device, which has no values to quantize")
-        codes, scale = ops.quantize_int8(weight)
-        if not bool(scale.isfinite().all()):
-            raise ValueError("Int8Linear: weight has NaN or infinite values, expected finite ones")
+        codes, scale = quantized("Int8Linear", weight)
         out = cls(weight.shape[1], weight.shape[0], False, device="meta", dtype=weight.dtype, scheme=scheme)
         out.weight = nn.Parameter(codes, requires_grad=False)
         out.weight_scale = scale
         out._floating = weight.new_empty(0)
         out.bias = module.bias  # type: ignore[assignment]
         out.from_conv1d = is_conv1d(module)
-        return _with_hooks(out, module)
+        return with_hooks(out, module)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A floating-point nn.Linear with the weight that the codes stand for; it shares the bias where dtypes agree.
@@ -111,7 +90,7 @@ class Int8Linear(nn.Linear):
         out.weight = nn.Parameter(self.dequantized_weight(dtype))
         if self.bias is not None:
             out.bias = self.bias if self.bias.dtype == dtype else nn.Parameter(self.bias.detach().to(dtype))
-        return _with_hooks(out, self)
+        return with_hooks(out, self)
 
     def to_conv1d(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The same as transformers' Conv1D, whose weight is [in, out]."""
@@ -122,11 +101,7 @@ class Int8Linear(nn.Linear):
             out = Conv1D(self.out_features, self.in_features)
         out.weight = nn.Parameter(linear.weight.detach().T.contiguous())
         out.bias = linear.bias
-        return _with_hooks(out, self)
-
-    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """weight * weight_scale, [out, in], computed in fp32 and rounded to `dtype` (default: this layer's)."""
-        return (self.weight.detach() * self.weight_scale).to(self.dtype if dtype is None else dtype)
+        return with_hooks(out, self)
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.int8_linear(input, self.weight, self.weight_scale, self.bias, scheme=self._scheme)
@@ -137,13 +112,6 @@ class Int8Linear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}, dtype={self.dtype}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self
-
     def get_extra_state(self) -> Tensor:
         # A tensor, because safetensors stores nothing else.
         return torch.tensor(SCHEMES.index(self.scheme), dtype=torch.uint8)
@@ -151,58 +119,9 @@ class Int8Linear(nn.Linear):
     def set_extra_state(self, state: Tensor) -> None:
         self.scheme = SCHEMES[int(state)]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        extra = f"{prefix}_extra_state"
-        # All of it before anything is copied: new codes with old scales would be garbage.
-        wrong = [
-            *_wrong_shapes(prefix, state_dict, self),
-            *_wrong_codes(f"{prefix}weight", f"{prefix}weight_scale", state_dict),
-            *_wrong_scale(f"{prefix}weight_scale", state_dict),
-            *_wrong_scheme(extra, state_dict),
-        ]
-        if wrong:
-            error_msgs.extend(wrong)
-            return
-        super()._load_from_state_dict(
-            _with_fp32(f"{prefix}weight_scale", state_dict),
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-        if extra in missing_keys:  # a checkpoint of another program
-            missing_keys.remove(extra)
-
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-"""What register_forward_hook and its like write to."""
-
-
-def _with_hooks(module: Module, like: nn.Module) -> Module:
-    """`module` with the hooks and the training flag of `like`."""
-    for name in HOOKS:
-        setattr(module, name, getattr(like, name).copy())
-    module.train(like.training)
-    return module
+    def _wrong_state(self, prefix: str, state_dict: dict[str, Any]) -> list[str]:
+        wrong = super()._wrong_state(prefix, state_dict)
+        return [*wrong, *_wrong_scheme(f"{prefix}_extra_state", state_dict)]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -219,46 +138,8 @@ def weight_out_in(module: nn.Module) -> Tensor:
     raise TypeError(f"Int8Linear: module is a {type(module).__name__}, expected nn.Linear or transformers' Conv1D")
 
 
-def _wrong_shapes(prefix: str, state_dict: dict[str, Any], module: Int8Linear) -> list[str]:
-    own = {"weight": module.weight, "weight_scale": module.weight_scale, "bias": module.bias}
-    return [
-        f"{prefix}{name} has shape {list(state_dict[prefix + name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if tensor is not None and prefix + name in state_dict and state_dict[prefix + name].shape != tensor.shape
-    ]
-
-
-def _wrong_codes(key: str, scale_key: str, state_dict: dict[str, Any]) -> list[str]:
-    codes = state_dict.get(key)
-    if codes is None:
-        return []
-    if codes.dtype != torch.int8:
-        return [f"{key} is {codes.dtype}, expected torch.int8 (quantize the floating-point model with quantize_)"]
-    if scale_key not in state_dict:
-        return [f"{scale_key} is missing, without which the codes in {key} have no meaning"]
-    return []
-
-
-def _wrong_scale(key: str, state_dict: dict[str, Any]) -> list[str]:
-    scale = state_dict.get(key)
-    if scale is None:
-        return []
-    if not scale.is_floating_point():
-        return [f"{key} is {scale.dtype}, expected a floating-point dtype"]
-    if scale.device.type != "meta" and not bool(((scale >= 0) & scale.isfinite()).all()):
-        return [f"{key} has NaN, infinite or negative values, expected finite ones that are not negative"]
-    return []
-
-
 def _wrong_scheme(key: str, state_dict: dict[str, Any]) -> list[str]:
     state = state_dict.get(key)
     if state is None or (isinstance(state, Tensor) and state.numel() == 1 and 0 <= int(state) < len(SCHEMES)):
         return []
     return [f"{key} is {state!r}, expected a tensor from 0 to {len(SCHEMES) - 1}: {', '.join(SCHEMES)}"]
-
-
-def _with_fp32(key: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Other programs store scales in the model's dtype; here they stay fp32, also when tensors are assigned."""
-    if key not in state_dict or state_dict[key].dtype == torch.float32:
-        return state_dict
-    return {**state_dict, key: state_dict[key].float()}

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmkern.nn import Int8Linear
+from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn.int8_linear import is_conv1d, weight_out_in
-from llmkern.quantization.layers import find_layers, replace
+from llmkern.quantization.layers import find_layers, places_of, replace
 from llmkern.quantization.undo import undoing
 
 __all__ = ["describe_in_config", "forget_in_config", "load_"]
@@ -31,9 +31,10 @@ def describe_in_config(model: nn.Module) -> None:
     if not hasattr(config, "to_dict"):
         return
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Int8Linear)]
+    tables = [path for path, module in model.named_modules() if isinstance(module, Int8Embedding)]
     left = [path for path, module in model.named_modules() if type(module) is nn.Linear]
     both = [path for path, module in layers if module.scheme != "w8a16"]
-    weight_only = [path for path, module in layers if module.scheme == "w8a16"]
+    weight_only = [path for path, module in layers if module.scheme == "w8a16"] + tables
     # Without a format of its own, a group that is weight-only would be read as packed into int32.
     groups: dict[str, dict[str, Any]] = {
         name: {"targets": targets, "weights": _WEIGHTS, "input_activations": activations, "format": "int-quantized"}
@@ -75,10 +76,18 @@ def load_(model: nn.Module, directory: str | Path) -> nn.Module:
         raise ValueError(f"load_: {directory} has no int8 layers (no tensor is called *.weight_scale)")
     weight_only = _weight_only(directory)
     layers = {layer.path: layer for layer in find_layers(model, (), None)}
-    if missing := sorted(paths - layers.keys()):
+    tables = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    if missing := sorted(paths - layers.keys() - tables.keys()):
         raise ValueError(f"load_: {directory} has an int8 {missing[0]}, which is no linear layer of the model")
+    places = places_of(model)
     with undoing(model):
-        for path in sorted(paths):
+        for path in sorted(paths & tables.keys()):
+            table = tables[path]
+            like = table.weight
+            rows, columns = like.shape
+            int8_table = Int8Embedding(rows, columns, table.padding_idx, like.device, like.dtype)
+            replace(places[table], int8_table.train(table.training))
+        for path in sorted(paths & layers.keys()):
             layer = layers[path]
             out_features, in_features = layer.shape
             scheme = "w8a16" if path in weight_only else "auto"
@@ -86,7 +95,7 @@ def load_(model: nn.Module, directory: str | Path) -> nn.Module:
             has_bias = layer.module.bias is not None
             int8 = Int8Linear(in_features, out_features, has_bias, weight.device, weight.dtype, scheme=scheme)
             int8.from_conv1d = is_conv1d(layer.module)
-            replace(layer, int8.train(layer.module.training))
+            replace(layer.places, int8.train(layer.module.training))
         _load_all(model, state, directory)
         describe_in_config(model)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from llmkern.checks import FLOATING
 from llmkern.nn.int8_linear import is_conv1d, weight_out_in
 from llmkern.ops.int8_matmul import MAX_K
 
-__all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace"]
+__all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace", "why_not_plain_embedding", "why_skipped"]
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -57,9 +57,9 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     return places
 
 
-def replace(layer: Layer, module: nn.Module) -> None:
-    """Put `module` wherever the layer is."""
-    for parent, attribute in layer.places:
+def replace(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Put `module` in all of these places."""
+    for parent, attribute in places:
         setattr(parent, attribute, module)
 
 
@@ -81,17 +81,41 @@ def _why_leave(
     skip: Sequence[str],
     filter_fn: FilterFn | None,
 ) -> str:
-    named = [name for name in skip if f".{name}." in f".{path}."]
-    if named:
-        return f"skip names {named[0]!r}"
+    reason = why_skipped(path, skip)
+    if reason:
+        return reason
     reason = _why_not_plain(module) or _why_adapter(path, names) or _why_read_directly(path, names)
     if reason:
         return reason
-    shared = [owner for owner in owners[module.weight] if names[owner] is not module]  # type: ignore[index]
-    if shared:
-        return f"its weight is shared with {shared[0]}"
+    for owner in owners[module.weight]:  # type: ignore[index]
+        # A plain embedding becomes int8 together with the head that is tied to it.
+        if names[owner] is not module and (why := why_skipped(owner, skip) or _why_not_embedding(names[owner])):
+            return f"its weight is shared with {owner}: {why}"
     if filter_fn is not None and not filter_fn(path, module):
         return "filter_fn returned False"
+    return ""
+
+
+def _why_not_embedding(module: nn.Module) -> str:
+    return why_not_plain_embedding(module) if isinstance(module, nn.Embedding) else f"a {type(module).__name__}"
+
+
+def why_skipped(path: str, skip: Sequence[str]) -> str:
+    """The sentence where `skip` names the path or a run of its parts."""
+    named = [name for name in skip if f".{name}." in f".{path}."]
+    return f"skip names {named[0]!r}" if named else ""
+
+
+def why_not_plain_embedding(module: nn.Embedding) -> str:
+    """The sentence why an embedding does more than look rows up; "" for a plain one."""
+    if type(module) is not nn.Embedding:
+        return f"a {type(module).__name__} may do more than nn.Embedding does"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, as accelerate's offloading does"
+    if module.max_norm is not None:
+        return "its max_norm writes to the weight"
+    if module.weight.dtype not in FLOATING:
+        return f"its weight is {module.weight.dtype}"
     return ""
 
 

@@ -15,9 +15,9 @@ Action = Literal["int8 w8a8", "int8 weight-only", "left"]
 
 @dataclass(frozen=True)
 class QuantRow:
-    """One linear layer.
+    """One linear layer, or an embedding.
 
-    path: the module's name within the model.  kind: Linear or Conv1D.  shape: (out, in).
+    path: the module's name within the model.  kind: Linear, Conv1D or Embedding.  shape: (out, in), (rows, columns).
     action: "int8 w8a8", "int8 weight-only" or "left" in floating point.
     weight_error: ‖W − Ŵ‖ / ‖W‖ of the int8 weight.  output_error: of W8A8, the root mean square over tokens of
     ‖y − ŷ‖ / ‖y‖.  None where nothing was measured.

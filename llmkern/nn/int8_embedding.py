@@ -1,0 +1,86 @@
+"""An embedding whose weight is int8."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkern.checks import FLOATING
+from llmkern.nn._int8_weight import Int8Weight, quantized, with_hooks
+
+__all__ = ["Int8Embedding"]
+
+
+class Int8Embedding(Int8Weight, nn.Embedding):
+    """`nn.Embedding` with int8 rows and one fp32 scale for each; a quarter of fp32's bytes.
+
+    weight: Parameter [num_embeddings, embedding_dim] int8, frozen.  weight_scale: buffer [num_embeddings, 1] fp32.
+    dtype: of what it returns, codes times scale computed in fp32.  `.to(dtype)` changes it, never codes or scales.
+    An output head tied to it is an `Int8Linear` with the same weight (`tied`).
+
+    A module made by the constructor gives 0; use `from_embedding` or load a state dict, which is checked as
+    Int8Linear's is.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Embedding's own would allocate a floating-point weight
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in FLOATING:
+            raise TypeError(f"Int8Embedding: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._hold_codes(num_embeddings, embedding_dim, dtype, device)
+
+    @classmethod
+    def from_embedding(cls, module: nn.Embedding) -> Int8Embedding:
+        """The int8 form of an nn.Embedding, with its device, hooks and training flag; it is not changed.
+
+        Raises TypeError for other modules and dtypes, ValueError for max_norm (which writes to the weight), meta
+        tensors and values that are not finite.
+        """
+        if not isinstance(module, nn.Embedding):
+            raise TypeError(f"Int8Embedding: module is a {type(module).__name__}, expected nn.Embedding")
+        if module.max_norm is not None:
+            raise ValueError(f"Int8Embedding: max_norm is {module.max_norm}, which writes to the weight; expected None")
+        codes, scale = quantized("Int8Embedding", module.weight.detach())
+        return cls._like(module, nn.Parameter(codes, requires_grad=False), scale)
+
+    @classmethod
+    def tied(cls, module: nn.Embedding, head: Int8Weight) -> Int8Embedding:
+        """The int8 form of an embedding whose weight `head` was made of: both hold the same codes, one Parameter.
+
+        The scales are copied: transformers would save shared ones under one of their names only.
+        """
+        return cls._like(module, head.weight, head.weight_scale.clone())
+
+    @classmethod
+    def _like(cls, module: nn.Embedding, codes: Tensor, scale: Tensor) -> Int8Embedding:
+        rows, columns = codes.shape
+        out = cls(rows, columns, module.padding_idx, device="meta", dtype=module.weight.dtype)
+        out.weight, out.weight_scale = codes, scale
+        out._floating = module.weight.new_empty(0)
+        return with_hooks(out, module)
+
+    def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
+        """A floating-point nn.Embedding with the weight that the codes stand for, or with `weight` (tied to a head)."""
+        with torch.device("meta"):
+            out = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
+        out.weight = nn.Parameter(self.dequantized_weight(dtype)) if weight is None else weight
+        return with_hooks(out, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (F.embedding(input, self.weight) * F.embedding(input, self.weight_scale)).to(self.dtype)
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError("an Int8Embedding has no random initialisation: use from_embedding or load a state dict")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dtype={self.dtype}"

@@ -1,0 +1,71 @@
+"""Embeddings and the output heads tied to them: which can be int8, and as what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llmkern.quantization.layers import FilterFn, Layer, places_of, why_not_plain_embedding, why_skipped
+
+__all__ = ["EmbeddingLayer", "find_embeddings", "heads_of"]
+
+
+@dataclass(frozen=True)
+class EmbeddingLayer:
+    """An embedding: its path, every place that holds it, the head tied to it, and why it is left ("" if it is not)."""
+
+    path: str
+    module: nn.Embedding
+    places: tuple[tuple[nn.Module, str], ...]
+    head: Layer | None
+    reason: str
+
+
+def heads_of(model: Any, layers: Sequence[Layer]) -> set[nn.Module]:
+    """Layers that give the logits: the model says so, or an embedding has the same weight."""
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    said = _said(model, "get_output_embeddings")
+    return {layer.module for layer in layers if layer.module is said or id(layer.module.weight) in tied}
+
+
+def find_embeddings(
+    model: Any, layers: Sequence[Layer], skip: Sequence[str], filter_fn: FilterFn | None
+) -> list[EmbeddingLayer]:
+    """The embeddings tied to a layer, and a language model's input embedding; tables of positions stay as they are."""
+    by_weight = {id(layer.module.weight): layer for layer in layers}
+    has_head = _said(model, "get_output_embeddings") is not None
+    words = _said(model, "get_input_embeddings") if has_head else None
+    places = places_of(model)
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        head = by_weight.get(id(module.weight))
+        if head is not None or module is words:
+            reason = _why_leave(path, module, head, skip, filter_fn)
+            found.append(EmbeddingLayer(path, module, tuple(places.get(module, ())), head, reason))
+    return found
+
+
+def _said(model: Any, getter: str) -> Any:
+    """What a transformers model answers; None for other models, and where its class has no answer."""
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _why_leave(
+    path: str, module: nn.Embedding, head: Layer | None, skip: Sequence[str], filter_fn: FilterFn | None
+) -> str:
+    reason = why_skipped(path, skip) or why_not_plain_embedding(module)
+    if reason:
+        return reason
+    if head is not None:
+        return f"its weight is shared with {head.path}, which is left" if head.reason else ""
+    if filter_fn is not None and not filter_fn(path, module):
+        return "filter_fn returned False"
+    return ""
