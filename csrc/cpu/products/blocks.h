@@ -1,8 +1,10 @@
 // A linear layer for many rows.  A strip of the weight, two registers of columns, is packed for a part of k: widened
 // and transposed, so that a register holds one lane of each column.  Then every row of x passes it by, a lane at a time
 // in all lanes of a register, so that the sums of neighbouring columns lie in neighbouring lanes.
-// panel    kGroups lanes of k × the strip, 32 KiB at most: it stays in the L1 cache while the rows come from L2
-// sums     kRowsAtOnce × 2 registers; beyond one panel of k they wait on the stack, for kRowsPerPass rows
+// panels   kGroups lanes of k × a strip, 24 KiB at most.  kStripsAtOnce of them come by turns from the L2 cache to one
+//          block of rows, of the same size at most, in L1: x is read from beyond L2 once for all of them.
+// sums     kRowsAtOnce × 2 registers; where k has several parts they wait on the stack, for kRowsPerPass rows
+// stack    at most 352 KiB
 // threads  share the strips.  A row's sums are added up in an order that depends on k alone.
 // With AMX, tiles.h takes the place of block_rows.
 #pragma once
@@ -13,7 +15,8 @@ namespace llmkern::LLMKERN_ISA {
 namespace {
 
 constexpr int kStripColumns = 2 * kLanes;
-constexpr int64_t kGroups = 256;  // 4-byte lanes of k in a panel; a multiple of kLanes
+constexpr int kStripsAtOnce = 4;
+constexpr int64_t kGroups = 192;  // 4-byte lanes of k in a panel; a multiple of kLanes
 constexpr int64_t kRowsPerPass = 512;
 constexpr int64_t kOperationsPerThread = 1 << 20;
 
@@ -114,13 +117,14 @@ struct Vectors {
   }
 };
 
-// One strip of columns, all rows.
+// Up to kStripsAtOnce strips of columns, all rows.
 template <class Scheme, class W, class Kernel>
-void block_strip(const LinearParams& p, const Strip& to) {
+void block_strips(const LinearParams& p, const Strip* to, int strips) {
+  using Sum = typename Scheme::Sum;
   constexpr int kRows = Kernel::kRowsAtOnce;
   constexpr int64_t kRowsWaiting = (kRowsPerPass + kRows - 1) / kRows * kRows;
-  alignas(64) Bytes panel[2 * kGroups];
-  alignas(64) typename Scheme::Sum sums[kRowsWaiting * kStripColumns];
+  alignas(64) Bytes panels[kStripsAtOnce][2 * kGroups];
+  alignas(64) Sum sums[kStripsAtOnce][kRowsWaiting * kStripColumns];
   const int64_t row_bytes = linear_row_bytes(p.k, p.w8a8);
   const int64_t vectors = (p.k + Scheme::kStep - 1) / Scheme::kStep;  // along k
   const int64_t parts = (vectors * kLanes + kGroups - 1) / kGroups;
@@ -131,14 +135,16 @@ void block_strip(const LinearParams& p, const Strip& to) {
     int64_t k = 0;
     do {
       const int64_t end = k + part < p.k ? k + part : p.k;
-      pack<Scheme, W>(to, k, end, panel);
+      for (int i = 0; i < strips; ++i) pack<Scheme, W>(to[i], k, end, panels[i]);
       const int64_t groups = (end - k + Scheme::kPerLane - 1) / Scheme::kPerLane;
       for (int64_t r = first; r < last; r += kRows) {
         const int rows = last - r < kRows ? last - r : kRows;
         const char* x = reinterpret_cast<const char*>(prepared_row<Scheme>(p, r) + k);
-        typename Scheme::Sum* here = sums + (parts > 1 ? (r - first) * kStripColumns : 0);
-        Kernel::template rows<Scheme>(x, row_bytes, rows, panel, groups, k > 0, here);
-        if (end == p.k) finish<Scheme>(p, to, r, rows, here, kStripColumns);
+        for (int i = 0; i < strips; ++i) {
+          Sum* here = sums[i] + (parts > 1 ? (r - first) * kStripColumns : 0);
+          Kernel::template rows<Scheme>(x, row_bytes, rows, panels[i], groups, k > 0, here);
+          if (end == p.k) finish<Scheme>(p, to[i], r, rows, here, kStripColumns);
+        }
       }
       k = end;
     } while (k < p.k);
@@ -148,12 +154,16 @@ void block_strip(const LinearParams& p, const Strip& to) {
 template <class Scheme, class W, class Kernel = Vectors>
 void blocks(const LinearParams& p, const Threads& threads) {
   const int64_t operations = (p.k + 1) * kStripColumns * p.rows.count;
-  threads.parallel_for(strips(p, kStripColumns), kOperationsPerThread / operations + 1,
-                       [&](int64_t begin, int64_t end) {
-                         const typename Kernel::Session session;
-                         for (int64_t i = begin; i < end; ++i)
-                           block_strip<Scheme, W, Kernel>(p, strip(p, kStripColumns, i));
-                       });
+  const auto body = [&](int64_t begin, int64_t end) {
+    const typename Kernel::Session session;
+    for (int64_t i = begin; i < end; i += kStripsAtOnce) {
+      Strip to[kStripsAtOnce];
+      int count = 0;
+      for (; count < kStripsAtOnce && i + count < end; ++count) to[count] = strip(p, kStripColumns, i + count);
+      block_strips<Scheme, W, Kernel>(p, to, count);
+    }
+  };
+  threads.parallel_for(strips(p, kStripColumns), kOperationsPerThread / operations + 1, body);
 }
 
 }  // namespace

@@ -90,7 +90,10 @@ void finish(const LinearParams& p, const Strip& to, int64_t r0, int rows, const 
         int32_t* out = static_cast<int32_t*>(to.segment->out) + (r0 + r) * to.segment->out_stride + to.n;
         for (int c = 0; c < to.count; c += kLanes) {
           const S32 exact = Scheme::exact(bits_as<S32>(load_bytes(sums + r * stride + c)), headers(p)[r0 + r]);
-          std::memcpy(out + c, &exact, (to.count - c < kLanes ? to.count - c : kLanes) * sizeof(int32_t));
+          if (to.count - c >= kLanes)
+            std::memcpy(out + c, &exact, sizeof(exact));
+          else
+            std::memcpy(out + c, &exact, (to.count - c) * sizeof(int32_t));
         }
       }
       return;

@@ -27,17 +27,22 @@ void with_weight(WeightType type, const F& f) {
   }
 }
 
+template <class Scheme>
+void prepare_codes(const LinearParams& p, const Threads& threads) {
+  if (p.x_q) return prepare<Scheme>(p, p.x_q, threads);
+  with_type(p.dtype, [&]<class T>() { prepare<Scheme>(p, static_cast<const T*>(p.x), threads); });
+}
+
 void integers(const LinearParams& p, const Threads& threads) {
-  if (p.x_q)
-    prepare<Integers>(p, p.x_q, threads);
-  else
-    with_type(p.dtype, [&]<class T>() { prepare<Integers>(p, static_cast<const T*>(p.x), threads); });
-  if (p.rows.count <= kFewRows) return stream<Integers, int8_t>(p, threads);
 #ifdef __AMX_INT8__
-  blocks<TileIntegers, int8_t, Tiles>(p, threads);
-#else
-  blocks<Integers, int8_t>(p, threads);
+  if (p.rows.count > kFewRows) {
+    prepare_codes<TileIntegers>(p, threads);
+    return blocks<TileIntegers, int8_t, Tiles>(p, threads);
+  }
 #endif
+  prepare_codes<Integers>(p, threads);
+  if (p.rows.count <= kFewRows) return stream<Integers, int8_t>(p, threads);
+  blocks<Integers, int8_t>(p, threads);
 }
 
 void floats(const LinearParams& p, const Threads& threads) {

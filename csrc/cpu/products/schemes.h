@@ -5,6 +5,9 @@
 //   Bf16      2 to a lane; only for tiles (tiles.h), which multiply bf16 exactly and add in fp32
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "../int8.h"
 #include "../vec.h"
 
@@ -112,22 +115,21 @@ struct Integers {
 #endif
   static constexpr int kStep = kPerLane * kLanes;
 
+  // x: values, or the codes themselves.
   template <class T>
   static void prepare(const T* x, int64_t k, Header& header, Code* row) {
-    header.scale = quantize_row(x, k, row);
-    compensate(k, header, row);
-  }
-
-  // Codes that are given.
-  static void prepare(const int8_t* x, int64_t k, Header& header, Code* row) {
-    for (int64_t i = 0; i < k; ++i) row[i] = x[i];
-    compensate(k, header, row);
-  }
-
-  static void compensate(int64_t k, Header& header, const Code* row) {
+    codes_of(x, k, header, row);
     int32_t total = 0;
-    for (int64_t i = 0; i < k; ++i) total += row[i];
+    for (int64_t i = 0; kShift != 0 && i < k; ++i) total += row[i];
     header.compensation = static_cast<uint32_t>(total) * kShift;
+  }
+
+  template <class T>
+  static void codes_of(const T* x, int64_t k, Header& header, Code* row) {
+    if constexpr (std::is_same_v<T, int8_t>)
+      std::copy(x, x + k, row);
+    else
+      header.scale = quantize_row(x, k, row);
   }
 
   // Modulo 2³², as multiply() adds.

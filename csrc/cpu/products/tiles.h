@@ -14,6 +14,12 @@ namespace {
 // Tiles multiply signed by signed: nothing is shifted.
 struct TileIntegers : Integers {
   static Bytes load(const int8_t* w) { return load_bytes(w); }
+
+  template <class T>
+  static void prepare(const T* x, int64_t k, Header& header, Code* row) {
+    codes_of(x, k, header, row);
+  }
+
   static S32 exact(S32 sums, const Header&) { return sums; }
   static F32 finish(S32 sums, const Header& header) {
     return __builtin_convertvector(sums, F32) * broadcast(header.scale);
