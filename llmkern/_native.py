@@ -16,11 +16,13 @@ import torch
 
 from llmkern.config import settings
 
-__all__ = ["build_info", "cpu_isa", "part_missing", "path", "reason", "set_cpu_isa"]
+__all__ = ["CPU_ISAS", "build_info", "cpu_isa", "part_missing", "path", "reason", "set_cpu_isa"]
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
-_ISAS = "expected portable, avx2, avx2_vnni, avx512, avx512_vnni or amx, as far as this CPU has it"
+CPU_ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx")
+"""The instruction sets of the CPU kernels, best last."""
+_ISAS = f"expected {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, as far as this CPU has it"
 
 
 def path() -> Path:
@@ -81,7 +83,7 @@ def cpu_isa() -> str | None:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Have the CPU kernels use instruction set `name`: portable, avx2, avx2_vnni, avx512, avx512_vnni or amx.
+    """Have the CPU kernels use instruction set `name`, one of `CPU_ISAS`.
 
     Raises ValueError where there is no such set or this CPU cannot run it, RuntimeError without the library.
     """

@@ -21,7 +21,7 @@ from llmkern.testing.compare import assert_same_bits
 from llmkern.testing.judge import assert_right
 
 ROOT = Path(__file__).parents[2]
-ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx")
+ISAS = _native.CPU_ISAS
 built = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 NATIVE_CASES = [
     pytest.param(case, impl, id=f"{case.op}-{case}")
@@ -45,18 +45,6 @@ def tool(*command: str) -> str:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} (binutils) is not installed")
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest):
-    """The library set to one instruction set; back to the one before at the end."""
-    before = _native.cpu_isa()
-    try:
-        _native.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.set_cpu_isa(before)
 
 
 @built
@@ -159,47 +147,6 @@ def test_the_number_of_threads_changes_no_bit(name, isa) -> None:
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 17), (17, 63), (63, 65), (65, 577), (16, 1100)])
-def test_int8_linear_gives_a_row_the_same_bits_in_any_company(isa, scheme, n, k) -> None:
-    """Of floats, which are added in another order where rows are many, at least in company of the same kind."""
-    x, (w, scale) = torch.randn(45, k), int8_weight(n, k)
-    few = torch.stack([torch.ops.llmkern.int8_linear(row, w, scale, None, "silu", scheme) for row in x])
-    many = few if scheme == "w8a8" else torch.ops.llmkern.int8_linear(x, w, scale, None, "silu", scheme)
-    for rows in (1, 3, 4, 5, 6, 13, 16, 17, 33, 45):
-        together = torch.ops.llmkern.int8_linear(x[:rows], w, scale, None, "silu", scheme)
-        assert torch.equal(together, (few if rows <= 4 else many)[:rows])
-
-
-@built
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("k", [1, 3, 17, 63, 65, 577, 131071])
-@pytest.mark.parametrize("codes", ["random", "all -128", "all 127"])
-def test_int8_linear_w8a8_is_exact(isa, k, codes) -> None:
-    """To the bit: the codes of quantize_int8, their products' exact sum, one multiplication by each scale."""
-    x, (w, scale) = torch.randn(3, k), int8_weight(5, k)
-    if codes != "random":
-        w.fill_(int(codes.split()[1]))
-        x[1], x[2] = 1.0, -1.0
-    q, row_scale = dispatch.implementation("quantize_int8", "reference").fn(x=x)
-    expected = (q.double() @ w.double().T).float() * row_scale * scale.T
-    assert torch.equal(torch.ops.llmkern.int8_linear(x, w, scale, None, "none", "w8a8"), expected)
-
-
-@built
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_int8_linear_takes_rows_that_lie_anywhere(isa, scheme) -> None:
-    """Rows of the weight apart and unaligned; x in any order; the operator itself also takes weights by column."""
-    x, (w, scale) = torch.randn(70, 3), int8_weight(19, 80)
-    w = w[:, 3:73]
-    expected = torch.ops.llmkern.int8_linear(x.T.contiguous(), w.contiguous(), scale, None, "none", scheme)
-    for weight in (w, w.T.contiguous().T):
-        assert torch.equal(torch.ops.llmkern.int8_linear(x.T, weight, scale, None, "none", scheme), expected)
-
-
-@built
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (2, 1, 0, 3), (3, 0, 1, 2)])
 def test_any_order_of_the_leading_dimensions(order) -> None:
     """The operator itself takes any strides; the last order has no contiguous rows, which the dispatcher refuses."""
@@ -208,25 +155,6 @@ def test_any_order_of_the_leading_dimensions(order) -> None:
     out = torch.ops.llmkern.rms_norm(x, weight, None, 1e-6, 0.0)
     assert torch.equal(out, torch.ops.llmkern.rms_norm(x.contiguous(), weight, None, 1e-6, 0.0))
     assert out.is_contiguous()
-
-
-@built
-@pytest.mark.parametrize(
-    ("reason", "change"),
-    [
-        (None, {}),
-        (None, {"x": torch.zeros(2, 16)[:, ::2]}),
-        ("the rows of w_q have stride 6; only 1 is taken", {"w_q": torch.zeros(8, 6, dtype=torch.int8).T}),
-        ("w_scale is not contiguous", {"w_scale": torch.ones(6, 2)[:, :1]}),
-        ("bias is torch.float64; float32, bfloat16 and float16 are taken", {"bias": torch.zeros(6).double()}),
-        ("takes float32, bfloat16, float16, not float64", {"x": torch.zeros(2, 8).double()}),
-    ],
-)
-def test_int8_linear_says_what_it_cannot_serve(reason, change) -> None:
-    call = {"x": torch.zeros(2, 8), "w_q": torch.zeros(6, 8, dtype=torch.int8), "w_scale": torch.ones(6, 1)}
-    call |= {"bias": None, "activation": "none", "scheme": "w8a8"} | change
-    said = dispatch.implementation("int8_linear", "cpu").why_not(**call)
-    assert said == reason if reason is None else said.startswith(reason)
 
 
 @built

@@ -1,0 +1,173 @@
+"""The linear layers of the CPU backend on every instruction set: exact where products are integers, at any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmkern import _native, dispatch
+from llmkern.testing.compare import assert_as_accurate, upcast
+from llmkern.testing.judge import baseline, reference
+
+pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
+each_isa = pytest.mark.parametrize("isa", _native.CPU_ISAS, indirect=True)
+SIZES = (1, 3, 17, 63, 65, 577)
+FEW = 4
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def weight(n: int, k: int) -> tuple[Tensor, Tensor]:
+    return codes(n, k), torch.rand(n, 1)
+
+
+def sums(a: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.llmkern.int8_matmul(a, w, None, None, None, None, "none", torch.int32)
+
+
+def exact(a: Tensor, w: Tensor) -> Tensor:
+    return (a.double() @ w.double().T).to(torch.int32)
+
+
+@each_isa
+@pytest.mark.parametrize("k", SIZES)
+def test_sums_are_exact_at_every_odd_size(isa, k) -> None:
+    a, w = codes(577, k), codes(577, k)
+    expected = exact(a, w)
+    for m in SIZES:
+        for n in SIZES:
+            assert torch.equal(sums(a[:m], w[:n]), expected[:m, :n]), (m, n)
+
+
+@each_isa
+def test_sums_are_exact_for_every_number_of_rows(isa) -> None:
+    a, w = codes(129, 200), codes(50, 200)
+    expected = exact(a, w)
+    for m in (*range(34), 127, 128, 129):
+        assert torch.equal(sums(a[:m], w), expected[:m]), m
+
+
+@each_isa
+@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+def test_the_largest_sums(isa, value, rows) -> None:
+    """As long as s32 holds them, over many parts of k; of both signs."""
+    a, w = torch.full((rows, 131071), -128, dtype=torch.int8), torch.full((3, 131071), value, dtype=torch.int8)
+    assert torch.equal(sums(a, w), exact(a, w))
+
+
+@each_isa
+def test_rows_gigabytes_apart(isa) -> None:
+    """Offsets beyond 2³¹ bytes; of the memory between the rows nothing is touched."""
+    for rows in (FEW, 2 * FEW):
+        x, w = torch.randn(rows, 70), codes(9, 70)
+        far_x = torch.empty(2**31 // 4 + 70).as_strided(x.shape, (2**31 // 4 // (rows - 1), 1)).copy_(x)
+        far_w = torch.empty(2**31 + 70, dtype=torch.int8).as_strided(w.shape, (2**28, 1)).copy_(w)
+        for scheme in ("w8a8", "w8a16"):
+            call = (torch.ones(9, 1), None, "none", scheme)
+            expected = torch.ops.llmkern.int8_linear(x, w, *call)
+            assert torch.equal(torch.ops.llmkern.int8_linear(far_x, far_w, *call), expected)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(3, 33, 65), (37, 67, 131), (33, 17, 1100), (600, 33, 450)])
+def test_linear_is_as_accurate_as_pytorch_on_any_number_of_rows(isa, dtype, rows, n, k) -> None:
+    """The operator itself, which takes more rows than the dispatcher gives it; a row may only spoil itself."""
+    x = torch.randn(rows, k)
+    x[0], x[1, 7], x[2, 7] = 0, float("nan"), float("inf")
+    call = {"x": x.to(dtype), "weight": (torch.randn(n, k) * k**-0.5).to(dtype), "bias": torch.randn(n).to(dtype)}
+    call["activation"] = "gelu"
+    out = torch.ops.llmkern.linear(**call)
+    assert_as_accurate(out, baseline=baseline("linear", call), exact=reference("linear", upcast(call)))
+
+
+@each_isa
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 17), (17, 63), (63, 65), (65, 577), (16, 1100)])
+def test_int8_linear_gives_a_row_the_same_bits_in_any_company(isa, scheme, n, k) -> None:
+    """Of floats, which are added in another order where rows are many, at least in company of the same kind."""
+    x, (w, scale) = torch.randn(45, k), weight(n, k)
+    few = torch.stack([torch.ops.llmkern.int8_linear(row, w, scale, None, "silu", scheme) for row in x])
+    many = few if scheme == "w8a8" else torch.ops.llmkern.int8_linear(x, w, scale, None, "silu", scheme)
+    for rows in (1, 3, 4, 5, 6, 13, 16, 17, 33, 45):
+        together = torch.ops.llmkern.int8_linear(x[:rows], w, scale, None, "silu", scheme)
+        assert torch.equal(together, (few if rows <= FEW else many)[:rows])
+
+
+@each_isa
+@pytest.mark.parametrize("k", [1, 3, 17, 63, 65, 577, 131071])
+@pytest.mark.parametrize("values", ["random", "all -128", "all 127"])
+@pytest.mark.parametrize("rows", [3, 7])
+def test_int8_linear_w8a8_is_exact(isa, k, values, rows) -> None:
+    """To the bit: the codes of quantize_int8, their products' exact sum, one multiplication by each scale."""
+    x, (w, scale) = torch.randn(rows, k), weight(5, k)
+    if values != "random":
+        w.fill_(int(values.split()[1]))
+        x[1], x[2] = 1.0, -1.0
+    q, row_scale = reference("quantize_int8", {"x": x})
+    expected = (q.double() @ w.double().T).float() * row_scale * scale.T
+    assert torch.equal(torch.ops.llmkern.int8_linear(x, w, scale, None, "none", "w8a8"), expected)
+
+
+@each_isa
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_int8_linear_takes_rows_that_lie_anywhere(isa, scheme) -> None:
+    """Rows of the weight apart and unaligned; x in any order; the operator itself also takes weights by column."""
+    x, (w, scale) = torch.randn(70, 7), weight(19, 80)
+    w = w[:, 3:73]
+    for rows in (3, 7):
+        expected = torch.ops.llmkern.int8_linear(
+            x[:, :rows].T.contiguous(), w.contiguous(), scale, None, "none", scheme
+        )
+        for stored in (w, w.T.contiguous().T):
+            out = torch.ops.llmkern.int8_linear(x[:, :rows].T, stored, scale, None, "none", scheme)
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        (None, {}),
+        (None, {"x": torch.zeros(2, 16)[:, ::2]}),
+        (None, {"x": torch.zeros(5000, 8)}),
+        ("the rows of w_q have stride 6; only 1 is taken", {"w_q": torch.zeros(8, 6, dtype=torch.int8).T}),
+        ("w_scale is not contiguous", {"w_scale": torch.ones(6, 2)[:, :1]}),
+        ("bias is torch.float64; float32, bfloat16 and float16 are taken", {"bias": torch.zeros(6).double()}),
+        ("takes float32, bfloat16, float16, not float64", {"x": torch.zeros(2, 8).double()}),
+    ],
+)
+def test_int8_linear_says_what_it_cannot_serve(reason, change) -> None:
+    call = {"x": torch.zeros(2, 8), "w_q": torch.zeros(6, 8, dtype=torch.int8), "w_scale": torch.ones(6, 1)}
+    call |= {"bias": None, "activation": "none", "scheme": "w8a8"} | change
+    said = dispatch.implementation("int8_linear", "cpu").why_not(**call)
+    assert said == reason if reason is None else said.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        (None, {}),
+        ("the rows of w_q have stride 6; only 1 is taken", {"w_q": torch.zeros(8, 6, dtype=torch.int8).T}),
+        ("a_scale is not contiguous", {"a_scale": torch.ones(2, 2)[:, :1]}),
+        ("residual is torch.float64; float32, bfloat16 and float16", {"residual": torch.zeros(2, 6).double()}),
+    ],
+)
+def test_int8_matmul_says_what_it_cannot_serve(reason, change) -> None:
+    call = {"a_q": torch.zeros(2, 8, dtype=torch.int8), "w_q": torch.zeros(6, 8, dtype=torch.int8), "w_scale": None}
+    call |= {"a_scale": None, "bias": None, "residual": None, "activation": "none", "out_dtype": torch.float32} | change
+    said = dispatch.implementation("int8_matmul", "cpu").why_not(**call)
+    assert said == reason if reason is None else said.startswith(reason)
+
+
+def test_linear_says_what_it_cannot_serve() -> None:
+    linear = dispatch.implementation("linear", "cpu")
+    call = {"x": torch.zeros(FEW, 8), "weight": torch.zeros(6, 8), "bias": None, "activation": "none"}
+    assert linear.why_not(**call) is None
+    assert linear.why_not(**call | {"x": torch.zeros(2 * FEW, 8)}).startswith("x has 8 rows; at most 4 are taken")
+    assert (
+        linear.why_not(**call | {"weight": torch.zeros(8, 6).T}) == "the rows of weight have stride 6; only 1 is taken"
+    )
