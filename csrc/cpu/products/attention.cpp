@@ -7,12 +7,16 @@
 //          out[dim][row] += vᵀ · weights: lanes are rows here too.
 // tile     kR × kM sums in registers: in each step the registers of kM rows, times one broadcast number per key or
 //          dimension.
-// stack    q and out transposed, scores, and where k and v are half precision a block of them in fp32: 200 KiB at most.
+// stack    q and out transposed, scores, and a block of k or v where it must be widened: 200 KiB at most.
+// ISA      fp32 arithmetic; bf16 on AMX where there is one, the weights rounded to bf16 (attention_tiles.h).
 #include "llmkern/attention.h"
 
-#include "isa.h"
-#include "math.h"
-#include "vec.h"
+#include <type_traits>
+
+#include "../isa.h"
+#include "../math.h"
+#include "../vec.h"
+#include "attention_tiles.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -21,22 +25,33 @@ constexpr int kC = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;  // registers of a row of a t
 constexpr int kR = LLMKERN_ISA_LEVEL == 2 ? 6 : 4;  // kR · kC accumulators, kC operands, one broadcast number
 constexpr int kM = kC * kLanes;
 constexpr int kN = 48;                           // a multiple of kR and of kLanes
+constexpr int kMostKeys = 64;                    // of any block
 constexpr int64_t kProductsPerThread = 1 << 20;  // below this, waking a thread costs more than it saves
 constexpr float kInfinity = __builtin_inff();
+
+#ifdef __AMX_BF16__
+template <class T>
+constexpr bool kTiles = std::is_same_v<T, BFloat16>;
+static_assert(kTileKeys <= kMostKeys);
+#else
+template <class T>
+constexpr bool kTiles = false;
+#endif
 
 // What one task keeps of its rows.
 struct Rows {
   int64_t batch, head, first_row;
-  int count;                                // of kM
-  int32_t first[kM], last[kM];              // keys that each sees; none where first > last
-  int32_t some_first, some_last;            // that some row sees
-  int32_t every_first, every_last;          // that every row sees
-  alignas(64) float top[kM], total[kM];     // of the online softmax
-  alignas(64) float q[kMaxHeadDim * kM];    // [dim][row]
-  alignas(64) float out[kMaxHeadDim * kM];  // [value_dim][row]
-  alignas(64) float scores[kN * kM];        // [key][row]
-  alignas(64) float widened[kN * kMaxHeadDim];
-  alignas(64) float key_bias[kN];  // added to a key's scores in every row
+  int count;                                 // of kM
+  int32_t first[kM], last[kM];               // keys that each sees; none where first > last
+  int64_t mask_at[kM];                       // where their rows of the mask begin, in elements
+  int32_t some_first, some_last;             // that some row sees
+  int32_t every_first, every_last;           // that every row sees
+  alignas(64) float top[kM], total[kM];      // of the online softmax
+  alignas(64) float q[kMaxHeadDim * kM];     // [dim][row]; pairs of dimensions [dim / 2][row] for tiles
+  alignas(64) float out[kMaxHeadDim * kM];   // [value_dim][row]
+  alignas(64) float scores[kMostKeys * kM];  // [key][row], then the weights; pairs of keys [key / 2][row] for tiles
+  alignas(64) float widened[kMostKeys * kMaxHeadDim];
+  alignas(64) float key_bias[kMostKeys];  // added to a key's scores in every row
 };
 
 struct Call {
@@ -71,6 +86,15 @@ void set_limits(const Call& c, Rows& rows) {
   }
 }
 
+// A register of a query: of numbers, or for tiles of pairs.
+template <class T>
+inline F32 load_lanes(const T* p, int64_t n) {
+#ifdef __AMX_BF16__
+  if constexpr (kTiles<T>) return load_pairs(p, n);
+#endif
+  return load_at_most(p, n);
+}
+
 template <class T>
 void start(const Call& c, Rows& rows) {
   const AttentionParams& p = c.p;
@@ -89,17 +113,36 @@ void start(const Call& c, Rows& rows) {
     const T* q[kLanes];
     for (int r = 0; r < kLanes; ++r) {
       const int64_t row = rows.first_row + (r0 + r < rows.count ? r0 + r : rows.count - 1);
-      q[r] = static_cast<const T*>(p.q) + p.q_strides.offset(rows.batch, c.head(rows.head, row), c.query(row));
+      const int64_t h = c.head(rows.head, row), i = c.query(row);
+      q[r] = static_cast<const T*>(p.q) + p.q_strides.offset(rows.batch, h, i);
+      rows.mask_at[r0 + r] = rows.batch * p.mask_strides.batch + h * p.mask_strides.head + i * p.mask_strides.query;
     }
-    for (int64_t d = 0; d < p.dim; d += kLanes) {
+    constexpr int kPerLane = kTiles<T> ? 2 : 1;
+    for (int64_t d = 0; d < p.dim; d += kPerLane * kLanes) {
       F32 square[kLanes];
-      for (int r = 0; r < kLanes; ++r) square[r] = load_at_most(q[r] + d, p.dim - d);
+      for (int r = 0; r < kLanes; ++r) square[r] = load_lanes(q[r] + d, p.dim - d);
       transpose(square);
-      const int n = p.dim - d < kLanes ? p.dim - d : kLanes;
-      for (int i = 0; i < n; ++i) store(rows.q + (d + i) * kM + r0, square[i]);
+      const int n = kTiles<T> || p.dim - d > kLanes ? kLanes : p.dim - d;
+      for (int i = 0; i < n; ++i) store(rows.q + (d / kPerLane + i) * kM + r0, square[i]);
     }
   }
-  std::memset(rows.out, 0, p.value_dim * kM * sizeof(float));
+  const int64_t value_dim = kTiles<T> ? (p.value_dim + 31) / 32 * 32 : p.value_dim;
+  std::memset(rows.out, 0, value_dim * kM * sizeof(float));
+}
+
+// `count` vectors in fp32: themselves, or widened.
+template <class T>
+inline const float* in_fp32(const T* from, int64_t& stride, int count, int64_t dim, float* widened) {
+  if constexpr (sizeof(T) == 4) {
+    return from;
+  } else {
+    const int64_t to_stride = (dim + kLanes - 1) / kLanes * kLanes;
+    for (int j = 0; j < count; ++j)
+      for (int64_t d = 0; d < dim; d += kLanes)
+        store(widened + j * to_stride + d, load_at_most(from + j * stride + d, dim - d));
+    stride = to_stride;
+    return widened;
+  }
 }
 
 // to[i][r] = to[i][r] · keep[r] + Σ_step  from[i · from_stride + step · from_step] · with[step][r], for kTile i's and
@@ -140,7 +183,19 @@ inline void rest(int count, const float* from, int64_t from_stride, int64_t from
   }
 }
 
-void multiply_keys(Rows& rows, const float* k, int64_t k_stride, int count, int64_t dim) {
+template <class T>
+void multiply_keys(Rows& rows, const T* from, int64_t k_stride, int count, int64_t dim) {
+#ifdef __AMX_BF16__
+  if constexpr (kTiles<T>) {
+    const T* k = whole_tiles(from, k_stride, count, dim, reinterpret_cast<T*>(rows.widened));
+    for (int j = 0; j < count; j += 32)
+      for (int r = 0; r < rows.count; r += 32)
+        multiply_tiles(k + j * k_stride, k_stride * 2, rows.q + r, kM * 4, padded_to_tiles(dim) / 32, false,
+                       rows.scores + j * kM + r, kM * 4);
+    return;
+  }
+#endif
+  const float* k = in_fp32(from, k_stride, count, dim, rows.widened);
   const F32 none[kC] = {};
   int j = 0;
   for (; j + kR <= count; j += kR)
@@ -148,15 +203,32 @@ void multiply_keys(Rows& rows, const float* k, int64_t k_stride, int count, int6
   rest<kR - 1, false>(count - j, k + j * k_stride, k_stride, 1, rows.q, dim, none, rows.scores + j * kM);
 }
 
-void add_values(Rows& rows, const float* v, int64_t v_stride, int count, int64_t dim, const F32 (&keep)[kC]) {
+template <class T>
+void add_values(Rows& rows, const T* from, int64_t v_stride, int count, int64_t dim, const F32 (&keep)[kC]) {
+#ifdef __AMX_BF16__
+  if constexpr (kTiles<T>) {
+    T* turned = reinterpret_cast<T*>(rows.widened);
+    turn(from, v_stride, count, dim, turned);
+    for (int64_t d = 0; d < dim; ++d)
+      for (int i = 0; i < kC; ++i) {
+        float* out = rows.out + d * kM + i * kLanes;
+        store(out, load(out) * keep[i]);
+      }
+    for (int64_t d = 0; d < dim; d += 32)
+      for (int r = 0; r < rows.count; r += 32)
+        multiply_tiles(turned + d * kTileKeys, kTileKeys * 2, rows.scores + r, kM * 4, (count + 31) / 32, true,
+                       rows.out + d * kM + r, kM * 4);
+    return;
+  }
+#endif
+  const float* v = in_fp32(from, v_stride, count, dim, rows.widened);
   int64_t d = 0;
   for (; d + kR <= dim; d += kR) tile<kR, true>(v + d, 1, v_stride, rows.scores, count, keep, rows.out + d * kM);
   rest<kR - 1, true>(dim - d, v + d, 1, v_stride, rows.scores, count, keep, rows.out + d * kM);
 }
 
-// What the mask adds to n <= kLanes scores from key j on: 0 or −infinity where it is bool.
-inline F32 bias(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t j, int n) {
-  const int64_t at = b * p.mask_strides.batch + h * p.mask_strides.head + i * p.mask_strides.query;
+// What the mask's row at element `at` adds to n <= kLanes scores from key j on: 0 or −infinity where it is bool.
+inline F32 bias(const AttentionParams& p, int64_t at, int64_t j, int n) {
   const int64_t step = p.mask_strides.key;
   const auto numbers = [&]<class M>(const M* mask) {
     if (step == 1) return load_at_most(mask + j, n);
@@ -177,7 +249,7 @@ bool set_key_bias(const Call& c, Rows& rows, int64_t j0, int count) {
   bool any = false;
   for (int j = 0; j < count; j += kLanes) {
     const int n = count - j < kLanes ? count - j : kLanes;
-    const F32 mask = c.mask_by_key ? bias(p, rows.batch, 0, 0, j0 + j, n) : F32{};
+    const F32 mask = c.mask_by_key ? bias(p, rows.mask_at[0], j0 + j, n) : F32{};
     for (int l = 0; l < n; ++l) {
       const bool real =
           !p.key_padding || p.key_padding[rows.batch * p.padding_strides.batch + (j0 + j + l) * p.padding_strides.key];
@@ -188,39 +260,35 @@ bool set_key_bias(const Call& c, Rows& rows, int64_t j0, int count) {
   return any;
 }
 
-// Adds a mask that differs between rows: squares of kLanes rows and keys, read along the keys.
-void add_mask(const Call& c, Rows& rows, int64_t j0, int count) {
+// Scales the scores and adds a mask that differs between rows: squares of kLanes rows and keys, read along the keys.
+void add_mask(const Call& c, Rows& rows, int64_t j0, int count, F32 scale) {
   for (int r0 = 0; r0 < rows.count; r0 += kLanes)
     for (int j = 0; j < count; j += kLanes) {
       const int n = count - j < kLanes ? count - j : kLanes;
       F32 square[kLanes];
-      for (int r = 0; r < kLanes; ++r) {
-        const int64_t row = rows.first_row + (r0 + r < rows.count ? r0 + r : rows.count - 1);
-        square[r] = bias(c.p, rows.batch, c.head(rows.head, row), c.query(row), j0 + j, n);
-      }
+      for (int r = 0; r < kLanes; ++r) square[r] = bias(c.p, rows.mask_at[r0 + r], j0 + j, n);
       transpose(square);
       for (int l = 0; l < n; ++l) {
         float* s = rows.scores + (j + l) * kM + r0;
-        store(s, load(s) + square[l]);
+        store(s, load(s) * scale + square[l]);
       }
     }
 }
 
 // scores → weights of keys [j0, j0 + count); keep is what the rows' sums so far are to be multiplied with.
+template <class T>
 void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 (&keep)[kC]) {
   const AttentionParams& p = c.p;
   const bool by_row = p.mask && !c.mask_by_key;
   const bool all_see = j0 >= rows.every_first && j0 + count - 1 <= rows.every_last;
   const bool simple = !by_row && p.softcap <= 0.0f;
   const F32 scale = broadcast(p.sm_scale);
-  if (!simple) {
-    for (int i = 0; i < count * kM; i += kLanes) {
-      F32 s = load(rows.scores + i) * scale;
-      if (p.softcap > 0.0f) s = tanh(s / broadcast(p.softcap)) * broadcast(p.softcap);
-      store(rows.scores + i, s);
-    }
-    if (by_row) add_mask(c, rows, j0, count);
+  if (p.softcap > 0.0f) {
+    const F32 cap = broadcast(p.softcap);
+    for (int i = 0; i < count * kM; i += kLanes)
+      store(rows.scores + i, tanh(load(rows.scores + i) * scale / cap) * cap);
   }
+  if (by_row) add_mask(c, rows, j0, count, p.softcap > 0.0f ? broadcast(1.0f) : scale);
   for (int i = 0; i < kC; ++i) {
     float* s = rows.scores + i * kLanes;
     F32 top = load(rows.top + i * kLanes);
@@ -240,10 +308,22 @@ void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 
     }
     const F32 shift = top == -kInfinity ? F32{} : top;
     F32 total = {};
-    for (int j = 0; j < count; ++j) {
+    const auto weight = [&](int j) {
       const F32 weight = exp_or_0(load(s + j * kM) - shift);
       total += weight;
-      store(s + j * kM, weight);
+      return weight;
+    };
+    if constexpr (kTiles<T>) {
+#ifdef __AMX_BF16__
+      // Pairs overtake no score that is still to be read: pair j / 2 is not behind key j.
+      for (int j = 0; j < count; j += 2) {
+        const F32 even = weight(j), odd = j + 1 < count ? weight(j + 1) : F32{};
+        store(s + j / 2 * kM, pairs(even, odd));
+      }
+      for (int j = (count + 1) / 2; j % 16 != 0; ++j) store(s + j * kM, F32{});
+#endif
+    } else {
+      for (int j = 0; j < count; ++j) store(s + j * kM, weight(j));
     }
     keep[i] = exp_or_0(load(rows.top + i * kLanes) - shift);
     store(rows.total + i * kLanes, load(rows.total + i * kLanes) * keep[i] + total);
@@ -275,21 +355,6 @@ void finish(const Call& c, Rows& rows) {
   }
 }
 
-// `count` vectors in fp32: themselves, or widened.
-template <class T>
-inline const float* in_fp32(const T* from, int64_t& stride, int count, int64_t dim, float* widened) {
-  if constexpr (sizeof(T) == 4) {
-    return from;
-  } else {
-    const int64_t to_stride = (dim + kLanes - 1) / kLanes * kLanes;
-    for (int j = 0; j < count; ++j)
-      for (int64_t d = 0; d < dim; d += kLanes)
-        store(widened + j * to_stride + d, load_at_most(from + j * stride + d, dim - d));
-    stride = to_stride;
-    return widened;
-  }
-}
-
 template <class T>
 void run(const Call& c, Rows& rows) {
   const AttentionParams& p = c.p;
@@ -297,16 +362,14 @@ void run(const Call& c, Rows& rows) {
   const bool by_key = p.key_padding || c.mask_by_key;
   const T* k = static_cast<const T*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
   const T* v = static_cast<const T*>(p.v) + p.v_strides.offset(rows.batch, rows.head, 0);
-  for (int64_t j = rows.some_first; j <= rows.some_last; j += kN) {
-    const int count = rows.some_last - j + 1 < kN ? rows.some_last - j + 1 : kN;
+  constexpr int kKeys = kTiles<T> ? kMostKeys : kN;
+  for (int64_t j = rows.some_first; j <= rows.some_last; j += kKeys) {
+    const int count = rows.some_last - j + 1 < kKeys ? rows.some_last - j + 1 : kKeys;
     if (by_key && !set_key_bias(c, rows, j, count)) continue;
-    int64_t k_stride = p.k_strides.position, v_stride = p.v_strides.position;
-    const float* keys = in_fp32(k + j * k_stride, k_stride, count, p.dim, rows.widened);
-    multiply_keys(rows, keys, k_stride, count, p.dim);
+    multiply_keys(rows, k + j * p.k_strides.position, p.k_strides.position, count, p.dim);
     F32 keep[kC];
-    softmax(c, rows, j, count, by_key, keep);
-    const float* values = in_fp32(v + j * v_stride, v_stride, count, p.value_dim, rows.widened);
-    add_values(rows, values, v_stride, count, p.value_dim, keep);
+    softmax<T>(c, rows, j, count, by_key, keep);
+    add_values(rows, v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, keep);
   }
   finish<T>(c, rows);
 }
@@ -318,6 +381,9 @@ void attention(const AttentionParams& p, const Threads& threads) {
   const int64_t products = kM * (p.keys + 1) * (p.dim + p.value_dim);
   threads.parallel_for(p.batch * p.kv_heads * c.blocks, kProductsPerThread / products + 1,
                        [&](int64_t begin, int64_t end) {
+#ifdef __AMX_BF16__
+                         const Tiles::Session session;
+#endif
                          Rows rows;
                          for (int64_t at = begin; at < end; ++at) {
                            rows.batch = at / c.blocks / p.kv_heads, rows.head = at / c.blocks % p.kv_heads;
@@ -339,4 +405,4 @@ int64_t llmkern::attention_workspace_bytes(const AttentionParams&) {
 }
 #endif
 
-LLMKERN_CPU_LAUNCHER(attention, AttentionParams)
+LLMKERN_PRODUCTS_LAUNCHER(attention, AttentionParams)
