@@ -378,23 +378,25 @@ void run(const Call& c, Rows& rows) {
 
 void attention(const AttentionParams& p, const Threads& threads) {
   const Call c{p};
-  const int64_t products = kM * (p.keys + 1) * (p.dim + p.value_dim);
-  threads.parallel_for(p.batch * p.kv_heads * c.blocks, kProductsPerThread / products + 1,
-                       [&](int64_t begin, int64_t end) {
+  const auto tasks = [&](int64_t begin, int64_t end) {
 #ifdef __AMX_BF16__
-                         const Tiles::Session session;
+    configure_tiles();  // not by an object's destructor: it would have the object file export what exceptions need
 #endif
-                         Rows rows;
-                         for (int64_t at = begin; at < end; ++at) {
-                           rows.batch = at / c.blocks / p.kv_heads, rows.head = at / c.blocks % p.kv_heads;
-                           // The first block, the last, the second, the last but one: neighbours' work sums up alike
-                           // under causality.
-                           const int64_t i = at % c.blocks, block = i % 2 ? c.blocks - 1 - i / 2 : i / 2;
-                           rows.first_row = block * kM;
-                           rows.count = c.rows - rows.first_row < kM ? c.rows - rows.first_row : kM;
-                           with_type(p.dtype, [&]<class T>() { run<T>(c, rows); });
-                         }
-                       });
+    Rows rows;
+    for (int64_t at = begin; at < end; ++at) {
+      rows.batch = at / c.blocks / p.kv_heads, rows.head = at / c.blocks % p.kv_heads;
+      // The first block, the last, the second, the last but one: neighbours' work sums up alike under causality.
+      const int64_t i = at % c.blocks, block = i % 2 ? c.blocks - 1 - i / 2 : i / 2;
+      rows.first_row = block * kM;
+      rows.count = c.rows - rows.first_row < kM ? c.rows - rows.first_row : kM;
+      with_type(p.dtype, [&]<class T>() { run<T>(c, rows); });
+    }
+#ifdef __AMX_BF16__
+    _tile_release();
+#endif
+  };
+  const int64_t products = kM * (p.keys + 1) * (p.dim + p.value_dim);
+  threads.parallel_for(p.batch * p.kv_heads * c.blocks, kProductsPerThread / products + 1, tasks);
 }
 
 }  // namespace llmkern::LLMKERN_ISA

@@ -62,19 +62,22 @@ struct TileBf16 {
   }
 };
 
+// Eight tiles of 16 rows of 64 bytes, until _tile_release().
+inline void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  _tile_loadconfig(&shapes);
+}
+
 struct Tiles {
   static constexpr int kRowsAtOnce = 32;
   static constexpr int kGroupsPerTile = 16;
 
   struct Session {
-    Session() {
-      struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } shapes;
-      _tile_loadconfig(&shapes);
-    }
+    Session() { configure_tiles(); }
     ~Session() { _tile_release(); }
     Session(const Session&) = delete;
   };
