@@ -191,12 +191,24 @@ class TestCheck:
     def test_language_model(self, llmkern_, llama, tmp_path) -> None:
         saved = tmp_path / "folder" / "check.json"
         status, out, _ = llmkern_(
-            "check", llama, "--quantize", "int8", "--tokens", "256", "--json", "--save", str(saved)
+            "check",
+            llama,
+            "--quantize",
+            "int8",
+            "--kv-cache",
+            "int8",
+            "--tokens",
+            "256",
+            "--json",
+            "--save",
+            str(saved),
         )
         found = json.loads(out)
         assert tuple(found) == self.KEYS
         assert tuple(found["accuracy"]) == ("max_abs", "rel", "kl", "top1")
-        assert tuple(found["perplexity"]) == ("original", "optimized", "int8")
+        assert tuple(found["perplexity"]) == ("original", "optimized", "int8", "int8 cache")
+        assert found["perplexity"]["int8 cache"] == pytest.approx(found["perplexity"]["original"], rel=0.02)
+        assert found["perplexity"]["int8 cache"] != found["perplexity"]["optimized"]
         assert (status, found["verdict"], found["restored_bit_equal"]) == (0, True, True)
         assert {row["kind"] for row in found["swapped"]} >= {"norm", "attention"}
         assert found["perplexity"]["optimized"] == pytest.approx(found["perplexity"]["original"], rel=1e-4)
@@ -206,7 +218,7 @@ class TestCheck:
         environment = llmkern.info().to_dict()
         del environment["library"]["path"]
         assert content["environment"] == environment
-        assert content["command"] == f"llmkern check {llama} --quantize int8 --tokens 256 --dtype auto"
+        assert content["command"] == f"llmkern check {llama} --quantize int8 --kv-cache int8 --tokens 256 --dtype auto"
 
     def test_encoder_without_a_tokenizer(self, llmkern_, bert) -> None:
         status, out, err = llmkern_("check", bert, "--dtype", "bfloat16", "--json")

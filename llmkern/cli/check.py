@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -31,7 +32,11 @@ CONTEXT = 512
 
 @dataclass(frozen=True)
 class Check:
-    """What `llmkern check` found.  `perplexity` has None where a model has none or it was not asked for."""
+    """What `llmkern check` found.
+
+    perplexity: of "original", "optimized" and "int8", None where a model has none or it was not asked for; and of the
+        optimized model with an "int8 cache", where that was.
+    """
 
     model: str
     report: SwapReport
@@ -84,6 +89,10 @@ def check(
         Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
         typer.Option("--quantize", metavar="SCHEME", help="int8: measure the perplexity of the quantized model too."),
     ] = None,
+    kv_cache: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--kv-cache", metavar="DTYPE", help="int8: measure the perplexity with an int8 KV cache too."),
+    ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of real prose for the perplexity.")] = 4096,
     dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
@@ -101,15 +110,17 @@ def check(
     \b
     llmkern check demo:smollm2
     llmkern check ./my-checkpoint --dtype bfloat16 --json
-    llmkern check demo:smollm2 --quantize int8 --tokens 20480
+    llmkern check demo:smollm2 --quantize int8 --kv-cache int8 --tokens 20480
     """
     check_scheme(scheme)
+    if kv_cache not in (None, "int8"):
+        raise ValueError(f"--kv-cache is {kv_cache}, expected int8")
     if tokens < 2:
         raise ValueError(f"--tokens is {tokens}, expected at least 2")
     loaded = load(model, dtype=dtype, device=device)
-    found = run_check(loaded, tokens=tokens, int8=scheme is not None)
+    found = run_check(loaded, tokens=tokens, int8=scheme is not None, int8_cache=kv_cache is not None)
     if save_to is not None:
-        options = f" --quantize {scheme}" if scheme else ""
+        options = (f" --quantize {scheme}" if scheme else "") + (f" --kv-cache {kv_cache}" if kv_cache else "")
         save(save_to, f"llmkern check {model}{options} --tokens {tokens} --dtype {dtype}", found.to_dict())
     if as_json:
         print_json(found.to_dict())
@@ -119,7 +130,7 @@ def check(
         raise typer.Exit(1)
 
 
-def run_check(loaded: Loaded, *, tokens: int, int8: bool) -> Check:
+def run_check(loaded: Loaded, *, tokens: int, int8: bool, int8_cache: bool = False) -> Check:
     """Everything that `llmkern check` measures; the loaded model itself stays as it is."""
     original = loaded.model
     if loaded.model.main_input_name != "input_ids":
@@ -134,6 +145,11 @@ def run_check(loaded: Loaded, *, tokens: int, int8: bool) -> Check:
     if loaded.is_language_model:
         perplexity["original"] = _perplexity(original, ids, "perplexity of the original")
         perplexity["optimized"] = _perplexity(model, ids, "perplexity of the optimized model")
+        if int8_cache:
+            from llmkern.integrations.transformers.cache import KVCache
+
+            what = "perplexity of the optimized model with an int8 cache"
+            perplexity["int8 cache"] = _perplexity(model, ids, what, lambda: KVCache(original.config, dtype="int8"))
     restore_(model)
     restored = _bit_equal(model, original, inputs)
     del model
@@ -165,12 +181,12 @@ def _inputs(loaded: Loaded, ids: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
-def _perplexity(model: nn.Module, ids: Tensor, what: str) -> float:
+def _perplexity(model: nn.Module, ids: Tensor, what: str, cache: Callable[[], Any] | None = None) -> float:
     from llmkern.testing.perplexity import perplexity
 
     limit = getattr(model.config, "max_position_embeddings", None) or CONTEXT
     with task(what) as progress:
-        return perplexity(model, ids, context=min(CONTEXT, limit), progress=progress)
+        return perplexity(model, ids, context=min(CONTEXT, limit), cache=cache, progress=progress)
 
 
 def _bit_equal(model: nn.Module, original: nn.Module, inputs: dict[str, Tensor]) -> bool:

@@ -60,3 +60,21 @@ def test_each_token_is_predicted_from_those_before_it() -> None:
 def test_bad_input(exception, message, ids, context) -> None:
     with pytest.raises(exception, match=f"perplexity: {message}"):
         perplexity(Uniform(), ids, context=context)
+
+
+def test_a_cache_is_read_and_changes_nothing_but_int8_does(tiny_llama) -> None:
+    import llmkern
+
+    ids = torch.randint(128, (96,), generator=torch.Generator().manual_seed(2))
+    made = []
+
+    def cache(dtype: str | None):
+        made.append(llmkern.KVCache(tiny_llama.config, dtype=dtype))
+        return made[-1]
+
+    without = perplexity(tiny_llama, ids, context=48)
+    assert perplexity(tiny_llama, ids, context=48, cache=lambda: cache(None)) == pytest.approx(without, rel=1e-5)
+    assert [c.get_seq_length() for c in made] == [48, 48]
+    int8 = perplexity(tiny_llama, ids, context=48, cache=lambda: cache("int8"))
+    assert int8 != pytest.approx(without, rel=1e-7)
+    assert int8 == pytest.approx(without, rel=1e-2)
