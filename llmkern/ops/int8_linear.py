@@ -62,12 +62,10 @@ def resolve_scheme(scheme: str, x: Tensor) -> str:
     """What "auto" means for `x`, by device and rows alone, so that a call's numbers hang neither on timing nor on
     the backends that are there.
 
-    On the CPU a few rows take as long as reading the weight does, and rounding them to int8 as well only loses
-    accuracy.  Measured on two cores with VNNI, weights out of cache, fp32, µs, weight-only / W8A8 by the native
-    kernel, for weights of 576², 576×1536 and 4096²: one row 27/22, 54/43 and 591/589; four rows 30/26, 65/49 and
-    752/616; eight rows 45/32, 97/58 and 1258/792.  PyTorch alone has no such operator but in bf16 (43, 86 and 702
-    for one row): in fp32 and fp16 it dequantizes the weight first, so that without the native library "w8a8" is
-    faster, 94, 117 and 1442.  On other devices W8A8 always.
+    On the CPU a few rows take about as long as reading the weight does, in either scheme, and rounding them to int8
+    as well only loses accuracy; with more rows integer products are the faster the more rows there are.  PyTorch
+    alone has no weight-only operator but in bf16: in fp32 and fp16 it dequantizes the weight first, so that without
+    the native library "w8a8" is faster.  On other devices W8A8 always.
     """
     if scheme != "auto" or not isinstance(x, Tensor) or x.dim() == 0:
         return scheme
