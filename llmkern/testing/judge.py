@@ -7,6 +7,7 @@ Three rules, chosen by `Case.rule`:
   `Case.value`.  Codes next to a tie may go either way, so q·scale is to be within half a step of the exact value,
   plus the error that the accuracy rule allows that op in fp32; scale·127 is to be within that error of the row's
   largest exact magnitude.  Further outputs keep the accuracy rule.
+Arguments that an op writes (its schema marks them) are judged as further outputs, int8 codes to one step.
 """
 
 from __future__ import annotations
@@ -20,16 +21,22 @@ from llmkern import dispatch
 from llmkern.testing.case import Call, Case
 from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, cast, errors, upcast
 
-__all__ = ["assert_right", "baseline", "reference"]
+__all__ = ["assert_right", "baseline", "reference", "written"]
 
 # Of q·scale against the value, relative: the scale, its inverse and their product are each rounded, half an ulp.
 CODE_ROUNDING = 1.5 * torch.finfo(torch.float32).eps
 SCALE_ROUNDING = 0.5 * torch.finfo(torch.float32).eps
 
 
+def written(op: str) -> list[str]:
+    """The arguments that the op writes."""
+    arguments = getattr(torch.ops.llmkern, op).default._schema.arguments
+    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
 def reference(op: str, call: Call) -> Any:
-    """What the reference backend computes from `call`, in the call's own dtype."""
-    return dispatch.implementation(op, "reference").fn(**call)
+    """What the reference backend computes from `call`, in the call's own dtype; `call` is not written."""
+    return _run(dispatch.implementation(op, "reference"), call)
 
 
 def baseline(op: str, call: Call) -> Any:
@@ -37,13 +44,21 @@ def baseline(op: str, call: Call) -> Any:
     for name in ("torch", "reference"):
         for impl in dispatch.implementations(op):
             if impl.backend.name == name and impl.why_not(**call) is None:
-                return impl.fn(**call)
+                return _run(impl, call)
     raise AssertionError(f"no baseline for {op}")
+
+
+def _run(impl: dispatch.Implementation, call: Call) -> Any:
+    """The implementation's outputs, followed by copies of the arguments that the op writes, as it leaves them."""
+    copies = {name: call[name].clone() for name in written(impl.op) if call[name] is not None}
+    out = impl.fn(**(call | copies))
+    return [*as_list(out), *copies.values()] if copies else out
 
 
 def assert_right(case: Case, call: Call, out: Any) -> None:
     """Raise AssertionError, with the numbers, unless `out` is a right result of `case`, which was run on `call`."""
-    outputs, expected = as_list(out), as_list(reference(case.op, call))
+    outputs = as_list(out) + [call[name] for name in written(case.op) if call[name] is not None]
+    expected = as_list(reference(case.op, call))
     for i, (o, e) in enumerate(zip(outputs, expected, strict=True)):
         assert o.dtype == e.dtype, f"output {i} is {o.dtype}, expected {e.dtype}"
     if case.rule == "bits":
@@ -54,6 +69,11 @@ def assert_right(case: Case, call: Call, out: Any) -> None:
     if case.rule == "codes":
         _assert_codes(case, call, outputs[0], outputs[1])
         names, outputs, base, exact = names[2:], outputs[2:], base[2:], exact[2:]
+    for i in reversed(range(len(as_list(out)), len(outputs))):
+        if not outputs[i].is_floating_point():
+            gap = (outputs.pop(i).int() - exact.pop(i).int()).abs()
+            assert gap.numel() == 0 or int(gap.max()) <= 1, f"{names[i]}: codes are {int(gap.max())} steps from exact"
+            del names[i], base[i]
     assert_as_accurate(outputs, baseline=base, exact=exact, names=names)
 
 
