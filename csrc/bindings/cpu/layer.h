@@ -1,0 +1,211 @@
+// What the bindings of whole layers share: scratch memory, and linear layers of any kind of weight and number of rows.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "linear.h"
+#include "llmkern/norm.h"
+#include "threads.h"
+
+namespace llmkern {
+
+// With a floating-point weight, more rows than these are multiplied by torch's own operator (oneDNN, MKL), which then
+// reads the weight about as fast and multiplies faster.
+inline constexpr int64_t kFewRows = 16;
+
+// A linear layer, as an op's arguments <name>_weight, <name>_scale and <name>_bias.
+struct Linear {
+  const char* name;
+  const Tensor& weight;
+  const std::optional<Tensor>& scale;
+  const std::optional<Tensor>& bias;
+
+  int64_t n() const { return weight.size(0); }
+  int64_t k() const { return weight.size(1); }
+  bool int8() const { return scale.has_value(); }
+};
+
+// Is this a layer for the launchers: a weight in `dtype` or int8 codes, and a bias in `dtype`?
+inline bool kernels_take(const Linear& l, ScalarType dtype) {
+  const bool weight = l.int8()
+                          ? l.weight.scalar_type() == ScalarType::Char && l.scale->scalar_type() == ScalarType::Float
+                          : l.weight.scalar_type() == dtype;
+  return weight && (!l.bias || l.bias->scalar_type() == dtype);
+}
+
+// Checks what would be read: `l` maps k numbers to n.
+inline void check_linear(const char* op, const Linear& l, int64_t n, int64_t k) {
+  const bool sizes = l.weight.dim() == 2 && l.weight.size(0) == n && l.weight.size(1) == k;
+  STD_TORCH_CHECK(sizes && l.weight.is_cpu() && (l.weight.stride(1) == 1 || k <= 1), op, ": ", l.name,
+                  "_weight must have contiguous rows and shape [", n, ", ", k, "], on the CPU");
+  STD_TORCH_CHECK(!l.scale || (l.scale->numel() == n && l.scale->is_contiguous() && l.scale->is_cpu()), op, ": ",
+                  l.name, "_scale must be contiguous with ", n, " elements, on the CPU");
+  STD_TORCH_CHECK(!l.bias || (l.bias->numel() == n && l.bias->is_contiguous() && l.bias->is_cpu()), op, ": ", l.name,
+                  "_bias must be contiguous with ", n, " elements, on the CPU");
+}
+
+inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t n) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.is_contiguous() && t.is_cpu(), op, ": ", name,
+                  " must be contiguous with shape [", n, "], on the CPU");
+}
+
+// A mask [B, heads, queries, keys] by its strides, 0 where it is broadcast.
+struct Mask {
+  const void* data = nullptr;
+  int64_t stride[4] = {};
+  DType dtype = DType::f32;
+  bool is_bool = false;
+};
+
+inline Mask mask_of(const char* op, const std::optional<Tensor>& mask, const int64_t (&full)[4]) {
+  if (!mask) return {};
+  STD_TORCH_CHECK(mask->dim() == 4 && mask->is_cpu(), op, ": mask must have 4 dimensions, on the CPU");
+  Mask out{.data = mask->const_data_ptr(), .is_bool = mask->scalar_type() == ScalarType::Bool};
+  if (!out.is_bool) out.dtype = *dtype_of(*mask);
+  for (int d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(mask->size(d) == 1 || mask->size(d) == full[d], op, ": mask must broadcast to [B, heads, S, keys]");
+    out.stride[d] = mask->size(d) == 1 ? 0 : mask->stride(d);
+  }
+  return out;
+}
+
+// Pieces of one block of memory.  Without a block it only counts: the same calls give the size and then the pieces.
+class Scratch {
+ public:
+  explicit Scratch(char* block = nullptr) : block_(block) {}
+
+  template <class T = char>
+  T* take(int64_t count) {
+    char* piece = block_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(block_ ? piece : nullptr);
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* block_;
+  int64_t used_ = 0;
+};
+
+// Rows of numbers, `stride` elements apart, or their int8 codes (contiguous) with a scale for each row.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+  int8_t* codes = nullptr;
+  float* scale = nullptr;
+};
+
+// The linear layers of one call.
+class Products {
+ public:
+  Products(const Tensor& like, int64_t rows, bool w8a8)
+      : like_(like), dtype_(*dtype_of(like)), rows_(rows), w8a8_(w8a8) {}
+
+  // Is this layer multiplied by launch_linear?
+  bool native(const Linear& l) const { return l.int8() || rows_ <= kFewRows; }
+
+  // Does every one of these layers round its input to codes, so that whoever makes the input may do it?
+  bool takes_codes(std::initializer_list<Linear> layers) const {
+    for (const Linear& l : layers)
+      if (!w8a8_ || !l.int8()) return false;
+    return true;
+  }
+
+  int64_t workspace_bytes(std::initializer_list<Linear> layers) const {
+    int64_t most = 0;
+    for (const Linear& l : layers)
+      if (native(l)) most = std::max(most, linear_workspace_bytes(rows_, l.k(), w8a8_ && l.int8()));
+    return most;
+  }
+
+  void set_workspace(char* workspace) { workspace_ = workspace; }
+
+  // out[i] = x · layers[i]ᵀ + bias.  Where torch multiplies, out[i] is pointed at its result.
+  void operator()(const Matrix& x, std::initializer_list<Linear> layers, std::initializer_list<Matrix*> outs) {
+    auto out = outs.begin();
+    LinearParams p;
+    p.segments = 0;
+    for (const Linear& l : layers) {
+      if (!native(l)) {
+        **out = dense(x, l);
+      } else {
+        const WeightType type = l.int8() ? WeightType::s8 : weight_type(dtype_);
+        if (p.segments && p.weight_type != type) launch(p);
+        if (p.segments == 0) p = params(x, l.k(), type);
+        p.segment[p.segments++] = segment(l, **out);
+      }
+      ++out;
+    }
+    if (p.segments) launch(p);
+  }
+
+  // out = x · lᵀ + bias + residual, for a layer that is `native`.
+  void add(const Matrix& x, const Linear& l, const Matrix& residual, const Matrix& out) {
+    LinearParams p = params(x, l.k(), l.int8() ? WeightType::s8 : weight_type(dtype_));
+    p.segment[0] = segment(l, out);
+    p.segment[0].residual = residual.data;
+    p.segment[0].residual_stride = residual.stride;
+    p.segments = 1;
+    launch(p);
+  }
+
+  // x · lᵀ + bias by torch's operator; x has numbers.
+  Matrix dense(const Matrix& x, const Linear& l) {
+    const Tensor in =
+        torch::stable::from_blob(x.data, {rows_, l.k()}, {x.stride, 1}, like_.device(), like_.scalar_type());
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(in), torch::stable::detail::from(l.weight),
+                                      torch::stable::detail::from(l.bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    results_.push_back(torch::stable::detail::to<Tensor>(stack[0]));
+    return {.data = results_.back().mutable_data_ptr(), .stride = l.n()};
+  }
+
+ private:
+  static WeightType weight_type(DType dtype) {
+    return dtype == DType::f32 ? WeightType::f32 : dtype == DType::bf16 ? WeightType::bf16 : WeightType::f16;
+  }
+
+  LinearParams params(const Matrix& x, int64_t k, WeightType type) const {
+    LinearParams p;
+    p.x = x.codes ? nullptr : x.data;
+    p.x_q = x.codes;
+    p.x_scale = x.scale;
+    p.workspace = workspace_;
+    p.segments = 0;
+    p.rows = {.count = rows_, .stride0 = x.codes ? k : x.stride};
+    p.k = k;
+    p.weight_type = type;
+    p.dtype = p.out_dtype = p.bias_dtype = p.residual_dtype = dtype_;
+    p.w8a8 = w8a8_ && type == WeightType::s8;
+    return p;
+  }
+
+  static LinearSegment segment(const Linear& l, const Matrix& out) {
+    return {
+        .w = l.weight.const_data_ptr(),
+        .w_scale = l.scale ? static_cast<const float*>(l.scale->const_data_ptr()) : nullptr,
+        .bias = l.bias ? l.bias->const_data_ptr() : nullptr,
+        .out = out.data,
+        .n = l.n(),
+        .w_stride = l.weight.stride(0),
+        .out_stride = out.stride,
+    };
+  }
+
+  void launch(LinearParams& p) const {
+    launch_linear(p, kTorchThreads);
+    p.segments = 0;
+  }
+
+  const Tensor& like_;
+  DType dtype_;
+  int64_t rows_;
+  bool w8a8_;
+  char* workspace_ = nullptr;
+  std::vector<Tensor> results_;  // of torch's operator, kept until the layer is done
+};
+
+}  // namespace llmkern

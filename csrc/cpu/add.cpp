@@ -1,0 +1,27 @@
+// add on the CPU: a thread per block of elements.
+#include "llmkern/add.h"
+
+#include "isa.h"
+#include "vec.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+constexpr int64_t kElementsPerThread = 16384;  // below this, waking a thread costs more than it saves
+
+}  // namespace
+
+void add(const AddParams& p, const Threads& threads) {
+  with_type(p.dtype, [&]<class T>() {
+    const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
+    T* out = static_cast<T*>(p.out);
+    threads.parallel_for(p.count, kElementsPerThread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += kLanes)
+        store_at_most(out + i, load_at_most(a + i, end - i) + load_at_most(b + i, end - i), end - i);
+    });
+  });
+}
+
+}  // namespace llmkern::LLMKERN_ISA
+
+LLMKERN_CPU_LAUNCHER(add, AddParams)
