@@ -52,10 +52,12 @@ __all__ = [
     "intercepting",
     "ops",
     "record_fallback",
+    "record_parts",
     "recording",
     "register",
     "replace_implementations",
     "select",
+    "unwatched",
     "use_backend",
 ]
 
@@ -216,6 +218,23 @@ def record_fallback(op: str, to: str, reason: str, call: dict[str, Any]) -> None
         raise Refused(f"{op}: {reason}, so {to} would serve this call")
     if _state.recorder is not None:
         _state.recorder.fell_back(op, call, to, reason)
+
+
+def record_parts(op: str, to: str, reason: str, call: dict[str, Any]) -> None:
+    """A caller leaves `op` to the ops of its parts, which are dispatched in turn: to the record, never an error."""
+    if _state.recorder is not None:
+        _state.recorder.fell_back(op, call, to, reason)
+
+
+def unwatched() -> bool:
+    """Whether nothing but the order of backends decides on a call, and nobody wants to hear of it."""
+    return (
+        _state.recorder is None
+        and _state.interceptor is None
+        and _state.forced is None
+        and settings.backend is None
+        and not settings.strict
+    )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from llmkern import dispatch
 
 __all__ = [
     "Swapped",
+    "as_before",
     "derive",
     "forward_is_replaced",
     "is_swapped",
@@ -75,6 +76,15 @@ def untouched(module: Any, op: str, reason: str, args: tuple[Any, ...], kwargs: 
 def is_swapped(module: nn.Module) -> bool:
     """Whether the module's class is one that `derive` made, or derives from one."""
     return isinstance(module, Swapped)
+
+
+def as_before(module: nn.Module) -> nn.Module:
+    """The module as rules should see it: a shell of its former class, if it is swapped already."""
+    if not is_swapped(module):
+        return module
+    shell: nn.Module = object.__new__(original_class(module))
+    vars(shell).update(vars(module))
+    return shell
 
 
 def original_class(module: object) -> Any:

@@ -28,6 +28,7 @@ class Found:
         will serve it.
     variants, served: where the switch has several values that turn it on, the class for each, `cls` being that of the
         default; and where no op is called, what the report names instead of a backend.
+    is_whole: it is served without the modules within it being called.  Its rule's switches must all be on.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Found:
     sample: Callable[[torch.dtype, torch.device], dict[str, Any]] | None = field(default=None, repr=False)
     variants: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     served: Mapping[str, str] = field(default_factory=dict)
+    is_whole: bool = False
 
     @property
     def is_frame(self) -> bool:

@@ -64,7 +64,7 @@ def optimize_(
     """
     _check(model, filter_fn, kv_cache, on_unsupported)
     switches = {"attention": attention, "norms": norms, "mlp": mlp, "rope": rope, "kv_cache": kv_cache}
-    sites = list(_sites(model, switches, filter_fn))
+    sites = _without_partial(list(_sites(model, switches, filter_fn)))
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
@@ -139,14 +139,14 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
         if isinstance(module, torch.jit.ScriptModule):  # compiled: its class cannot be changed
             continue
         for rule in RULES:
-            found = rule.find(_as_before(module))
+            found = rule.find(derive.as_before(module))
             if found is None or id(module) in absorbed:
                 continue
             found = _variant(found, module, switches[rule.SWITCHES[0]])
             excluded = ""
             if not _is_swapped(module, found):
-                if not any(switches[switch] for switch in rule.SWITCHES):
-                    off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES]
+                off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES if not switches[switch]]
+                if off and (found.is_whole or len(off) == len(rule.SWITCHES)):
                     excluded = f"switched off by {' and '.join(off)}"
                 elif filter_fn is not None and not found.is_frame and not filter_fn(path, module):
                     excluded = "left out by filter_fn"
@@ -166,13 +166,15 @@ def _variant(found: Found, module: nn.Module, choice: Any) -> Found:
     return replace(found, cls=found.variants.get(choice, found.cls))
 
 
-def _as_before(module: nn.Module) -> nn.Module:
-    """The module as rules should see it: a shell of its former class, if it is swapped already."""
-    if not derive.is_swapped(module):
-        return module
-    shell: nn.Module = object.__new__(derive.original_class(module))
-    vars(shell).update(vars(module))
-    return shell
+def _without_partial(sites: list[_Site]) -> list[_Site]:
+    """The sites, in which no layer is swapped as a whole if one of its parts is to stay as it is."""
+    left = [site.path for site in sites if site.excluded or site.found.reason]
+    return [
+        replace(site, excluded=f"a part of it is left alone: {inner[0]}")
+        if site.found.is_whole and not site.excluded and (inner := [p for p in left if p.startswith(f"{site.path}.")])
+        else site
+        for site in sites
+    ]
 
 
 def _is_swapped(module: nn.Module, found: Found) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -44,3 +45,10 @@ def _same(found: Any, recorded: Any) -> bool:
             f[0] == r[0] and f[1] is r[1] for f, r in zip(found, recorded, strict=True)
         )
     return found is recorded or (isinstance(recorded, (str, int, float)) and found == recorded)
+
+
+def outermost(rows: Iterable[Any]) -> list[Any]:
+    """The rows that are not within a layer swapped as a whole: those whose ops each forward calls."""
+    rows = list(rows)
+    whole = tuple(f"{row.path}." for row in rows if row.kind == "layer")
+    return [row for row in rows if not row.path.startswith(whole)]

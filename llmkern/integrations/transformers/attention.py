@@ -18,10 +18,10 @@ from llmkern import dispatch, ops
 from llmkern.integrations.transformers.config_view import NAME, original_of
 from llmkern.swap.derive import mentioned_globals, original_class
 
-__all__ = ["attention_forward", "register_once"]
+__all__ = ["HARMLESS", "WEIGHTS", "attention_forward", "collects_weights", "register_once"]
 
 # What a model passes along with every call and attention has no use for, or has used already to build the mask.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
@@ -37,7 +37,7 @@ _HARMLESS = frozenset(
 )
 
 
-_WEIGHTS = "the attention weights are asked for (output_attentions), and a fused kernel has none"
+WEIGHTS = "the attention weights are asked for (output_attentions), and a fused kernel has none"
 
 _collector: Any = None  # transformers 5's context variable of outputs being collected
 
@@ -130,21 +130,21 @@ def _beyond_the_op(
     if dropout > 0.0 and module.training:
         return f"attention dropout is {dropout} in training"
     # transformers 5 collects through hooks on the module, so that without one there is nothing to ask.
-    if kwargs.get("output_attentions") or (module._forward_hooks and _collects_weights()):
-        return _WEIGHTS
+    if kwargs.get("output_attentions") or (module._forward_hooks and collects_weights()):
+        return WEIGHTS
     if softcap is not None and original_of(module.config)._attn_implementation == "sdpa":
         return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"
     if not query.dtype == key.dtype == value.dtype or query.shape[0] != key.shape[0]:
         return "queries, keys and values differ in dtype or batch size"
-    for name, argument in () if _HARMLESS.issuperset(kwargs) else kwargs.items():
-        if argument is not None and argument is not False and name not in _HARMLESS and name != "output_attentions":
+    for name, argument in () if HARMLESS.issuperset(kwargs) else kwargs.items():
+        if argument is not None and argument is not False and name not in HARMLESS and name != "output_attentions":
             return f"the model passes {name}, which llmkern does not know"
     if attention_mask is None and not causal and sliding_window is not None and query.shape[2] > 1:
         return "a window without a mask is only defined for causal attention"
     return None
 
 
-def _collects_weights() -> bool:
+def collects_weights() -> bool:
     """Whether transformers 5 is collecting what attention modules return: models need not pass that on."""
     collected = None if _collector is None else _collector.get()
     return collected is not None and any("attentions" in name for name in collected)
@@ -171,7 +171,7 @@ def _untouched(
 ) -> tuple[Tensor, Tensor | None]:
     """The call as the model without llmkern makes it."""
     # sdpa has no weights to return; eager attention does.
-    name = "eager" if reason == _WEIGHTS else original_of(module.config)._attn_implementation
+    name = "eager" if reason == WEIGHTS else original_of(module.config)._attn_implementation
     dispatch.record_fallback("attention", f"transformers {name}", reason, {"q": query, "k": key})
     interface = mentioned_globals(original_class(module).forward)
     eager = interface.get("eager_attention_forward")

@@ -14,13 +14,13 @@ from llmkern.swap.found import Found, attention_sample, linear_like
 
 SWITCHES = ("attention",)
 
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _REPLACEABLE = ("eager", "sdpa")
 
 
 def find(module: nn.Module) -> Found | None:
     config = getattr(module, "config", None)
-    if _INTERFACE in mentioned_globals(type(module).forward):
+    if INTERFACE in mentioned_globals(type(module).forward):
         name = getattr(original_of(config), "_attn_implementation", None)
         if name not in _REPLACEABLE:
             return Found("attention", "attention", f"the model was given attn_implementation={name!r}")

@@ -43,7 +43,7 @@ def _named(module: nn.Module) -> bool:
 def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found | None:
     values = {name: p.detach().float() for name, p in parameters.items()}
     sizes = {p.numel() for p in values.values()} or {(getattr(module, "normalized_shape", None) or (_HIDDEN,))[-1]}
-    if len(sizes) != 1 or not (parameters or _may_have_eps(module) or _named(module)):
+    if len(sizes) != 1 or not (parameters or _may_haveeps_of(module) or _named(module)):
         return None
     x = _inputs(sizes.pop())
     x = x.to(next((p.device for p in values.values()), x.device))
@@ -53,7 +53,7 @@ def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found 
     for weight, bias in _roles(list(values)):
         w, b = (None if name is None else values[name] for name in (weight, bias))
         for eps in _eps_sources(module):
-            number = _eps(module, eps, x)
+            number = eps_of(module, eps, x)
             for offset in (0.0, 1.0) if w is not None else (0.0,):
                 call = {"x": x, "weight": w, "bias": b, "eps": number, "weight_offset": offset}
                 if agrees(out, implementation("rms_norm", "reference").fn(**call)):
@@ -74,7 +74,7 @@ def _roles(names: list[str]) -> list[tuple[str | None, str | None]]:
     return [(names[0], None)] if names else [(None, None)]
 
 
-def _may_have_eps(module: nn.Module) -> bool:
+def _may_haveeps_of(module: nn.Module) -> bool:
     return any(isinstance(value, float) or name == "eps" for name, value in vars(module).items())
 
 
@@ -86,7 +86,8 @@ def _eps_sources(module: nn.Module) -> Iterator[str | float]:
     yield from _WRITTEN_OUT
 
 
-def _eps(module: Any, source: str | float, x: Tensor) -> float:
+def eps_of(module: Any, source: str | float, x: Tensor) -> float:
+    """The number that an eps source (as in `_llmkern_norm`) stands for."""
     if not isinstance(source, str):
         return source
     eps = getattr(module, source)
@@ -118,7 +119,7 @@ def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight, bias = self._parameters.get(weight_name), self._parameters.get(bias_name)
     if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
         return untouched(self, "rms_norm", _beyond(weight, args, kwargs), args, kwargs)
-    return ops.rms_norm(args[0], weight, _eps(self, eps, args[0]), weight_offset=offset, bias=bias)
+    return ops.rms_norm(args[0], weight, eps_of(self, eps, args[0]), weight_offset=offset, bias=bias)
 
 
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,4 +127,4 @@ def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight, bias = self._parameters.get(weight_name), self._parameters.get(bias_name)
     if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
         return untouched(self, "layer_norm", _beyond(weight, args, kwargs), args, kwargs)
-    return ops.layer_norm(args[0], weight, bias, _eps(self, eps, args[0]))
+    return ops.layer_norm(args[0], weight, bias, eps_of(self, eps, args[0]))

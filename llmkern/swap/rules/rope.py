@@ -42,6 +42,13 @@ def find(module: nn.Module) -> Found | None:
     return None
 
 
+def form_of(module: nn.Module) -> _Form | None:
+    """The form of the rotary embedding that the module's forward calls; None where it calls none, or another."""
+    for function in _rotary_functions(type(module).forward).values():
+        return _form(function)
+    return None
+
+
 _rebound = cache(rebind)  # the same forward for every layer, so that they share one class
 
 

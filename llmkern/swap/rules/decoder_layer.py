@@ -1,0 +1,255 @@
+"""Decoder layers of the Llama family as one op: norm, attention with rotary embedding, norm, gated MLP, two sums.
+
+Every part that the layer consists of is one that its own rule has found, so what is left to find out is how the
+layer's and the attention's forward put them together: a small copy of the layer is run, and has to agree with the
+op's reference.  At each call the op serves what it can; the rest goes through the layer's own forward, whose parts
+are swapped one by one as well, with the reason on record (llmkern/swap/decoder_forward.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkern.dispatch import implementation
+from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
+from llmkern.swap.derive import as_before, derive
+from llmkern.swap.found import Found, agrees, linear_like
+from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
+from llmkern.swap.rules import attention as attention_rule
+from llmkern.swap.rules import mlp as mlp_rule
+from llmkern.swap.rules import norms as norms_rule
+from llmkern.swap.rules import rope as rope_rule
+from llmkern.swap.whole_layer import LinearPart, NormPart, called_within
+
+SWITCHES = ("attention", "norms", "mlp", "rope")
+
+_HIDDEN, _INNER, _BATCH, _LENGTH = 6, 10, 2, 3  # of the probe
+_NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+
+
+def find(module: nn.Module) -> Found | None:
+    if implementation(OP, "cpu").backend.missing is not None:
+        return None
+    layer = _parts_of(module)
+    if layer is None:
+        return None
+    first, second, *heads = layer.norms
+    for norms in ((first, second, *heads), (second, first, *heads)):
+        passed = _probed(module, replace(layer, norms=norms))
+        if passed is not None:
+            cls = derive(type(module), forward, ("_llmkern_layer", passed))
+            return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
+    return None
+
+
+def _parts_of(module: nn.Module) -> DecoderParts | None:
+    """The parts, where they are those of a decoder layer; what the probe finds out is still open."""
+    children = {name: as_before(child) for name, child in module._modules.items() if child is not None}
+    if not 4 <= len(children) <= 8 or any(p is not None for p in module._parameters.values()):
+        return None
+    kinds: dict[str, list[str]] = {"norm": [], "attention": [], "mlp": [], "none": [], "other": []}
+    for name, child in children.items():
+        kinds[_kind(child)].append(name)
+    if [len(kinds[kind]) for kind in ("norm", "attention", "mlp", "other")] != [2, 1, 1, 0]:
+        return None
+    (attention,), (mlp,) = kinds["attention"], kinds["mlp"]
+    within: Any = children[attention]
+    form = rope_rule.form_of(children[attention])
+    linears = _attention_linears(attention, within)
+    heads = _head_norms(attention, within)
+    if form is None or form.per_pair or linears is None or heads is None:
+        return None
+    norms = [_norm((name,), children[name]) for name in kinds["norm"]] + heads
+    if len({(number, offset) for _, number, offset in norms}) != 1:
+        return None
+    gated: Any = mlp_rule.find(children[mlp])
+    linears = (*linears, *_mlp_linears(mlp, children[mlp], gated.cls))
+    return DecoderParts(
+        attention=attention,
+        norms=(*[part for part, _, _ in norms], *[None] * (4 - len(norms))),
+        linears=linears,
+        classes=called_within(module, linears),
+        norm_offset=norms[0][2],
+        head_dim=within.head_dim,
+        kv_heads=_key_rows(within) // within.head_dim,
+        interleaved=form.interleaved,
+        activation=gated.cls._llmkern_activation,
+    )
+
+
+def _kind(child: nn.Module) -> str:
+    """Which part of a layer the child is; "none" for one that does nothing outside training."""
+    if isinstance(child, (nn.Dropout, nn.Identity)):
+        return "none"
+    for kind, rule in (("norm", norms_rule), ("attention", attention_rule), ("mlp", mlp_rule)):
+        found = rule.find(child)
+        if found is not None:
+            return "other" if found.reason or found.op == "layer_norm" else kind
+    return "other"
+
+
+def _norm(path: tuple[str, ...], norm: nn.Module) -> tuple[NormPart, float, float]:
+    """The norm with its eps and its offset as numbers."""
+    found: Any = norms_rule.find(norm)
+    weight, bias, eps, offset = found.cls._llmkern_norm
+    return NormPart(path, weight, bias, eps), norms_rule.eps_of(norm, eps, torch.empty(0)), offset
+
+
+def _head_norms(name: str, attention: nn.Module) -> list[tuple[NormPart, float, float]] | None:
+    """Those of queries and keys, [] where there are none; None where the attention has other children."""
+    others = {n: as_before(c) for n, c in attention._modules.items() if c is not None and not linear_like(c)}
+    if not others:
+        return []
+    if others.keys() != {"q_norm", "k_norm"} or any(_kind(child) != "norm" for child in others.values()):
+        return None
+    heads = [_norm((name, part), others[part]) for part in ("q_norm", "k_norm")]
+    sizes = {others[part.path[-1]]._parameters[part.weight].numel() for part, _, _ in heads}  # type: ignore[union-attr]
+    return heads if sizes == {attention.head_dim} else None
+
+
+def _key_rows(attention: Any) -> int:
+    if "k_proj" in attention._modules:
+        return int(attention.k_proj.out_features)
+    return int(attention.qkv_proj.out_features - attention.o_proj.in_features) // 2
+
+
+def _attention_linears(name: str, attention: Any) -> tuple[LinearPart, ...] | None:
+    """q, k, v and o of the op."""
+    linears = {n for n, child in attention._modules.items() if linear_like(child)}
+    heads = isinstance(getattr(attention, "head_dim", None), int) and getattr(attention, "is_causal", True)
+    if not heads or any(p is not None for p in attention._parameters.values()):
+        return None
+    if linears == {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return tuple([LinearPart((name, f"{role}_proj")) for role in "qkvo"])
+    if linears != {"qkv_proj", "o_proj"}:
+        return None
+    q = int(attention.o_proj.in_features)
+    kv = _key_rows(attention)
+    packed = (name, "qkv_proj")
+    rows = ((0, q), (q, q + kv), (q + kv, q + 2 * kv))
+    return (*[LinearPart(packed, each) for each in rows], LinearPart((name, "o_proj")))
+
+
+def _mlp_linears(name: str, mlp: nn.Module, cls: Any) -> tuple[LinearPart, ...]:
+    """gate, up and down of the op."""
+    *into, down = cls._llmkern_linears
+    gate_and_up = [LinearPart((name, linear)) for linear in into]
+    if len(into) == 1:
+        half = int(mlp._modules[into[0]].out_features) // 2  # type: ignore[union-attr,arg-type]
+        gate_and_up = [LinearPart((name, into[0]), rows) for rows in ((0, half), (half, 2 * half))]
+    return (*(gate_and_up if cls._llmkern_gate_first else reversed(gate_and_up)), LinearPart((name, down)))
+
+
+def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts | None:
+    """The layer with what its attention asks for, if a small copy of it computes what the op does."""
+    call, asked = _small_call(layer, module._modules[layer.attention]), Asked()
+    out = run(
+        small_copy(module, _stand_ins(layer, call), (layer.attention,), asked),
+        call["hidden"],
+        attention_mask=call["mask"],
+        position_ids=torch.arange(_LENGTH)[None],
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=(call["cos"], call["sin"]),
+    )
+    scale, window = asked.arguments.pop("scaling", None), asked.arguments.pop("sliding_window", -1)
+    if out is None or scale is None or any(asked.arguments.values()):
+        return None
+    expected = implementation(OP, "reference").fn(**call, sm_scale=scale)
+    return replace(layer, sm_scale=float(scale), window=int(window)) if agrees(out, expected) else None
+
+
+def _small_call(layer: DecoderParts, attention: Any) -> dict[str, Any]:
+    """The op's call for the probe but for sm_scale: the layer's heads, and a small hidden size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    across, dim = attention.o_proj.in_features, layer.head_dim
+    keys = layer.kv_heads * dim
+    sizes = {"q": across, "k": keys, "v": keys, "o": _HIDDEN, "gate": _INNER, "up": _INNER, "down": _HIDDEN}
+    into = {"o": across, "down": _INNER}
+    call: dict[str, Any] = {name: None for name in ("k_cache", "v_cache", "k_cache_scale", "v_cache_scale")}
+    for name, size in sizes.items():
+        columns = into.get(name, _HIDDEN)
+        call |= {f"{name}_weight": randn(size, columns) * columns**-0.5, f"{name}_scale": None}
+        call[f"{name}_bias"] = randn(size)
+    for name, norm in zip(_NORMS, layer.norms, strict=True):
+        call[name] = None if norm is None else randn(dim if name in ("q_norm", "k_norm") else _HIDDEN)
+    hidden = torch.full((_LENGTH, _LENGTH), -math.inf).triu(1)[None, None]
+    return call | {
+        "hidden": randn(_BATCH, _LENGTH, _HIDDEN),
+        "cos": randn(1, _LENGTH, dim),
+        "sin": randn(1, _LENGTH, dim),
+        "past": 0,
+        "mask": hidden,
+        "head_dim": dim,
+        "eps": 1e-5,
+        "norm_offset": layer.norm_offset,
+        "interleaved": layer.interleaved,
+        "window": -1,
+        "softcap": 0.0,
+        "activation": layer.activation,
+        "scheme": "w8a8",
+    }
+
+
+def _stand_ins(layer: DecoderParts, call: dict[str, Any]) -> dict[tuple[str, ...], nn.Module]:
+    """The norms, the attention's linear layers and the MLP, with the call's parameters."""
+    made: dict[tuple[str, ...], nn.Module] = {}
+    for name, norm in zip(_NORMS, layer.norms, strict=True):
+        if norm is not None:
+            made[norm.path] = Computed(partial(_normed, call, call[name]))
+    by_path: dict[tuple[str, ...], list[str]] = {}
+    for name, part in zip(LINEARS[:4], layer.linears[:4], strict=True):
+        by_path.setdefault(part.path, []).append(name)
+    for path, names in by_path.items():
+        weight, bias = (torch.cat([call[f"{name}_{part}"] for name in names]) for part in ("weight", "bias"))
+        made[path] = Computed(partial(F.linear, weight=weight, bias=bias))
+    made[layer.linears[-1].path[:1]] = Computed(partial(_gated, call))
+    return made
+
+
+def _normed(call: dict[str, Any], weight: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = implementation("rms_norm", "reference").fn(
+        x=x, weight=weight, bias=None, eps=call["eps"], weight_offset=call["norm_offset"]
+    )
+    return y
+
+
+def _gated(call: dict[str, Any], x: Tensor) -> Tensor:
+    gate, up = (F.linear(x, call[f"{name}_weight"], call[f"{name}_bias"]) for name in ("gate", "up"))
+    function = mlp_rule.function_of(call["activation"])
+    return F.linear(function(gate) * up, call["down_weight"], call["down_bias"])
+
+
+def _sample(layer: DecoderParts, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """A small call with the layer's head dimension."""
+    dim = layer.head_dim
+    made = {name: torch.zeros(dim, dim, dtype=dtype, device=device) for name in LINEARS}
+    norm = torch.zeros(dim, dtype=dtype, device=device)
+    angles = torch.zeros(1, 1, dim, dtype=dtype, device=device)
+    call: dict[str, Any] = {"hidden": angles, "cos": angles, "sin": angles, "past": 0, "mask": None}
+    call |= {name: None for name in ("k_cache", "v_cache", "k_cache_scale", "v_cache_scale")}
+    call |= {name: None if part is None else norm for name, part in zip(_NORMS, layer.norms, strict=True)}
+    for name, weight in made.items():
+        call |= {f"{name}_weight": weight, f"{name}_scale": None, f"{name}_bias": None}
+    return call | {
+        "head_dim": dim,
+        "eps": 1e-5,
+        "norm_offset": layer.norm_offset,
+        "interleaved": layer.interleaved,
+        "sm_scale": layer.sm_scale,
+        "window": layer.window,
+        "softcap": 0.0,
+        "activation": layer.activation,
+        "scheme": "w8a8",
+    }

@@ -1,0 +1,189 @@
+"""What the forwards of whole layers share: the parts as the layer holds them at the call, and what speaks against
+computing them all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmkern import dispatch
+from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
+from llmkern.nn.int8_linear import Int8Linear
+from llmkern.ops.int8_linear import resolve_scheme
+from llmkern.swap.derive import original_class
+
+__all__ = [
+    "ChildPart",
+    "LinearPart",
+    "NormPart",
+    "Unserved",
+    "called_within",
+    "check_arguments",
+    "check_children",
+    "eps_of",
+    "layer_mask",
+    "linear_arguments",
+    "norm_parameter",
+    "parts",
+    "why_parts",
+]
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_INERT = "install_output_capuring_hook.<locals>.output_capturing_hook"  # transformers 5's, which stays once installed
+
+
+class LinearPart(NamedTuple):
+    """Where a linear layer is: by names from the layer down, and which rows of it are meant (None for all)."""
+
+    path: tuple[str, ...]
+    rows: tuple[int, int] | None = None
+
+
+class NormPart(NamedTuple):
+    """Where a norm is, the names of its parameters, and its eps: an attribute's name, or the number."""
+
+    path: tuple[str, ...]
+    weight: str
+    bias: str | None
+    eps: str | float
+
+
+class ChildPart(NamedTuple):
+    """Where a child is, and the class that it had when it was found out what it computes."""
+
+    path: tuple[str, ...]
+    cls: type[nn.Module]
+
+
+def called_within(module: nn.Module, linears: tuple[LinearPart, ...]) -> tuple[ChildPart, ...]:
+    """Everything within the layer that is computed without being called, but for its linear layers."""
+    paths = {part.path for part in linears}
+    found = []
+    for name, child in module.named_modules():
+        path = tuple(name.split("."))
+        if name and not any(path[: len(linear)] == linear for linear in paths):
+            found.append(ChildPart(path, original_class(child)))
+    return tuple(found)
+
+
+class Unserved(Exception):
+    """The call is left to the layer's parts; the message is the reason."""
+
+
+def parts(module: nn.Module, hidden: Tensor) -> str | None:
+    """The sentence why the layer is to be computed part by part, whatever its parts are; None where nothing is."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "the model is being compiled, exported or traced"
+    if torch.is_grad_enabled():
+        return "gradients are enabled, and the op for a whole layer has none: use torch.no_grad()"
+    if module.training:
+        return "the layer is in training mode"
+    if type(hidden) not in _PLAIN_TENSORS or hidden.device.type != "cpu":
+        return f"the hidden states are a {type(hidden).__name__} on {hidden.device.type}"
+    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+        return "autocast or another mode is at work"
+    return None
+
+
+def why_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+    """The call by the layer's own forward, whose parts are dispatched one by one, on record with the reason."""
+    dispatch.record_parts(op, "its parts", reason, {"hidden": hidden})
+    return module._llmkern_original.forward(module, hidden, *args, **kwargs)
+
+
+def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozenset[str]) -> None:
+    """Raises `Unserved` where the call says more than the op can be told."""
+    if args:
+        raise Unserved("the layer is called with more than the hidden states by position")
+    for name, argument in kwargs.items():
+        if name == "output_attentions" and argument:
+            raise Unserved(WEIGHTS)
+        if argument is not None and argument is not False and name not in known:
+            raise Unserved(f"the model passes {name}, which llmkern does not know")
+
+
+def check_children(module: nn.Module, children: tuple[ChildPart, ...]) -> None:
+    """Raises `Unserved` where a child is no longer what it was, or calling it would do more than compute."""
+    for path, cls in children:
+        child = _at(module, path)
+        if original_class(child) is not cls:
+            raise Unserved(f"{'.'.join(path)} is a {type(child).__name__}, not a plain {cls.__name__}")
+        state = child.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            _check_hooks(".".join(path), state)
+
+
+def _check_hooks(name: str, state: dict[str, Any]) -> None:
+    inert = all(getattr(hook, "__qualname__", "") == _INERT for hook in state["_forward_hooks"].values())
+    if state["_forward_pre_hooks"] or "forward" in state or not inert:
+        raise Unserved(f"{name} has hooks, or a forward of its own")
+    if collects_weights():
+        raise Unserved(WEIGHTS)
+
+
+def _at(module: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        module = module._modules[name]
+    return module
+
+
+def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Tensor) -> Tensor | None:
+    """A parameter of a norm, which has like's dtype; None where it has none of that name."""
+    parameter: Tensor | None = None if name is None else _at(module, norm.path)._parameters[name]
+    if parameter is not None and (parameter.dtype is not like.dtype or type(parameter) not in _PLAIN_TENSORS):
+        raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
+    return parameter
+
+
+def eps_of(module: nn.Module, norms: Sequence[NormPart | None]) -> float:
+    """The eps that all the norms have."""
+    found = [
+        getattr(_at(module, norm.path), norm.eps) if isinstance(norm.eps, str) else norm.eps
+        for norm in norms
+        if norm is not None
+    ]
+    if found.count(found[0]) != len(found) or type(found[0]) is not float:
+        raise Unserved("its norms have different eps")
+    return found[0]
+
+
+def linear_arguments(
+    module: nn.Module, linears: tuple[LinearPart, ...], like: Tensor
+) -> tuple[list[Tensor | None], str]:
+    """(weight, scale, bias) of each linear layer, one after the other, and the scheme of those in int8."""
+    found: list[Tensor | None] = []
+    dtype, schemes = like.dtype, set()
+    for path, rows in linears:
+        layer = _at(module, path)
+        cls, state = type(layer), layer.__dict__
+        if cls is not nn.Linear and cls is not Int8Linear:
+            raise Unserved(f"{path[-1]} is a {cls.__name__}, not a plain linear layer")
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            _check_hooks(".".join(path), state)
+        parameters = state["_parameters"]
+        weight, bias, scale = parameters["weight"], parameters["bias"], None
+        if cls is Int8Linear:
+            scale = layer._buffers["weight_scale"]
+            schemes.add(layer._scheme)
+        elif weight.dtype is not dtype:
+            raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
+        if type(weight) not in _PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
+            raise Unserved(f"the weight or bias of {path[-1]} has another type than the hidden states")
+        if rows is not None:
+            part = slice(*rows)
+            weight, scale, bias = (None if t is None else t[part] for t in (weight, scale, bias))
+        found += (weight, scale, bias)
+    if len(schemes) > 1:
+        raise Unserved(f"its int8 layers have several schemes: {', '.join(sorted(schemes))}")
+    return found, resolve_scheme(schemes.pop(), like) if schemes else "w8a8"
+
+
+def layer_mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:
+    """The model's mask as the op takes it."""
+    plain = type(mask) in _PLAIN_TENSORS and mask.dim() == 4
+    if not plain or mask.dtype not in (torch.bool, hidden.dtype, torch.float32) or mask.shape[-1] < keys:
+        raise Unserved("the attention mask is no 4-dimensional tensor of bools or of numbers for every key")
+    return mask[..., :keys] if mask.shape[-1] > keys else mask  # transformers 4 prepares one for a longer cache

@@ -1,0 +1,322 @@
+"""Decoder and encoder layers as one op: who is served, what is left to the parts, and why."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import llmkern
+from llmkern import dispatch
+from llmkern.testing.compare import assert_as_accurate
+from llmkern.testing.float64 import Float64
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"),
+    pytest.mark.skipif(
+        dispatch.implementation("decoder_layer_", "cpu").backend.missing is not None, reason="needs the CPU kernels"
+    ),
+]
+
+SIZES = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+DECODER = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+DECODER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+WINDOW = 6
+
+DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, attention_bias=True, mlp_bias=True)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=WINDOW)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**DECODER, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=16)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**DECODER)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**DECODER, head_dim=16, tie_word_embeddings=False)),
+}
+ENCODERS: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(**SIZES, num_attention_heads=4)),
+    "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES, num_attention_heads=4, hidden_act="relu")),
+    "distilbert": lambda: hf.DistilBertModel(
+        hf.DistilBertConfig(vocab_size=67, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    ),
+}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    # Norms after the sums, four norms, attention and MLP side by side, scaled sums: no layer of either kind.
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**DECODER)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, head_dim=16, attn_implementation="eager")),
+    "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**DECODER)),
+    "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**DECODER, residual_multiplier=0.5)),
+    "vit": lambda: hf.ViTModel(
+        hf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16)
+    ),
+}
+
+
+def built(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else parameter.data.add_(
+                0.3 * torch.randn(parameter.shape)
+            )
+    return model.to(dtype).eval()
+
+
+class Record:
+    """Ops that were served, and reasons for leaving a layer to its parts."""
+
+    def __init__(self) -> None:
+        self.ops: list[str] = []
+        self.reasons: list[str] = []
+
+    def served(self, op: str, *_: Any) -> None:
+        self.ops.append(op)
+
+    def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+def recorded(function: Callable[[], Any]) -> Record:
+    record = Record()
+    with dispatch.recording(record):
+        function()
+    return record
+
+
+TOKENS = torch.randint(3, 67, (2, 10), generator=torch.Generator().manual_seed(1))
+PADDED = torch.ones(2, 10, dtype=torch.long)
+PADDED[1, :4] = 0
+decoders = pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
+encoders = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
+
+
+@decoders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_decoder_is_as_accurate_as_untouched(make, dtype) -> None:
+    reference, model = built(make, dtype), built(make, dtype)
+    report = llmkern.optimize_(model)
+    assert [row.backend for row in report if row.kind == "layer"] == ["cpu", "cpu"]
+    for inputs in ({"input_ids": TOKENS}, {"input_ids": TOKENS, "attention_mask": PADDED}):
+        for use_cache in (False, True):
+            with Float64():
+                exact = reference(**inputs, use_cache=use_cache).logits
+            baseline, kept = reference(**inputs, use_cache=use_cache).logits, PADDED.bool()
+            out = model(**inputs, use_cache=use_cache).logits
+            assert_as_accurate(out[kept], baseline=baseline[kept], exact=exact[kept])
+        record = recorded(lambda given=inputs: model(**given))
+        assert record.ops.count("decoder_layer_") == 2
+        assert not record.reasons
+
+
+@encoders
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_an_encoder_is_as_accurate_as_untouched(make, dtype) -> None:
+    reference, model = built(make, dtype), built(make, dtype)
+    report = llmkern.optimize_(model)
+    assert [row.backend for row in report if row.kind == "layer"] == ["cpu", "cpu"]
+    for mask in (None, PADDED.flip(1)):
+        inputs = {"input_ids": TOKENS, "attention_mask": mask}
+        with Float64():
+            exact = reference(**inputs).last_hidden_state
+        baseline, out = reference(**inputs).last_hidden_state, model(**inputs).last_hidden_state
+        kept = PADDED.flip(1).bool()
+        assert_as_accurate(out[kept], baseline=baseline[kept], exact=exact[kept])
+        record = recorded(lambda given=inputs: model(**given))
+        assert record.ops.count("encoder_layer") == 2
+        assert not record.reasons
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_another_layer_is_not_taken_for_one(make) -> None:
+    assert not [row for row in llmkern.optimize_(built(make)) if row.kind == "layer"]
+
+
+def prompts(padded: bool) -> dict[str, Tensor]:
+    return {"input_ids": TOKENS, "attention_mask": PADDED if padded else torch.ones_like(PADDED)}
+
+
+@decoders
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_generate_gives_the_tokens_of_the_untouched_model(make, padded, options) -> None:
+    if "prompt_lookup_num_tokens" in options:
+        inputs = {name: value[:1] for name, value in prompts(False).items()}
+    else:
+        inputs = prompts(padded)
+    model, options = built(make), {"do_sample": False, "max_new_tokens": 14, "min_new_tokens": 14} | options
+    expected = model.generate(**inputs, **options)
+    llmkern.optimize_(model)
+    record = recorded(lambda: model.generate(**inputs, **options, past_key_values=llmkern.KVCache(model.config)))
+    assert record.ops.count("decoder_layer_") >= 2 * 4
+    assert not record.reasons
+    assert torch.equal(model.generate(**inputs, **options, past_key_values=llmkern.KVCache(model.config)), expected)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@decoders
+@torch.no_grad()
+def test_chunks_crops_and_single_tokens_continue_a_cache(make) -> None:
+    """A prompt in two pieces, a step, a step taken back, and three tokens at once: the logits of one whole forward."""
+    model = built(make)
+    tokens = torch.randint(3, 67, (1, 16), generator=torch.Generator().manual_seed(2))
+    expected = model(tokens).logits
+    llmkern.optimize_(model)
+    cache, end = llmkern.KVCache(model.config), 0
+    for size in (5, 6, 1, 1, 3):
+        out = model(tokens[:, end : end + size], past_key_values=cache).logits
+        torch.testing.assert_close(out, expected[:, end : end + size], rtol=1e-4, atol=1e-4)
+        end += size
+    assert cache.get_seq_length() == 16
+
+
+@decoders
+@torch.no_grad()
+def test_int8_weights_and_an_int8_cache(make) -> None:
+    """The whole layers compute what their parts do, and the cache holds the codes that its own update makes."""
+    model = built(make)
+    llmkern.quantize_(model)
+    parts = copy.deepcopy(model)
+    llmkern.optimize_(model)
+    llmkern.optimize_(parts, filter_fn=lambda path, module: not hasattr(module, "mlp"))
+    assert not [row for row in llmkern.optimize_(parts, attention=False) if row.kind == "layer" and not row.reason]
+    for count in (2, 10):
+        ours, theirs = (llmkern.KVCache(model.config, dtype="int8") for _ in range(2))
+        for tokens in (TOKENS[:, :count], TOKENS[:, :1], TOKENS[:, 1:2]):
+            record = Record()
+            with dispatch.recording(record):
+                out = model(tokens, past_key_values=ours).logits
+            assert record.ops.count("decoder_layer_") == 2
+            expected = parts(tokens, past_key_values=theirs).logits
+            assert (out - expected).norm() <= 0.03 * expected.norm()
+        for mine, other in zip(ours.layers, theirs.layers, strict=True):
+            gap = mine.keys - other.keys
+            assert gap.norm() <= 0.03 * other.keys.norm()
+
+
+def with_hook(model: nn.Module) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def with_pre_hook(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: None)
+
+
+def with_another_linear(model: nn.Module) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model.model.layers[0].mlp.up_proj.__class__ = Scaled
+
+
+def with_another_norm(model: nn.Module) -> None:
+    model.model.layers[0].input_layernorm = nn.LayerNorm(32)
+
+
+def nothing(model: nn.Module) -> None:
+    pass
+
+
+def static(model: Any) -> dict[str, Any]:
+    return {"past_key_values": hf.StaticCache(config=model.config, max_cache_len=32)}
+
+
+def filled(model: Any) -> dict[str, Any]:
+    cache = hf.DynamicCache(config=model.config)
+    model(TOKENS[:, :4], past_key_values=cache)
+    return {"past_key_values": cache}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (with_hook, {}, "mlp has hooks"),
+        (with_pre_hook, {}, "self_attn.q_proj has hooks"),
+        (with_another_linear, {}, "up_proj is a Scaled, not a plain linear layer"),
+        (with_another_norm, {}, "input_layernorm is a LayerNorm, not a plain LlamaRMSNorm"),
+        (nothing, {"output_attentions": True}, "attention weights are asked for"),
+        (nothing, static, "the cache is a StaticCache, not a"),
+        (nothing, filled, "the cache is a DynamicCache with tokens in it"),
+    ],
+)
+@torch.no_grad()
+def test_what_the_op_cannot_serve_goes_through_the_parts(change, options, reason) -> None:
+    reference, model = built(DECODERS["llama"]), built(DECODERS["llama"])
+    llmkern.optimize_(model)
+    change(reference), change(model)
+    given = [options(m) if callable(options) else options for m in (reference, model)]
+    expected = reference(TOKENS, **given[0]).logits
+    record = Record()
+    with dispatch.recording(record):
+        out = model(TOKENS, **given[1]).logits
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert any(reason in said for said in record.reasons), record.reasons
+    assert record.ops.count("decoder_layer_") == (1 if change is not nothing else 0)
+    assert "attention" in record.ops or "output_attentions" in given[1]
+
+
+def test_gradients_and_training_go_through_the_parts() -> None:
+    model = built(DECODERS["llama"])
+    llmkern.optimize_(model)
+    record = recorded(lambda: model(TOKENS, labels=TOKENS).loss.backward())
+    assert "decoder_layer_" not in record.ops
+    assert "gradients are enabled" in record.reasons[0]
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        record = recorded(lambda: model.train()(TOKENS))
+        assert "training mode" in record.reasons[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            record = recorded(lambda: model.eval()(TOKENS))
+    assert "autocast" in record.reasons[0]
+
+
+@torch.no_grad()
+def test_hidden_states_are_collected_from_whole_layers() -> None:
+    reference, model = built(DECODERS["llama"]), built(DECODERS["llama"])
+    llmkern.optimize_(model)
+    expected = reference(TOKENS, output_hidden_states=True).hidden_states
+    record = Record()
+    with dispatch.recording(record):
+        found = model(TOKENS, output_hidden_states=True).hidden_states
+    assert record.ops.count("decoder_layer_") == 2
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_are_those_of_the_moment() -> None:
+    """Loaded, converted and replaced parameters count at the next call."""
+    model, other = built(DECODERS["llama"]), built(DECODERS["llama"])
+    llmkern.optimize_(model)
+    model(TOKENS)
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(TOKENS).logits, other(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    for each in (model, other):
+        each.model.layers[0].mlp.up_proj.weight = nn.Parameter(each.model.layers[0].mlp.up_proj.weight * 2)
+        each.model.layers[0].input_layernorm.variance_epsilon = 0.1
+        each.model.layers[0].post_attention_layernorm.variance_epsilon = 0.1
+    torch.testing.assert_close(model(TOKENS).logits, other(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    record = recorded(lambda: model.to(torch.bfloat16)(TOKENS))
+    assert record.ops.count("decoder_layer_") == 2
+
+
+@pytest.mark.parametrize("switch", ["attention", "norms", "mlp", "rope"])
+def test_a_switch_off_leaves_the_layers_to_their_parts(switch) -> None:
+    report = llmkern.optimize_(built(DECODERS["llama"]), **{switch: False})
+    assert {row.reason for row in report if row.kind == "layer"} == {f"switched off by {switch}=False"}
+
+
+def test_a_part_left_out_leaves_its_layer_to_the_parts() -> None:
+    report = llmkern.optimize_(built(DECODERS["llama"]), filter_fn=lambda path, _: path != "model.layers.1.mlp")
+    layers = {row.path: row.reason for row in report if row.kind == "layer"}
+    assert layers == {"model.layers.0": "", "model.layers.1": "a part of it is left alone: model.layers.1.mlp"}
