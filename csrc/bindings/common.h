@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "device.h"
+#include "llmkern/activation.h"
 #include "llmkern/dtype.h"
 #include "llmkern/rows.h"
 
@@ -34,6 +35,14 @@ inline std::optional<DType> dtype_of(ScalarType type) {
 
 inline std::optional<DType> dtype_of(const Tensor& t) {
   return dtype_of(t.scalar_type());
+}
+
+// nullopt for a name that the op's Python does not know either.
+inline std::optional<Activation> activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "gelu", "gelu_tanh", "silu", "relu"};
+  for (int i = 0; i < 5; ++i)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  return std::nullopt;
 }
 
 // True where every given tensor has a type that the kernels have.

@@ -119,6 +119,12 @@ def rotated(interleaved: bool) -> tuple[Any, ...]:
     return q, k, torch.randn(1, 77, 66), torch.randn(1, 77, 66), 66, interleaved
 
 
+def in_order(op: str, name: str) -> tuple:
+    """The arguments of a case, by position."""
+    call = next(case for case in cases(op) if str(case) == name).make()
+    return tuple(call[argument.name] for argument in getattr(torch.ops.llmkern, op).default._schema.arguments)
+
+
 # Large enough to be shared among threads, and odd, so that their shares differ.
 SHARED = {
     "rms_norm": lambda: (torch.randn(301, 577), torch.randn(577), None, 1e-6, 0.0),
@@ -130,6 +136,9 @@ SHARED = {
     "attention": lambda: (*torch.randn(3, 2, 6, 131, 59), None, None, None, True, 0.2, [-1, -1], 0.0, True),
     "attention_decode": lambda: decode(int8=False),
     "attention_decode-int8": lambda: decode(int8=True),
+    "decoder_layer_": lambda: in_order("decoder_layer_", "smollm2-float32"),
+    "decoder_layer_-many": lambda: in_order("decoder_layer_", "int8-w8a8-70-tokens-bfloat16"),
+    "encoder_layer": lambda: in_order("encoder_layer", "minilm-float32"),
     "swiglu": lambda: tuple(torch.randn(2, 301, 577)),
     "gelu-none": lambda: (torch.randn(301 * 577), "none"),
     "gelu-tanh": lambda: (torch.randn(301, 577), "tanh"),

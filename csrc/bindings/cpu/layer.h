@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "linear.h"
+#include "../common.h"
+#include "llmkern/linear.h"
 #include "llmkern/norm.h"
 #include "threads.h"
 
