@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmkern.dispatch import implementation
 from llmkern.integrations.transformers.attention import HARMLESS
-from llmkern.nn.int8_linear import HOOKS
+from llmkern.nn._int8_weight import HOOKS
 from llmkern.swap.derive import as_before, rebind
 from llmkern.swap.found import stand_in
 from llmkern.swap.rules.attention import INTERFACE
