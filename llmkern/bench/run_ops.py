@@ -11,6 +11,7 @@ import torch
 
 import llmkern.ops
 from llmkern import dispatch
+from llmkern.backends.triton import TRITON
 from llmkern.bench import stats
 from llmkern.bench.accuracy import Judge, Wrong, weights_like
 from llmkern.bench.ceilings import Ceilings
@@ -49,7 +50,10 @@ def contenders(point: Point, call: dict[str, Any], peers: Iterable[Peer]) -> lis
     found = [Contender(OURS, _public(point.op, None), note=f"served by {chosen}")]
     for impl in dispatch.implementations(point.op):
         if impl.backend.kernels and impl.backend.name != chosen and impl.why_not(**call) is None:
-            found.append(Contender(f"{OURS}:{impl.backend.name}", _public(point.op, impl.backend.name)))
+            # Triton's kernels run on a CPU in its interpreter.
+            timed = impl.backend is not TRITON or point.device.type != "cpu"
+            name = f"{OURS}:{impl.backend.name}"
+            found.append(Contender(name, _public(point.op, impl.backend.name), timed=timed))
     for peer in peers:
         for way in peer.ops.get(point.op, ()):
             found.append(Contender(way.provider, _of_peer(way.prepare), way.approximate, way.timed()))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -201,3 +204,32 @@ def test_a_peer_is_an_adapter_of_a_few_lines(point, ceilings) -> None:
 
     rows = run_point(point, [peer], Instant(), ceilings, seconds=0.0)
     assert [(row.provider, row.p50) for row in rows] == [("llmkern", 1000.0), ("mine", 1000.0)]
+
+
+_LIGER = """
+import dataclasses, torch
+from llmkern.bench.accuracy import Judge
+from llmkern.bench.peer import peers_named
+from llmkern.bench.sweep import points
+peer = peers_named("liger")["liger"]
+assert peer.missing() is None, peer.missing()
+for op in ("rms_norm", "layer_norm"):
+    (way,) = peer.ops[op]
+    assert not way.timed()
+    for mode in ("forward", "backward"):
+        point = points(op, torch.device("cpu"), quick=True)[0]
+        sweep = dataclasses.replace(point.sweep, sizes=dict.fromkeys(point.sweep.sizes, 8))
+        judge = Judge(dataclasses.replace(point, sweep=sweep, value=48, mode=mode))
+        found = judge.check(lambda inputs: way.prepare(inputs.call), way.approximate)
+        assert found["error"] <= found["allowed"], (op, mode, found)
+        print("right:", op, mode)
+"""
+
+
+def test_ligers_kernels_are_right_in_tritons_interpreter() -> None:
+    """In a process of its own: Triton decides once, at import, that it interprets."""
+    pytest.importorskip("liger_kernel")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", _LIGER], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("right:") == 4

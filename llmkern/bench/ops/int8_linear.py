@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 import llmkern.why.int8_linear as why
-from llmkern.bench.ops._int8 import int8_sweeps
+from llmkern.bench.ops._linear import linear_sweeps
 from llmkern.bench.sweep import Work, tensor_bytes
 
-SWEEPS = int8_sweeps()
+SWEEPS = linear_sweeps()
 
 
 def build(make: Any, M: int, N: int, K: int) -> dict[str, Any]:

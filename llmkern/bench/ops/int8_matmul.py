@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.bench.ops._int8 import int8_sweeps
+from llmkern.bench.ops._linear import linear_sweeps
 from llmkern.bench.sweep import Work, tensor_bytes
 
-SWEEPS = int8_sweeps()
+SWEEPS = linear_sweeps()
 
 
 def work(call: Mapping[str, Any], out: Tensor) -> Work:

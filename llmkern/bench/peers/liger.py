@@ -22,8 +22,32 @@ def _missing() -> str | None:
 PEER = Peer("liger", _missing)
 
 
+class _Number(float):
+    """A kernel's number: compiled kernels find `to` on it, and Triton's interpreter hands on what it was given."""
+
+    def to(self, dtype: Any) -> _Number:
+        return self
+
+
 def _on_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def _number(value: float) -> float:
+    return value if _on_gpu() else _Number(value)
+
+
+def _interpretable(module: Any) -> None:
+    """The interpreter has nothing for CUDA's own rsqrt, which the kernels of this module import by name."""
+    if not _on_gpu():
+        import triton
+
+        module.rsqrt = lambda x: triton.language.rsqrt(x)  # looked up late: it is replaced while a kernel runs
+
+
+def _compiled_only() -> None:
+    if not _on_gpu():
+        raise Unsupported("Triton's interpreter cannot run this kernel: it asks plain numbers for their dtype")
 
 
 def _plain(call: dict[str, Any], *absent: str) -> None:
@@ -34,27 +58,30 @@ def _plain(call: dict[str, Any], *absent: str) -> None:
 
 @PEER.op("rms_norm", timed=_on_gpu)
 def _rms_norm(call: dict[str, Any]) -> Thunk:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops import rms_norm as module
 
+    _interpretable(module)
     _plain(call, "bias")
     x, weight, offset = call["x"], call["weight"], call["weight_offset"]
     # Rounds before the weight as Llama's own does; in fp32 from end to end as Gemma's, where the weight has an offset.
     casting = "gemma" if offset else "llama"
-    return lambda: LigerRMSNormFunction.apply(x, weight, call["eps"], offset, casting, False)
+    return lambda: module.LigerRMSNormFunction.apply(x, weight, _number(call["eps"]), _number(offset), casting, False)
 
 
 @PEER.op("layer_norm", timed=_on_gpu)
 def _layer_norm(call: dict[str, Any]) -> Thunk:
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.ops import layer_norm as module
 
+    _interpretable(module)
     x, weight = call["x"], call["weight"]
     bias = torch.zeros_like(weight) if call["bias"] is None else call["bias"]
-    return lambda: LigerLayerNormFunction.apply(x, weight, bias, call["eps"])
+    return lambda: module.LigerLayerNormFunction.apply(x, weight, bias, _number(call["eps"]))
 
 
 @PEER.op("swiglu", timed=_on_gpu)
 def _swiglu(call: dict[str, Any]) -> Thunk:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
+    _compiled_only()
     gate, up = call["gate"], call["up"]
     return lambda: LigerSiLUMulFunction.apply(gate, up)

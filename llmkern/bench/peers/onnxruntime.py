@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,11 +24,17 @@ def _missing() -> str | None:
 PEER = Peer("onnxruntime", _missing)
 
 
+def _without_advice(record: logging.LogRecord) -> bool:
+    """onnxruntime says for every model how else it could be prepared."""
+    return "pre-processing before quantization" not in record.getMessage()
+
+
 def _session(module: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, dict[int, str]], threads: int) -> Any:
     """`module` exported, its products quantized to int8 with a scale for each output channel."""
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    logging.getLogger().addFilter(_without_advice)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

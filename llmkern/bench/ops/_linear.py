@@ -1,4 +1,4 @@
-"""The products that both int8 ops sweep: the linear layers of published models, from one row to 8192."""
+"""What the products of matrices sweep: the linear layers of published models, from one row to 8192."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from llmkern.bench.sweep import Sweep
 
-__all__ = ["int8_sweeps"]
+__all__ = ["linear_sweeps"]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 LAYERS = {
@@ -19,7 +19,7 @@ LAYERS = {
 QUICK = {("SmolLM2-135M", "gate"): (1, 512), ("Llama-3-8B", "o"): (1, 64)}
 
 
-def int8_sweeps() -> tuple[Sweep, ...]:
+def linear_sweeps() -> tuple[Sweep, ...]:
     return tuple(
         Sweep(
             f"{model} {layer}",
