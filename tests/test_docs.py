@@ -156,6 +156,7 @@ class TestContributing:
         assert set(files_shown()) == {
             *[f"llmkern/{layer}/{op}.py" for layer in ("ops", "backends/reference", "backends/torch", "why")],
             f"llmkern/testing/cases/{op}.py",
+            f"llmkern/bench/ops/{op}.py",
             f"llmkern/backends/{backend}/__init__.py",
             f"llmkern/backends/{backend}/{op}.py",
         }
@@ -174,6 +175,13 @@ class TestContributing:
         assert done.returncode == 0, done.stderr
         (row,) = [line for line in (followed / "README.md").read_text().splitlines() if "`relu_squared`" in line]
         assert "CPU fp32" in row
+
+    def test_the_new_op_is_measured(self, followed) -> None:
+        command = ["-m", "llmkern", "bench", "ops", "--op", "relu_squared", "--shape", "4,8", "--quick"]
+        done = self.run(followed, *command, "--device", "cpu", "--dtype", "float32", "--json", "-")
+        rows = json.loads(done.stdout)["rows"]
+        assert {(row["provider"], row["x"]["mode"]) for row in rows} >= {("llmkern", "forward"), ("torch", "backward")}
+        assert all(row["p50"] for row in rows if row["provider"] == "llmkern"), rows
 
     def test_the_backend_from_outside_runs(self, followed) -> None:
         (script,) = [block for block in blocks(CONTRIBUTING) if "llmkern.register" in block]
