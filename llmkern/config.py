@@ -12,8 +12,8 @@ LLMKERN_STRICT        0           1: raise where no kernel backend (cuda, triton
                                   instead of falling back to PyTorch
 LLMKERN_DEBUG         0           1: the command line shows the traceback of every error, not only its line
 LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
-LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept
-                      llmkern
+LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept, and the tables
+                      llmkern     of ``llmkern tune``
 LLMKERN_CPU_ISA       (best)      instruction set of the native CPU kernels: portable, avx2, avx2_vnni, avx512,
                                   avx512_vnni or amx; read when the library is loaded
 LLMKERN_BUILD         1           while building: 0 = no native library

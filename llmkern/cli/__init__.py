@@ -20,7 +20,7 @@ from llmkern.dispatch import Refused, backend_named
 
 __all__ = ["app", "main", "run"]
 
-COMMANDS = ("info", "why", "check", "generate", "demo", "bench")
+COMMANDS = ("info", "why", "check", "generate", "demo", "bench", "tune")
 BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError, Refused)
 # typer carries click under one name or another; this is the class whose message is for the user.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")

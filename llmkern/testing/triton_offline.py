@@ -7,20 +7,23 @@ process without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmkern.backends.triton._launch import Target, assume
 
-__all__ = ["SHARED_LIMIT", "TARGETS", "Compiled", "Launch", "compiled", "launches", "meta"]
+__all__ = ["INSTRUCTIONS", "SHARED_LIMIT", "TARGETS", "Compiled", "Launch", "compiled", "launches"]
 
 TARGETS = {
     "sm80": Target("sm80", 108, "NVIDIA A100"),
@@ -29,6 +32,8 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that one program may have."""
+INSTRUCTIONS = ("LDGSTS", "HMMA", "HGMMA", "IMMA", "IGMMA")
+"""Asynchronous copies to shared memory, and products on tensor cores: of a warp or a warpgroup, floating or int8."""
 _WARP = {"sm80": 32, "sm90": 32, "gfx942": 64}
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -45,13 +50,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """kernel: its name.  shared: bytes.  NVIDIA only: registers, stack (bytes per thread; spills are there), sass."""
+    """kernel: its name.  constants: its constexprs and options.  shared: bytes.  NVIDIA only: registers and sass."""
 
     kernel: str
+    constants: dict[str, Any]
     shared: int
     registers: int
-    stack: int
     sass: str
+
+    @property
+    def spills(self) -> int:
+        """Instructions that store registers to, or load them from, a thread's own memory."""
+        return self.count("STL") + self.count("LDL")
 
     def count(self, instruction: str) -> int:
         """How often a SASS instruction stands in the kernel, whatever its modifiers."""
@@ -105,10 +115,11 @@ def compiled(launch: Launch, target: str) -> Compiled:
     built = triton.compile(source, target=device, options=options)
     name = launch.kernel.__name__
     if not nvidia:
-        return Compiled(name, built.metadata.shared, 0, 0, "")
+        return Compiled(name, launch.constants, built.metadata.shared, 0, "")
     usage, sass = _cuobjdump(built.asm["cubin"])
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
-    return Compiled(name, built.metadata.shared, registers, stack, sass)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None
+    return Compiled(name, launch.constants, built.metadata.shared, int(registers[1]), sass)
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:
@@ -126,6 +137,35 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
     return usage, sass
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def main(ops: Sequence[str]) -> None:
+    """Compile everything that `llmkern.testing.triton_calls` has for `ops`, one line of JSON for each."""
+    from llmkern import dispatch
+    from llmkern.testing.triton_calls import calls
+
+    for op, target in itertools.product(ops, TARGETS):
+        seen = set()
+        for call in calls(op, target):
+            for launch in launches(target, functools.partial(dispatch.implementation(op, "triton").fn, **call)):
+                forms = tuple(_type_of(value) for value in launch.arguments)
+                key = (launch.kernel.__name__, forms, str(launch.constants))
+                if key in seen:
+                    continue
+                seen.add(key)
+                made = compiled(launch, target)
+                row = {
+                    "op": op,
+                    "target": target,
+                    "kernel": made.kernel,
+                    "constants": made.constants,
+                    "dtype": forms[0],
+                    "aligned": all(size % 16 == 0 for t in launch.arguments[:2] for size in t.stride()[:-1]),
+                    "shared": made.shared,
+                    "registers": made.registers,
+                    "spills": made.spills,
+                    **{name: made.count(name) for name in INSTRUCTIONS},
+                }
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -6,15 +6,17 @@ names an architecture, or "*" for any other.  A tuned entry, for the very device
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmkern.backends.triton._launch import Target
 from llmkern.config import settings
 
-__all__ = ["DEFAULTS", "Config", "classes", "config", "forget", "tuned_path"]
+__all__ = ["DEFAULTS", "Config", "classes", "config", "forget", "override", "tuned_path"]
 
 Config = dict[str, int]
 """Block sizes, num_warps and num_stages, by the names of the kernel's constexprs."""
@@ -54,7 +56,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
         "fp32-many": {"*": _matmul(64, 64, 32, 8, 3), "cpu": _INTERPRETED},
     },
     "attention": {
-        "half-64": {"*": _tile(128, 64, 4, 3), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-64": {"*": _tile(128, 64, 8, 3), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
         "half-128": {"*": _tile(128, 64, 8, 2), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
         "half-256": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-64": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
@@ -62,12 +64,22 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
         "fp32-256": {"*": _tile(16, 32, 8, 2), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
     },
     "attention_backward": {
-        "half-64": {"*": _tile(64, 128, 8, 2), "gfx942": _tile(32, 64, 4, 1), "cpu": _TILE_INTERPRETED},
-        "half-128": {"*": _tile(32, 128, 8, 2), "gfx942": _tile(32, 64, 4, 1), "cpu": _TILE_INTERPRETED},
-        "half-256": {"*": _tile(32, 64, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
-        "fp32-64": {"*": _tile(32, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
-        "fp32-128": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
-        "fp32-256": {"*": _tile(16, 16, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-64": {
+            "*": _tile(32, 64, 8, 2),
+            "sm90": _tile(64, 64, 8, 2),
+            "gfx942": _tile(32, 64, 4, 1),
+            "cpu": _TILE_INTERPRETED,
+        },
+        "half-128": {
+            "*": _tile(32, 64, 8, 2),
+            "sm90": _tile(32, 64, 4, 2),
+            "gfx942": _tile(32, 64, 4, 1),
+            "cpu": _TILE_INTERPRETED,
+        },
+        "half-256": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-64": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-128": {"*": _tile(16, 16, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
+        "fp32-256": {"*": _tile(16, 16, 16, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
     },
     "attention_decode": {
         "half-64": {"*": _keys(64, 4, 3), "gfx942": _keys(64, 4, 1), "cpu": _keys(16, 1, 1)},
@@ -102,6 +114,18 @@ def config(op: str, shape_class: str, target: Target) -> Config:
         table = DEFAULTS[op][shape_class]
         _chosen[key] = _tuned(target).get(op, {}).get(shape_class) or table.get(target.arch) or table["*"]
     return _chosen[key]
+
+
+@contextlib.contextmanager
+def override(op: str, shape_class: str, target: Target, chosen: Config) -> Iterator[None]:
+    """Within the block launches of the class use `chosen`."""
+    key = (op, shape_class, target)
+    before = config(*key)
+    _chosen[key] = chosen
+    try:
+        yield
+    finally:
+        _chosen[key] = before
 
 
 def forget() -> None:

@@ -58,10 +58,10 @@ def delta_kernel(
 @triton.jit
 def _weights(
     s,  # q·kᵀ, in either orientation
-    row,  # broadcast against each other in that orientation, as shift and total are
+    row,  # broadcast against each other in that orientation, as shift and inverse are
     column,
     shift,
-    total,
+    inverse,
     mask_ptr,
     padding_ptr,
     queries,
@@ -90,18 +90,18 @@ def _weights(
         s, allowed, row, column, mask_ptr, padding_ptr, queries, keys,
         mask_row_stride, mask_column_stride, padding_stride, ADDITIVE,
     )  # fmt: skip
-    return tl.exp(s - shift) / total, slope
+    return tl.exp(s - shift) * inverse, slope
 
 
 @triton.jit
 def _row_sums(shift_ptr, total_ptr, delta_ptr, at, inside):
-    """(shift, total, Δ) of rows; those that see nothing have P = exp(−inf − 0) / 1."""
+    """(shift, 1 / total, Δ) of rows; those that see nothing have P = exp(−inf − 0)."""
     shift = finite(tl.load(shift_ptr + at, inside, other=0.0))
-    total = tl.full(shift.shape, 1.0, tl.float32)
+    inverse = tl.full(shift.shape, 1.0, tl.float32)
     if total_ptr is not None:
         total = tl.load(total_ptr + at, inside, other=1.0)
-        total = tl.where(total == 0.0, 1.0, total)
-    return shift, total, tl.load(delta_ptr + at, inside, other=0.0)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    return shift, inverse, tl.load(delta_ptr + at, inside, other=0.0)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def dq_kernel(
     dout = _rows(
         dout_ptr + batch * dout_batch_stride + head * dout_head_stride, row, queries, dout_stride, dim_v, DIM_V
     )
-    shift, total, delta = _row_sums(shift_ptr, total_ptr, delta_ptr, batch_head * queries + row, row < queries)
+    shift, inverse, delta = _row_sums(shift_ptr, total_ptr, delta_ptr, batch_head * queries + row, row < queries)
 
     low = start_m * 0
     high = low + keys
@@ -158,7 +158,7 @@ def dq_kernel(
         v = _rows(v_ptr, column, keys, v_stride, dim_v, DIM_V)
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         p, slope = _weights(
-            s, row[:, None], column[None, :], shift[:, None], total[:, None], mask_ptr, padding_ptr, queries, keys,
+            s, row[:, None], column[None, :], shift[:, None], inverse[:, None], mask_ptr, padding_ptr, queries, keys,
             mask_row_stride, mask_column_stride, padding_stride, sm_scale, softcap, left, right,
             HAS_LEFT, HAS_RIGHT, SOFTCAP, ADDITIVE,
         )  # fmt: skip
@@ -218,10 +218,10 @@ def dkv_kernel(
             row = start_m + tl.arange(0, BLOCK_M)
             q = _rows(q_head, row, queries, q_stride, dim, DIM)
             dout = _rows(dout_head, row, queries, dout_stride, dim_v, DIM_V)
-            shift, total, delta = _row_sums(shift_ptr, total_ptr, delta_ptr, first + row, row < queries)
+            shift, inverse, delta = _row_sums(shift_ptr, total_ptr, delta_ptr, first + row, row < queries)
             s = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
             p, slope = _weights(
-                s, row[None, :], column[:, None], shift[None, :], total[None, :], mask_head, padding_ptr,
+                s, row[None, :], column[:, None], shift[None, :], inverse[None, :], mask_head, padding_ptr,
                 queries, keys, mask_row_stride, mask_column_stride, padding_stride, sm_scale, softcap, left, right,
                 HAS_LEFT, HAS_RIGHT, SOFTCAP, ADDITIVE,
             )  # fmt: skip
@@ -281,14 +281,14 @@ def dmask_kernel(
                 row = start_m + tl.arange(0, BLOCK_M)
                 q = _rows(q_head, row, queries, q_stride, dim, DIM)
                 dout = _rows(dout_head, row, queries, dout_stride, dim_v, DIM_V)
-                shift, total, delta = _row_sums(shift_ptr, total_ptr, delta_ptr, first + row, row < queries)
+                shift, inverse, delta = _row_sums(shift_ptr, total_ptr, delta_ptr, first + row, row < queries)
                 for start_n in range(column_block * BLOCK_N, column_end, BLOCK_N):
                     column = start_n + tl.arange(0, BLOCK_N)
                     k = _rows(k_head, column, keys, k_stride, dim, DIM)
                     v = _rows(v_head, column, keys, v_stride, dim_v, DIM_V)
                     s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
                     p, slope = _weights(
-                        s, row[:, None], column[None, :], shift[:, None], total[:, None], mask_at, padding_at,
+                        s, row[:, None], column[None, :], shift[:, None], inverse[:, None], mask_at, padding_at,
                         queries, keys, mask_row_stride, mask_column_stride, padding_stride,
                         sm_scale, softcap, left, right, HAS_LEFT, HAS_RIGHT, SOFTCAP, ADDITIVE,
                     )  # fmt: skip
