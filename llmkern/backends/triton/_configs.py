@@ -57,7 +57,12 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
     },
     "attention": {
         "half-64": {"*": _tile(128, 64, 8, 3), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
-        "half-128": {"*": _tile(128, 64, 8, 2), "gfx942": _tile(128, 64, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-128": {
+            "*": _tile(128, 32, 8, 3),
+            "sm90": _tile(128, 64, 8, 2),
+            "gfx942": _tile(128, 64, 4, 1),
+            "cpu": _TILE_INTERPRETED,
+        },
         "half-256": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-64": {"*": _tile(64, 32, 8, 2), "gfx942": _tile(64, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-128": {"*": _tile(32, 32, 8, 2), "gfx942": _tile(32, 32, 4, 1), "cpu": _TILE_INTERPRETED},

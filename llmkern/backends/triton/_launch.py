@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,7 +99,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def as_rows(x: Tensor) -> Tensor:
     """`x` as [rows, hidden] with contiguous rows: a view where its strides allow one, else a copy."""
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    dims = x.dim()
+    rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x[None]
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

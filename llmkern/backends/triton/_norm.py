@@ -51,7 +51,7 @@ def norm(
     # A row without columns has nothing but a scale, of 0.
     make_scale = torch.empty if hidden else torch.zeros
     scale = make_scale((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if quant else None
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else None
+    total = x.new_empty(x.shape) if residual is not None else None
     if out.numel() == 0:
         return out, scale, total
     xs = as_rows(x)
@@ -97,7 +97,7 @@ def norm_backward(
     """(dx, dweight, dbias); a gradient of a parameter that is None has 0 elements."""
     from llmkern.backends.triton._kernels.norm import norm_backward_kernel
 
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     if x.numel() == 0:
         return dx, _no_gradient(x, weight), _no_gradient(x, bias)
     xs, dys = as_rows(x), as_rows(dy)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmkern.backends.triton._declare import serves
@@ -11,7 +10,7 @@ from llmkern.backends.triton._elementwise import launch_elementwise
 def gelu(x: Tensor, approximate: str) -> Tensor:
     from llmkern.backends.triton._kernels.gelu import gelu_kernel
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     launch_elementwise(gelu_kernel, (x,), (out,), APPROXIMATE=approximate)
     return out
 
@@ -20,6 +19,6 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     from llmkern.backends.triton._kernels.gelu import gelu_backward_kernel
 
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     launch_elementwise(gelu_backward_kernel, (dy, x), (dx,), APPROXIMATE=approximate)
     return dx

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmkern.backends.triton._configs import config
@@ -12,7 +11,7 @@ from llmkern.backends.triton._launch import launch, next_power_of_2, target_of
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     from llmkern.backends.triton._kernels.rope import rope_kernel
 
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
     batch, q_heads, length, dim = q.shape
     k_heads = k.shape[1]
     q_rows, k_rows = batch * q_heads * length, batch * k_heads * length

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmkern.backends.triton._declare import serves
@@ -11,7 +10,7 @@ from llmkern.backends.triton._elementwise import launch_elementwise
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from llmkern.backends.triton._kernels.swiglu import swiglu_kernel
 
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = gate.new_empty(gate.shape)
     launch_elementwise(swiglu_kernel, (gate, up), (out,))
     return out
 
@@ -20,6 +19,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     from llmkern.backends.triton._kernels.swiglu import swiglu_backward_kernel
 
-    dgate, dup = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+    dgate, dup = (x.new_empty(x.shape) for x in (gate, up))
     launch_elementwise(swiglu_backward_kernel, (dy, gate, up), (dgate, dup))
     return dgate, dup
