@@ -70,14 +70,13 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
     },
     "attention_backward": {
         "half-64": {
-            "*": _tile(32, 64, 8, 2),
+            "*": _tile(32, 32, 4, 2),
             "sm90": _tile(64, 64, 8, 2),
             "gfx942": _tile(32, 64, 4, 1),
             "cpu": _TILE_INTERPRETED,
         },
         "half-128": {
             "*": _tile(32, 64, 8, 2),
-            "sm90": _tile(32, 64, 4, 2),
             "gfx942": _tile(32, 64, 4, 1),
             "cpu": _TILE_INTERPRETED,
         },
