@@ -33,6 +33,7 @@ class Sweep:
     title: what it shows.  x: the sizes that take each of `values` (the first names the axis).  sizes: the others.
     options: further arguments of the builder in llmkern/why/<op>.py or of the public function.
     quick: the values of `--quick` on the CPU; none leaves the sweep out.
+    quick_on_gpu: whether `--quick` has it on a GPU, where the sweeps that `quick` marks are measured too.
     check: upper limits of sizes at which a call too large for a float64 run is judged instead.
     """
 
@@ -46,6 +47,7 @@ class Sweep:
         default_factory=lambda: {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
     )
     quick: tuple[int, ...] = ()
+    quick_on_gpu: bool = False
     check: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -197,6 +199,6 @@ def points(
 
 def _quick_values(sweep: Sweep, device: torch.device) -> tuple[int, ...]:
     """On the CPU those declared; a GPU, for which they would be too small, gets the middle and the largest value."""
-    if device.type == "cpu" or not sweep.quick:
+    if device.type == "cpu" or not (sweep.quick or sweep.quick_on_gpu):
         return sweep.quick
     return tuple(dict.fromkeys((sweep.values[len(sweep.values) // 2], sweep.values[-1])))

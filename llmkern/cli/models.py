@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def _own_memory(model: nn.Module) -> None:
 
 def _quiet() -> None:
     """The libraries' own progress and advice would be between the lines of ours."""
+    for name in ("torchao", "torch.utils._pytree"):  # CUDA files that do not load, deprecations of torchao's own
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers = _transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

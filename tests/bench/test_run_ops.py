@@ -20,6 +20,8 @@ from llmkern.testing.judge import reference
 from llmkern.why import sizes
 
 CPU = torch.device("cpu")
+WHOLE_LAYERS = {"decoder_layer_", "encoder_layer"}
+"""`llmkern bench model` measures them, where there is a model around them to compare with."""
 
 
 class Instant:
@@ -154,7 +156,7 @@ def test_rows_are_handed_over_point_by_point(point, ceilings) -> None:
     assert [row.provider for row in kept] == ["llmkern"]
 
 
-@pytest.mark.parametrize("op", ops_with_cases())
+@pytest.mark.parametrize("op", ops_with_sweeps())
 def test_every_op_has_sweeps_that_every_contender_here_can_be_judged_on(op: str, ceilings, monkeypatch) -> None:
     """The quick points at few rows, by every peer that is installed but the compiler, which takes seconds."""
     monkeypatch.setattr(run_ops, "MOST_SETS", 1)
@@ -176,12 +178,19 @@ def test_every_op_has_sweeps_that_every_contender_here_can_be_judged_on(op: str,
 
 
 def test_definitions_name_the_sizes_of_their_op() -> None:
-    assert ops_with_sweeps() == ops_with_cases()
+    assert set(ops_with_sweeps()) == set(ops_with_cases()) - WHOLE_LAYERS
     for op in ops_with_sweeps():
         for sweep in definition(op).SWEEPS:
             assert {*sweep.sizes, *sweep.x} == set(sizes(op)), (op, sweep.title)
             assert set(sweep.check) <= set(sizes(op))
         assert any(sweep.quick for sweep in definition(op).SWEEPS)
+
+
+def test_quick_on_a_gpu_takes_the_middle_and_the_largest_value() -> None:
+    found = points("attention", torch.device("cuda"), quick=True)
+    assert {point.value for point in found if point.sweep.title == "dim 128, causal"} == {4096, 16384}
+    assert {point.mode for point in found} == {"forward"}
+    assert len(points("attention", CPU, quick=True)) == 1
 
 
 def test_peers_say_why_they_are_absent() -> None:
