@@ -122,11 +122,7 @@ inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_str
 template <int kR, int kN, class C, class Load>
 inline void add_columns(const float (*weights)[kBlock], const float* keep, const C* v, int64_t v_stride, int count,
                         float* out, int64_t out_floats, const Load& load_value) {
-  F32 acc[kR][kN];
-#pragma GCC unroll 4
-  for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) acc[r][n] = load(out + r * out_floats + n * kLanes) * broadcast(keep[r]);
+  F32 acc[kR][kN] = {};  // a block's alone: sums of blocks round less than one long sum
   for (int j = 0; j < count; ++j) {
     F32 value[kN];
 #pragma GCC unroll 4
@@ -139,7 +135,10 @@ inline void add_columns(const float (*weights)[kBlock], const float* keep, const
 #pragma GCC unroll 4
   for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) store(out + r * out_floats + n * kLanes, acc[r][n]);
+    for (int n = 0; n < kN; ++n) {
+      float* at = out + r * out_floats + n * kLanes;
+      store(at, load(at) * broadcast(keep[r]) + acc[r][n]);
+    }
 }
 
 template <int kR, class C>

@@ -151,12 +151,6 @@ template <int kTile, bool kAdd>
 inline void tile(const float* from, int64_t from_stride, int64_t from_step, const float* with, int64_t steps,
                  const F32 (&keep)[kC], float* to) {
   F32 acc[kTile][kC] = {};
-  if constexpr (kAdd) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i)
-#pragma GCC unroll 4
-      for (int c = 0; c < kC; ++c) acc[i][c] = load(to + i * kM + c * kLanes) * keep[c];
-  }
   for (int64_t step = 0; step < steps; ++step) {
     F32 row[kC];
 #pragma GCC unroll 4
@@ -171,7 +165,11 @@ inline void tile(const float* from, int64_t from_stride, int64_t from_step, cons
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
-    for (int c = 0; c < kC; ++c) store(to + i * kM + c * kLanes, acc[i][c]);
+    for (int c = 0; c < kC; ++c) {
+      float* at = to + i * kM + c * kLanes;
+      // Added at the end, not begun with: sums of blocks, each of few numbers, round less than one long sum.
+      store(at, kAdd ? load(at) * keep[c] + acc[i][c] : acc[i][c]);
+    }
 }
 
 template <int kTile, bool kAdd>
