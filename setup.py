@@ -5,12 +5,9 @@ llmkern/_build.json each part has null where it was built, else the sentence why
 so a machine without a compiler installs all the same.  llmkern/config.py describes the LLMKERN_* variables read here.
 """
 
-import importlib.util
 import json
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,11 +17,13 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CSRC, OBJECTS = ROOT / "csrc", ROOT / "build" / "native"
+sys.path.insert(0, str(ROOT / "csrc"))
+from toolchain import ABI, CSRC, RULES, Unavailable, build, find_compiler, find_ninja, find_nvcc, folder_of  # noqa: E402
+
+OBJECTS = ROOT / "build" / "native"
 COMMON = ["-O3", "-std=c++20", f"-I{CSRC / 'include'}"]
 HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 WARN = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own immintrin.h
-ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch that the library loads into: 2.11
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and infinity stay what IEEE makes them
 # Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.  The
 # files in csrc/cpu itself are not compiled for sets that only add integer and matrix products.
@@ -37,52 +36,6 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512_vnni"] = [*ISAS["avx512"], "-mavx512vnni"]
     ISAS["amx"] = [*ISAS["avx512_vnni"], "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 ARCHS = (os.environ.get("LLMKERN_CUDA_ARCHS") or "80;90a").split(";")
-RULES = "rule compile\n command = $tool -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc\n"
-RULES += "rule link\n command = $tool -o $out $in $libraries\n"
-
-
-class Unavailable(Exception):
-    """A part cannot be built; the message is the sentence that users are shown."""
-
-
-def find_compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    if found := next(filter(None, map(shutil.which, names)), None):
-        return found
-    raise Unavailable(f"no C++ compiler was found (looked for {', '.join(names)}; CXX can name another)")
-
-
-def find_ninja() -> str:
-    beside = os.path.dirname(sys.executable)  # where the ninja wheel puts it, in an environment not activated
-    if found := shutil.which("ninja") or shutil.which("ninja", path=beside):
-        return found
-    raise Unavailable("ninja was not found; pip install ninja")
-
-
-def find_nvcc() -> tuple[str | None, str | None]:
-    """nvcc, or None and the sentence why there will be no CUDA part."""
-    if os.environ.get("LLMKERN_CUDA") == "0":
-        return None, "LLMKERN_CUDA=0 was set while building"
-    if not any(CSRC.glob("cuda/*.cu")):
-        return None, "there are no CUDA kernels in csrc/cuda"
-    wheels = [str(folder) for site in sys.path for folder in Path(site).glob("nvidia/*/bin")]
-    folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin", *wheels]
-    found = shutil.which("nvcc", path=os.pathsep.join(folders))
-    return found, None if found else "nvcc was not found in CUDA_HOME, PATH, /usr/local/cuda or NVIDIA's wheels"
-
-
-def folder_of(package: str) -> Path:
-    """Where a Python package is, found without importing it."""
-    if (spec := importlib.util.find_spec(package)) is None:
-        raise Unavailable(f"{package} was not found while building; install it, and build with --no-build-isolation")
-    return Path(spec.origin).parent
-
-
-def build(text: list[str], rule: str, output: Path, inputs: list[Path], tool: list[str], libraries: str = "") -> Path:
-    into, *sources = [str(path).replace(" ", "$ ").replace(":", "$:") for path in (output, *inputs)]
-    text += [f"build {into}: {rule} {' '.join(sources)}\n description = {output.name}\n"]
-    text += [f" tool = {shlex.join(tool)}\n libraries = {libraries}\n"]
-    return output
 
 
 def compile_all(text: list[str], pattern: str, tool: list[str], tag: str = "") -> list[Path]:
@@ -160,5 +113,4 @@ class BuildNative(build_ext):
 
 
 # The Extension has build_ext called and makes the wheel a platform's own; BuildNative finds the sources itself.
-if __name__ == "__main__":  # tests build by the functions above
-    setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})
+setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})

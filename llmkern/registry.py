@@ -69,6 +69,7 @@ class Implementation:
     has_backward: bool
     priority: int
     refuse: Callable[..., str | None] | None = field(repr=False)
+    describe: Callable[..., str] | None = field(default=None, repr=False)
 
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
@@ -236,6 +237,7 @@ def implements(
     has_backward: bool = False,
     priority: int = 0,
     refuse: Callable[..., str | None] | None = None,
+    describe: Callable[..., str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as `backend`'s implementation of `op`.
 
@@ -246,6 +248,8 @@ def implements(
     refuse: takes the call's arguments by keyword, returns the sentence why this one cannot be served, or None.
         It may look at shapes, strides, dtypes, devices and plain arguments, never at contents or addresses: `dispatch`
         remembers the choice for every call of the same form.
+    describe: takes a compute capability (None: of the call's device) and the call's arguments by keyword, returns in
+        words what would run, for `llmkern why`.
     """
     if isinstance(backend, str):
         backend = backend_named(backend)
@@ -264,6 +268,7 @@ def implements(
             has_backward,
             backend.priority + priority,
             refuse,
+            describe,
         )
         spec = OPS[op]
         replace_implementations(op, (*spec.implementations, impl))

@@ -1,8 +1,8 @@
 // int8_matmul: out[M, N] = act((a[M, K] · w[N, K]ᵀ) · a_scale[m] · w_scale[n] + bias[n]) + residual[m, n]
 //
 // Tiles, for M > 16 (int8_matmul_kernel)
-//   block    kBlockM x kBlockN of the result, in steps of 64 bytes of K; mma.m16n8k32
-//   smem     kStages stages of (kBlockM + kBlockN) x 64 bytes; 16-byte chunk c of row r is stored at c ^ (r / 2 % 4),
+//   block    a ProductTile (llmkern/plan.h) of the result, in steps of 64 bytes of K; mma.m16n8k32
+//   smem     stages of (block_m + block_n) x 64 bytes; 16-byte chunk c of row r is stored at c ^ (r / 2 % 4),
 //   so
 //            that the eight rows that ldmatrix reads together, and those written together, are in different banks
 //   threads  copy: t moves chunk t % 4 of rows t / 4, t / 4 + threads / 4, ...
@@ -87,12 +87,10 @@ __device__ __forceinline__ void store_pair(const Int8MatmulParams& p, int64_t m,
   }
 }
 
-template <int kBlockM_, int kBlockN_, int kWarpsM_, int kWarpsN_, int kStages_>
-struct Tile {
-  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
-  static constexpr int kStages = kStages_, kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kStageBytes = (kBlockM + kBlockN) * kStepBytes;
-};
+// nvcc takes no structs as template arguments of kernels.
+LLMKERN_HOST_DEVICE constexpr ProductTile tile_of(bool large) {
+  return large ? kLargeTile : kSmallTile;
+}
 
 // A thread's share of the copies of one operand's tile.
 template <int kRows, int kThreads, bool kAligned>
@@ -130,43 +128,44 @@ class TileCopy {
   const int8_t* rows_[kEach];
 };
 
-template <class Tile, bool kAligned, bool kPairs>
-__global__ void __launch_bounds__(Tile::kThreads) int8_matmul_kernel(const Int8MatmulParams p) {
-  constexpr int kTilesM = Tile::kBlockM / Tile::kWarpsM / 16, kTilesN = Tile::kBlockN / Tile::kWarpsN / 8;
+template <bool kLarge, bool kAligned, bool kPairs>
+__global__ void __launch_bounds__(tile_of(kLarge).threads()) int8_matmul_kernel(const Int8MatmulParams p) {
+  constexpr ProductTile kTile = tile_of(kLarge);
+  constexpr int kTilesM = kTile.block_m / kTile.warps_m / 16, kTilesN = kTile.block_n / kTile.warps_n / 8;
   static_assert(kTilesN % 2 == 0);
   char* shared = dynamic_shared_memory();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t blocks_m = (p.a_rows.count + Tile::kBlockM - 1) / Tile::kBlockM;
-  const int64_t first_m = blockIdx.x % blocks_m * Tile::kBlockM, first_n = blockIdx.x / blocks_m * Tile::kBlockN;
+  const int64_t blocks_m = (p.a_rows.count + kTile.block_m - 1) / kTile.block_m;
+  const int64_t first_m = blockIdx.x % blocks_m * kTile.block_m, first_n = blockIdx.x / blocks_m * kTile.block_n;
 
-  const TileCopy<Tile::kBlockM, Tile::kThreads, kAligned> copy_a([&](int row) -> const int8_t* {
+  const TileCopy<kTile.block_m, kTile.threads(), kAligned> copy_a([&](int row) -> const int8_t* {
     const int64_t m = first_m + row;
     return m < p.a_rows.count ? p.a + p.a_rows.offset(m) : nullptr;
   });
-  const TileCopy<Tile::kBlockN, Tile::kThreads, kAligned> copy_w([&](int row) -> const int8_t* {
+  const TileCopy<kTile.block_n, kTile.threads(), kAligned> copy_w([&](int row) -> const int8_t* {
     const int64_t n = first_n + row;
     return n < p.n ? p.w + n * p.w_stride : nullptr;
   });
   const int steps = static_cast<int>((p.k + kStepBytes - 1) / kStepBytes);
   auto copy = [&](int step) {
     if (step < steps) {
-      char* stage = shared + step % Tile::kStages * Tile::kStageBytes;
+      char* stage = shared + step % kTile.stages * kTile.stage_bytes();
       copy_a.step(stage, int64_t{step} * kStepBytes, p.k);
-      copy_w.step(stage + Tile::kBlockM * kStepBytes, int64_t{step} * kStepBytes, p.k);
+      copy_w.step(stage + kTile.block_m * kStepBytes, int64_t{step} * kStepBytes, p.k);
     }
     ptx::cp_async_commit_group();  // an empty group too, so that the count of groups is that of steps
   };
 
   int32_t sums[kTilesM][kTilesN][4] = {};
-  const int warp_m = warp / Tile::kWarpsN * kTilesM * 16, warp_n = warp % Tile::kWarpsN * kTilesN * 8;
+  const int warp_m = warp / kTile.warps_n * kTilesM * 16, warp_n = warp % kTile.warps_n * kTilesN * 8;
 #pragma unroll
-  for (int step = 0; step < Tile::kStages - 1; ++step) copy(step);
+  for (int step = 0; step < kTile.stages - 1; ++step) copy(step);
   for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait_group<Tile::kStages - 2>();
+    ptx::cp_async_wait_group<kTile.stages - 2>();
     __syncthreads();  // this step's tiles have landed, and nobody reads the stage that is filled next
-    copy(step + Tile::kStages - 1);
-    const uint32_t a = ptx::cvta_to_shared(shared + step % Tile::kStages * Tile::kStageBytes);
-    const uint32_t w = a + Tile::kBlockM * kStepBytes;
+    copy(step + kTile.stages - 1);
+    const uint32_t a = ptx::cvta_to_shared(shared + step % kTile.stages * kTile.stage_bytes());
+    const uint32_t w = a + kTile.block_m * kStepBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 32 of the 64 bytes of K: two chunks
       uint32_t left[kTilesM][4], right[kTilesN][2];
@@ -195,8 +194,6 @@ __global__ void __launch_bounds__(Tile::kThreads) int8_matmul_kernel(const Int8M
       store_pair<kPairs>(p, m + 8, n, sums[i][j][2], sums[i][j][3]);
     }
 }
-
-constexpr int kDecodeRows = 16;  // of w
 
 template <int kTilesM, bool kAligned>
 __global__ void __launch_bounds__(kDecodeThreads) int8_decode_kernel(const Int8MatmulParams p) {
@@ -251,28 +248,19 @@ __global__ void __launch_bounds__(kDecodeThreads) int8_decode_kernel(const Int8M
   }
 }
 
-template <class Tile, bool kAligned>
-void launch_tile(const Int8MatmulParams& p, const Int8MatmulPlan& plan, bool pairs, const Gpu& gpu) {
-  const LaunchConfig config = {static_cast<unsigned>(plan.blocks), Tile::kThreads, Tile::kStages * Tile::kStageBytes};
-  if (pairs)
-    launch("int8_matmul", int8_matmul_kernel<Tile, kAligned, true>, config, gpu, p);
-  else
-    launch("int8_matmul", int8_matmul_kernel<Tile, kAligned, false>, config, gpu, p);
-}
-
-template <bool kAligned>
-void launch_planned(const Int8MatmulParams& p, const Int8MatmulPlan& plan, bool pairs, const Gpu& gpu) {
-  const LaunchConfig decode = {static_cast<unsigned>(plan.blocks), kDecodeThreads,
-                               kDecodeThreads / 32 * plan.block_m * kDecodeRows * 4};
+template <bool kAligned, bool kPairs>
+void launch_planned(const Int8MatmulParams& p, const Int8MatmulPlan& plan, const Gpu& gpu) {
+  const LaunchConfig config = {static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads),
+                               plan.shared_bytes};
   switch (plan.kernel) {
-    case Int8MatmulKernel::tile_128x128:
-      return launch_tile<Tile<128, 128, 2, 4, 3>, kAligned>(p, plan, pairs, gpu);
-    case Int8MatmulKernel::tile_64x64:
-      return launch_tile<Tile<64, 64, 2, 2, 4>, kAligned>(p, plan, pairs, gpu);
+    case Int8MatmulKernel::large_tile:
+      return launch("int8_matmul", int8_matmul_kernel<true, kAligned, kPairs>, config, gpu, p);
+    case Int8MatmulKernel::small_tile:
+      return launch("int8_matmul", int8_matmul_kernel<false, kAligned, kPairs>, config, gpu, p);
     case Int8MatmulKernel::decode_8:
-      return launch("int8_decode", int8_decode_kernel<1, kAligned>, decode, gpu, p);
+      return launch("int8_decode", int8_decode_kernel<1, kAligned>, config, gpu, p);
     case Int8MatmulKernel::decode_16:
-      return launch("int8_decode", int8_decode_kernel<2, kAligned>, decode, gpu, p);
+      return launch("int8_decode", int8_decode_kernel<2, kAligned>, config, gpu, p);
   }
 }
 
@@ -287,7 +275,10 @@ void launch_int8_matmul(const Int8MatmulParams& p, const Gpu& gpu) {
   const bool pairs = p.n % 2 == 0 && aligned(p.out, out_bytes, 2) && aligned(p.w_scale, 4, 2) &&
                      aligned(p.bias, size_of(p.bias_dtype), 2) && aligned(p.residual, size_of(p.residual_dtype), 2) &&
                      aligned(p.residual_rows, 2);
-  vectors ? launch_planned<true>(p, plan, pairs, gpu) : launch_planned<false>(p, plan, pairs, gpu);
+  if (vectors)
+    pairs ? launch_planned<true, true>(p, plan, gpu) : launch_planned<true, false>(p, plan, gpu);
+  else
+    pairs ? launch_planned<false, true>(p, plan, gpu) : launch_planned<false, false>(p, plan, gpu);
 }
 
 }  // namespace llmkern

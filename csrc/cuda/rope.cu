@@ -9,8 +9,6 @@
 namespace llmkern {
 namespace {
 
-constexpr int kMaxThreads = 256;
-
 // Two neighbouring vectors, as pairs: a has the even elements, b the odd ones.
 template <int kVector>
 __device__ __forceinline__ void split_pairs(const float (&low)[kVector], const float (&high)[kVector],
@@ -52,7 +50,7 @@ __device__ __forceinline__ void load_angles(const RopeParams& p, const RopeAngle
 }
 
 template <class T, int kVector, bool kInterleaved>
-__global__ void __launch_bounds__(kMaxThreads) rope_kernel(const RopeParams p) {
+__global__ void __launch_bounds__(kMaxRopeThreads) rope_kernel(const RopeParams p) {
   using Vector = Packed<T, kVector>;
   const int pairs = static_cast<int>(p.rotary_dim) / 2, rotated = pairs / kVector;
   const int units = rotated + static_cast<int>(p.dim - p.rotary_dim) / kVector;
@@ -124,9 +122,8 @@ bool angles_aligned(const RopeAngles& angles, int64_t bytes, int64_t vector) {
 
 template <class T, int kVector>
 void launch_units(const RopeParams& p, const Gpu& gpu) {
-  const int64_t units = (p.rotary_dim / 2 + p.dim - p.rotary_dim) / kVector * (p.q.heads + p.k.heads);
-  const LaunchConfig config = {static_cast<unsigned>(std::min<int64_t>(p.batch * p.length, 0x7fffffff)),
-                               static_cast<unsigned>(std::min<int64_t>((units + 31) / 32 * 32, kMaxThreads))};
+  const RopePlan plan = plan_rope(p.batch * p.length, p.q.heads + p.k.heads, p.dim, p.rotary_dim, kVector);
+  const LaunchConfig config = {static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads)};
   if (p.interleaved)
     launch("rope", rope_kernel<T, kVector, true>, config, gpu, p);
   else

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "plans.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -39,4 +41,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What was built and how.";
   m.def("build_info", &build_info, "Compilers, versions, ABI target, flags, instruction sets and CUDA architectures.");
+  llmkern::define_plans(m);
 }

@@ -31,7 +31,8 @@ __all__ = ["Decision", "Ghosts", "Row", "builder", "capture", "ops", "sizes", "w
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation: "chosen", "refused" (with the reason), or "able" (a better one was chosen)."""
+    """One implementation: "chosen" (with what would run, where that is known), "refused" (with the reason), or "able"
+    (a better one was chosen)."""
 
     backend: str
     outcome: Literal["chosen", "refused", "able"]
@@ -239,7 +240,7 @@ def _rows(op: str, call: dict[str, Any], capability: tuple[int, int] | None) -> 
         judged = dispatch.decisions(op, call, capability=capability)
     rows: list[Row] = []
     chosen = False
-    for backend, _, reason in judged:
+    for backend, implementation, reason in judged:
         if reason is None and forced is not None and backend.name != forced:
             reason = f"another backend is forced: {forced}"
         if reason is None and forced is None and settings.strict and not backend.kernels:
@@ -247,10 +248,19 @@ def _rows(op: str, call: dict[str, Any], capability: tuple[int, int] | None) -> 
         if reason is not None:
             rows.append(Row(backend.name, "refused", reason))
         else:
-            better = "a better one serves the call" if chosen else ""
-            rows.append(Row(backend.name, "able" if chosen else "chosen", better))
+            because = "a better one serves the call" if chosen else _description(implementation, call, capability)
+            rows.append(Row(backend.name, "able" if chosen else "chosen", because))
             chosen = True
     return tuple(rows)
+
+
+def _description(
+    implementation: dispatch.Implementation | None, call: dict[str, Any], capability: tuple[int, int] | None
+) -> str:
+    """What would run, where the implementation can tell."""
+    if implementation is None or implementation.describe is None:
+        return ""
+    return implementation.describe(capability, **call)
 
 
 def _text(call: dict[str, Any]) -> str:

@@ -22,8 +22,8 @@ WANTED = {
     r"quantize_int8_kernel<.*, [48], \d>": ["LDG.E.128"],
     r"activate_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"rope_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
-    r"int8_matmul_kernel<.*, true, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.*128"],
-    r"int8_matmul_kernel<.*, false, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "STS.128"],
+    r"int8_matmul_kernel<\w+, true, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.*128"],
+    r"int8_matmul_kernel<\w+, false, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "STS.128"],
     r"int8_decode_kernel<\d, true>": ["IMMA.16832.S8.S8", "LDG.E.128"],
     r"int8_decode_kernel<\d, false>": ["IMMA.16832.S8.S8"],
 }

@@ -7,12 +7,11 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,35 +20,21 @@ from torch import Tensor
 from llmkern import dispatch
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "csrc"))
+import toolchain  # noqa: E402
+from toolchain import Unavailable  # noqa: E402
+
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DLLMKERN_SIMT", "-Wall", "-Wextra"]
 # A pragma of nvcc's; registers that are set under the same condition as they are used; __half, copied as bytes.
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-class-memaccess"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu"]
 
 
-class Unavailable(Exception):
-    """The kernels cannot be compiled here; the message is why."""
-
-
-@functools.cache
-def setup() -> ModuleType:
-    """setup.py, whose ways to find compilers and to build are used here too."""
-    spec = importlib.util.spec_from_file_location("llmkern_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @functools.cache
 def compiler_and_headers() -> tuple[str, list[str]]:
-    """The C++ compiler, and the flags with which it finds CUDA's headers: nvcc's own."""
-    try:
-        compiler = setup().find_compiler()
-    except setup().Unavailable as why:
-        raise Unavailable(str(why)) from None
-    nvcc, why_not = setup().find_nvcc()
+    """The C++ compiler, and the folders of CUDA's headers: nvcc's own.  Raises Unavailable, with the reason."""
+    compiler = toolchain.find_compiler()
+    nvcc, why_not = toolchain.find_nvcc()
     if nvcc is None:
         raise Unavailable(f"CUDA's headers are needed: {why_not}")
     plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
@@ -61,8 +46,8 @@ def compiler_and_headers() -> tuple[str, list[str]]:
 
 def torch_flags() -> list[str]:
     """For sources that use torch's stable ABI, as setup.py compiles them, and for linking them."""
-    torch_folder = setup().folder_of("torch")
-    return [setup().ABI, "-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}"]
+    torch_folder = toolchain.folder_of("torch")
+    return [toolchain.ABI, "-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}"]
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), libraries: Sequence[str] = ()) -> Path:
@@ -72,7 +57,7 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), librari
     includes = [f"-I{path}" for path in (ROOT / "csrc" / "include", ROOT / "csrc", ROOT / "csrc" / "cuda")]
     tool = [compiler, *FLAGS, *includes, *(part for path in headers for part in ("-isystem", path)), *flags]
     key = hashlib.sha256(" ".join(tool).encode()).hexdigest()[:12]
-    text = [f"builddir = {folder / key}\n", setup().RULES]
+    text = [f"builddir = {folder / key}\n", toolchain.RULES]
     objects = []
     for source in [*sorted((ROOT / "csrc" / "simt").glob("*.cpp")), *sources]:
         try:
@@ -80,15 +65,15 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), librari
         except ValueError:
             stem = Path(hashlib.sha256(str(source).encode()).hexdigest()[:12]) / source.name
         cuda = ["-x", "c++"] if source.suffix == ".cu" else []
-        objects.append(setup().build(text, "compile", folder / key / f"{stem}.o", [source], [*tool, *cuda]))
+        objects.append(toolchain.build(text, "compile", folder / key / f"{stem}.o", [source], [*tool, *cuda]))
     output = folder / f"{name}-{key}.so"
-    setup().build(text, "link", output, objects, [compiler, "-shared", "-Wl,-Bsymbolic", *flags], " ".join(libraries))
+    toolchain.build(text, "link", output, objects, [compiler, "-shared", "-Wl,-Bsymbolic", *flags], " ".join(libraries))
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / f"{name}-{key}.ninja"
     with (folder / "lock").open("w") as lock:  # pytest's workers build the same
         fcntl.flock(lock, fcntl.LOCK_EX)
         script.write_text("".join(text))
-        run = subprocess.run([setup().find_ninja(), "-f", script], capture_output=True, text=True)
+        run = subprocess.run([toolchain.find_ninja(), "-f", script], capture_output=True, text=True)
     if run.returncode != 0:
         raise AssertionError(f"the kernels did not compile for the SIMT machine:\n{run.stdout}")
     return output

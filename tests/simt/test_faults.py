@@ -19,7 +19,7 @@ extern "C" __attribute__((visibility("default"))) void matmul(const int8_t* a, c
 """
 FAULTS = {
     "nothing": ("", ""),
-    "no-wait": ("    ptx::cp_async_wait_group<Tile::kStages - 2>();\n", ""),
+    "no-wait": ("    ptx::cp_async_wait_group<kTile.stages - 2>();\n", ""),
     "no-barrier": ("    __syncthreads();  // this step's", "    // this step's"),
     "no-swizzle-on-one-side": ("tile + swizzled(row_of(i), chunk)", "tile + row_of(i) * kStepBytes + chunk * kChunk"),
 }

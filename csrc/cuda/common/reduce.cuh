@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "llmkern/plan.h"
 #include "vec.cuh"
 
 namespace llmkern {
@@ -29,7 +30,7 @@ __device__ __forceinline__ T warp_reduce(T value, F f) {
 class RowReduce {
  public:
   static constexpr int kWarps = 32;
-  static constexpr int kSharedBytes = 2 * kWarps * 4;
+  static_assert(kRowSharedBytes == 2 * kWarps * 4);
 
   __device__ explicit RowReduce(char* shared) : buffer_(reinterpret_cast<uint32_t*>(shared)) {}
 

@@ -68,8 +68,7 @@ inline void with_row_plan(const RowPlan& plan, const F& f) {
 }
 
 inline LaunchConfig row_launch(const RowPlan& plan) {
-  return {dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.row_threads, plan.rows_per_block),
-          RowReduce::kSharedBytes};
+  return {dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.row_threads, plan.rows_per_block), kRowSharedBytes};
 }
 
 // True where p, and strides of a multiple of it, can be accessed by vectors of `vector` elements of `bytes` each.

@@ -19,6 +19,7 @@ struct RowPlan {
 };
 
 constexpr int kMaxRowThreads = 512;
+constexpr int kRowSharedBytes = 256;  // for reductions over a block's warps: two buffers of 32 words
 
 // A warp takes a row of up to four vectors per lane: no barrier, and every lane has several loads in flight.  Longer
 // rows take a block, of as many threads as give each four vectors; with fewer rows than SMs, one row should use the
@@ -48,6 +49,14 @@ constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, boo
   return plan;
 }
 
+// For the backward of norms: as many blocks as the SMs hold at a time, each of which takes every so-manieth row and keeps
+// its own sums for the parameters' gradients.
+constexpr int kNormBackwardThreads = 256;
+
+constexpr int64_t plan_norm_backward_blocks(int64_t rows, int sm_count) {
+  return std::min<int64_t>(rows, 2 * int64_t{sm_count});
+}
+
 // For elementwise kernels: a block takes kElementwiseVectors vectors for each of its threads, all of one row.
 constexpr int kElementwiseThreads = 256, kElementwiseVectors = 4;
 
@@ -60,26 +69,69 @@ constexpr int64_t elementwise_blocks(int64_t rows, int64_t hidden, int vector) {
   return std::min<int64_t>(rows * elementwise_chunks(hidden, vector), 0x7fffffff);
 }
 
-enum class Int8MatmulKernel : int8_t { tile_128x128, tile_64x64, decode_8, decode_16 };
-
-struct Int8MatmulPlan {
-  Int8MatmulKernel kernel;
-  int block_m, block_n;  // of the result
+// For rope: a block per batch and position, a thread per vector of first and of second dimensions of pairs (or of
+// dimensions that are only copied) of one head.
+struct RopePlan {
+  int threads;
   int64_t blocks;
 };
 
-constexpr int kDecodeThreads = 256;
+constexpr int kMaxRopeThreads = 256;
+
+constexpr RopePlan plan_rope(int64_t positions, int64_t heads, int64_t dim, int64_t rotary_dim, int vector) {
+  const int64_t units = (rotary_dim / 2 + dim - rotary_dim) / vector * heads;
+  return {static_cast<int>(std::min<int64_t>((units + 31) / 32 * 32, kMaxRopeThreads)),
+          std::min<int64_t>(positions, 0x7fffffff)};
+}
+
+// A block's share of a product: block_m x block_n of the result by warps_m x warps_n warps, in steps of 64 bytes of K,
+// of which `stages` are in shared memory or on their way.
+struct ProductTile {
+  int block_m, block_n, warps_m, warps_n, stages;
+
+  LLMKERN_HOST_DEVICE constexpr int threads() const { return 32 * warps_m * warps_n; }
+  LLMKERN_HOST_DEVICE constexpr int stage_bytes() const { return (block_m + block_n) * 64; }
+  LLMKERN_HOST_DEVICE constexpr int shared_bytes() const { return stages * stage_bytes(); }
+};
+
+constexpr ProductTile kLargeTile{128, 128, 2, 4, 3}, kSmallTile{64, 64, 2, 2, 4};
+
+enum class Int8MatmulKernel : int8_t { large_tile, small_tile, decode_8, decode_16 };
+
+struct Int8MatmulPlan {
+  Int8MatmulKernel kernel;
+  int block_m, block_n, threads, stages, shared_bytes;
+  int64_t blocks;
+};
+
+constexpr int kDecodeThreads = 256, kDecodeRows = 16;  // rows of the weight for each block
 
 // Up to 16 rows cannot fill a tile: then what counts is to stream the weights.  Otherwise large tiles, which load least
 // for each product, unless there are too few of them for the SMs.
 constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int sm_count) {
-  auto plan = [&](Int8MatmulKernel kernel, int block_m, int block_n) {
-    return Int8MatmulPlan{kernel, block_m, block_n, (m + block_m - 1) / block_m * ((n + block_n - 1) / block_n)};
+  auto blocks = [&](int block_m, int block_n) { return (m + block_m - 1) / block_m * ((n + block_n - 1) / block_n); };
+  auto tiled = [&](Int8MatmulKernel kernel, const ProductTile& tile) {
+    return Int8MatmulPlan{kernel,
+                          tile.block_m,
+                          tile.block_n,
+                          tile.threads(),
+                          tile.stages,
+                          tile.shared_bytes(),
+                          blocks(tile.block_m, tile.block_n)};
   };
-  if (m <= 8) return plan(Int8MatmulKernel::decode_8, 8, 16);
-  if (m <= 16) return plan(Int8MatmulKernel::decode_16, 16, 16);
-  const Int8MatmulPlan large = plan(Int8MatmulKernel::tile_128x128, 128, 128);
-  return large.blocks >= sm_count ? large : plan(Int8MatmulKernel::tile_64x64, 64, 64);
+  auto decode = [&](Int8MatmulKernel kernel, int rows) {  // each warp's sums of its share of K are in shared memory
+    return Int8MatmulPlan{kernel,
+                          rows,
+                          kDecodeRows,
+                          kDecodeThreads,
+                          1,
+                          kDecodeThreads / 32 * rows * kDecodeRows * 4,
+                          blocks(rows, kDecodeRows)};
+  };
+  if (m <= 8) return decode(Int8MatmulKernel::decode_8, 8);
+  if (m <= 16) return decode(Int8MatmulKernel::decode_16, 16);
+  const Int8MatmulPlan large = tiled(Int8MatmulKernel::large_tile, kLargeTile);
+  return large.blocks >= sm_count ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile);
 }
 
 }  // namespace llmkern

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llmkern.backends.cpu._rows import DTYPES, refuse_strided
-from llmkern.backends.cuda import CUDA
+from llmkern.backends.cuda import CUDA, _plan
 from llmkern.dispatch import implements
 from llmkern.library import native
 
@@ -33,4 +33,4 @@ def _refuse(
     return None
 
 
-implements("int8_matmul", CUDA, min_capability=(8, 0), refuse=_refuse)(native("int8_matmul"))
+implements("int8_matmul", CUDA, min_capability=(8, 0), refuse=_refuse, describe=_plan.product)(native("int8_matmul"))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from llmkern.backends.cpu._rows import DTYPES, refuse_strided
-from llmkern.backends.cuda import CUDA
+from llmkern.backends.cuda import CUDA, _plan
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("quantize_int8", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=refuse_strided)(native("quantize_int8"))
+implements("quantize_int8", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=refuse_strided, describe=_plan.quantize)(
+    native("quantize_int8")
+)

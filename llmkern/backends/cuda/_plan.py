@@ -1,0 +1,93 @@
+"""What the launchers would launch, in words: their own heuristics (csrc/include/llmkern/plan.h), from `llmkern._C`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["activate", "norm", "product", "quantize", "rope"]
+
+_SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
+"""Of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
+
+
+def _sm_count(capability: tuple[int, int] | None, device: torch.device) -> int:
+    if capability is None:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    older = [known for known in _SM_COUNT if known <= capability]
+    return _SM_COUNT[max(older)] if older else _SM_COUNT[(8, 0)]
+
+
+def _plan(
+    kernel: str, shape: Sequence[int], lead: Tensor, capability: tuple[int, int] | None, *, aligned: bool = True
+) -> str:
+    """One line; empty without `llmkern._C`.  Nothing is launched for empty tensors."""
+    sm_count = _sm_count(capability, lead.device)
+    if 0 in shape[:2]:
+        return "nothing is launched: there are no elements"
+    try:
+        plan = importlib.import_module("llmkern._C").plan(kernel, list(shape), lead.element_size(), aligned, sm_count)
+    except ImportError:
+        return ""
+    parts = [f"{plan['kernel']}: {plan['blocks']} blocks of {plan['threads']} threads"]
+    if "tile" in plan:
+        parts.append(f"{plan['tile'][0]}x{plan['tile'][1]} of the result each")
+    if plan.get("stages", 1) > 1:
+        parts.append(f"{plan['stages']} stages")
+    if "vector" in plan:
+        parts.append("a warp per row" if plan["rows_per_block"] > 1 else "a block per row")
+        parts.append(f"{plan['vector']} elements per access, {plan['held']} of these held per thread")
+    if plan["shared_bytes"]:
+        parts.append(f"{plan['shared_bytes']} bytes of shared memory")
+    return ", ".join(parts) + f" (on {sm_count} SMs)"
+
+
+def _rows_aligned(*tensors: Tensor | None) -> bool:
+    """Whether rows begin at multiples of 16 bytes, if the tensors' first elements do."""
+    for tensor in tensors:
+        if tensor is not None and any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1]):
+            return False
+    return True
+
+
+def norm(capability: tuple[int, int] | None, *, x: Tensor, residual: Tensor | None = None, **_: object) -> str:
+    """Of every normalisation."""
+    shape = (x.shape[:-1].numel(), x.shape[-1])
+    return _plan("norm", shape, x, capability, aligned=_rows_aligned(x, residual))
+
+
+def quantize(capability: tuple[int, int] | None, *, x: Tensor) -> str:
+    shape = (x.shape[:-1].numel(), x.shape[-1])
+    return _plan("quantize_int8", shape, x, capability, aligned=_rows_aligned(x))
+
+
+def activate(lead: str) -> Callable[..., str]:
+    """Of an activation whose first argument is called `lead`."""
+
+    def describe(capability: tuple[int, int] | None, **call: Any) -> str:
+        tensors = [value for value in call.values() if isinstance(value, Tensor)]
+        x = call[lead]
+        # Rows without gaps are one long row.
+        dense = all(tensor.is_contiguous() for tensor in tensors)
+        shape = (1, x.numel()) if dense or x.dim() == 0 else (x.shape[:-1].numel(), x.shape[-1])
+        aligned = shape[1] * x.element_size() % 16 == 0 and (dense or _rows_aligned(*tensors))
+        return _plan("activate", shape, x, capability, aligned=aligned)
+
+    return describe
+
+
+def rope(
+    capability: tuple[int, int] | None, *, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, **_: object
+) -> str:
+    batch, heads, length, dim = q.shape
+    halves = rotary_dim // 2 * q.element_size() % 16 == 0 and dim * q.element_size() % 16 == 0
+    shape = (batch * length, heads + k.shape[1], dim, rotary_dim)
+    return _plan("rope", shape, q, capability, aligned=halves and _rows_aligned(q, k, cos, sin))
+
+
+def product(capability: tuple[int, int] | None, *, a_q: Tensor, w_q: Tensor, **_: object) -> str:
+    return _plan("int8_matmul", (a_q.shape[:-1].numel(), *w_q.shape), a_q, capability)

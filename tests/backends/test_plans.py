@@ -1,0 +1,86 @@
+"""The CUDA launchers' heuristics, asked through llmkern._C: no GPU is needed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from llmkern.why import why
+
+_C = pytest.importorskip("llmkern._C", reason="llmkern._C was not built")
+HIDDEN = (1, 7, 8, 300, 577, 1024, 4096, 8192, 20000, 65536)
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_rows_keep_the_limits_of_a_block(element_bytes: int) -> None:
+    for rows, hidden, aligned, sms in itertools.product((1, 3, 199, 10**6), HIDDEN, (False, True), (4, 108, 132)):
+        plan = _C.plan("norm", [rows, hidden], element_bytes, aligned, sms)
+        assert plan["threads"] % 32 == 0
+        assert 32 <= plan["threads"] <= 512
+        assert plan["blocks"] * plan["rows_per_block"] >= rows
+        assert plan["blocks"] < 2**31
+        assert plan["vector"] in ({1, 16 // element_bytes} if aligned else {1})
+        if hidden <= 32768 // element_bytes * 2 and plan["vector"] > 1:  # all of the row is in registers
+            assert plan["threads"] // plan["rows_per_block"] * plan["held"] * plan["vector"] >= hidden
+
+
+def test_short_rows_take_a_warp_and_long_ones_a_block() -> None:
+    assert _C.plan("norm", [4096, 1024])["rows_per_block"] == 4
+    assert _C.plan("norm", [4096, 4096])["rows_per_block"] == 1
+    assert _C.plan("norm", [1, 4096])["threads"] > _C.plan("norm", [4096, 4096])["threads"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sm_count", "kernel", "tile"),
+    [
+        ((1, 4096, 4096), 132, "int8_decode", (8, 16)),
+        ((16, 4096, 4096), 132, "int8_decode", (16, 16)),
+        ((17, 4096, 4096), 132, "int8_matmul", (64, 64)),
+        ((4096, 4096, 4096), 132, "int8_matmul", (128, 128)),
+        ((1024, 1024, 4096), 132, "int8_matmul", (64, 64)),
+        ((1024, 1024, 4096), 16, "int8_matmul", (128, 128)),
+    ],
+)
+def test_products(shape: tuple[int, int, int], sm_count: int, kernel: str, tile: tuple[int, int]) -> None:
+    plan = _C.plan("int8_matmul", list(shape), 1, True, sm_count)
+    assert (plan["kernel"], plan["tile"]) == (kernel, tile)
+    assert plan["blocks"] == -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
+    assert plan["shared_bytes"] <= 48 * 1024
+
+
+def test_every_kernel_that_is_planned_is_in_the_table() -> None:
+    table = {(kernel["name"], kernel["tile"]) for kernel in _C.kernels()}
+    assert {name for name, _ in table} == {"norm", "quantize_int8", "activate", "rope", "int8_matmul", "int8_decode"}
+    for m in (1, 9, 17, 10**5):
+        plan = _C.plan("int8_matmul", [m, 4096, 4096])
+        assert (plan["kernel"], "x".join(map(str, plan["tile"]))) in table
+
+
+def test_bad_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing is none of norm"):
+        _C.plan("nothing", [1, 1])
+    with pytest.raises(ValueError, match="shape is m, n, k"):
+        _C.plan("int8_matmul", [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "said"),
+    [
+        ("rms_norm", (4096, 4096), "norm: 4096 blocks of 128 threads, a block per row, 8 elements per access"),
+        ("rms_norm", (4096, 577), "a warp per row, 1 elements per access"),
+        ("layer_norm", (0, 64), "nothing is launched: there are no elements"),
+        ("quantize_int8", (2, 4096), "quantize_int8: 2 blocks of 512 threads"),
+        ("swiglu", (4096, 8192), "activate: 4096 blocks of 256 threads"),
+        ("rope", (1, 32, 8, 100, 128), "rope: 100 blocks of 256 threads"),
+        ("int8_matmul", (1, 4096, 4096), "int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
+    ],
+)
+def test_why_names_the_kernel_that_would_run(op: str, shape: tuple[int, ...], said: str) -> None:
+    decision = why(op, shape, dtype=torch.bfloat16, device="cuda", capability=(8, 0))
+    (row,) = [row for row in decision.rows if row.backend == "cuda"]
+    assert row.outcome == "chosen"
+    assert said in row.reason
+    if "blocks" in said:
+        assert row.reason.endswith("(on 108 SMs)")
