@@ -69,7 +69,7 @@ def test_bad_questions_are_refused() -> None:
     ("op", "shape", "said"),
     [
         ("rms_norm", (4096, 4096), "norm: 4096 blocks of 128 threads, a block per row, 8 elements per access"),
-        ("rms_norm", (4096, 577), "a warp per row, 1 elements per access"),
+        ("rms_norm", (4096, 63), "a warp per row, 1 elements per access"),
         ("layer_norm", (0, 64), "nothing is launched: there are no elements"),
         ("quantize_int8", (2, 4096), "quantize_int8: 2 blocks of 512 threads"),
         ("swiglu", (4096, 8192), "activate: 4096 blocks of 256 threads"),
