@@ -19,6 +19,8 @@ OBJECTS = sorted((ROOT / "build" / "native" / "cuda").glob("*.cu.o"))
 # bytes are those for rows that are not aligned.
 WANTED = {
     r"norm_kernel<.*, [48], \d>": ["LDG.E.128", "STG.E.128"],
+    r"norm_backward_kernel<.*, [48], \d>": ["LDG.E.128", "STG.E.128"],
+    r"sum_blocks_kernel": [],  # columns of floats, one for each lane
     r"quantize_int8_kernel<.*, [48], \d>": ["LDG.E.128"],
     r"activate_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"rope_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],

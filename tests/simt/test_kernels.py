@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from llmkern import dispatch
-from llmkern.testing.case import Call, Case, cases
-from llmkern.testing.judge import assert_right
+from llmkern.testing.case import Call, Case, Make, cases
+from llmkern.testing.compare import assert_as_accurate, assert_same_bits, upcast
+from llmkern.testing.judge import assert_right, baseline, reference
 
 SEEDS = (0, 1)
 CUDA = {
     op: implementation
     for op in dispatch.ops()
     for implementation in dispatch.implementations(op)
-    if implementation.backend.name == "cuda"
+    if implementation.backend.name == "cuda" and not op.endswith("_backward")
 }
 # Rows on either side of the number of SMs, 4; hidden sizes for a warp, for blocks and beyond the registers of one,
 # by vectors and element by element.
@@ -86,3 +87,22 @@ def test_every_number_of_rows_of_a_product(operators, size: tuple[int, int, int]
     assert isinstance(own.build, functools.partial)
     build = functools.partial(own.build.func, **(own.build.keywords | {"rows": (m,), "n": n, "k": k}))
     judge(operators, dataclasses.replace(own, build=build), sm_count=sm_count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parameters", [True, False], ids=["parameters", "none"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (199, 300), (30, 577), (9, 4096), (9, 20000), (2, 20001)])
+@pytest.mark.parametrize("op", ["layer_norm_backward", "rms_norm_backward"])
+def test_backward_of_norms(operators, op: str, shape: tuple[int, int], parameters: bool, dtype: torch.dtype) -> None:
+    """Each gradient keeps the accuracy rule, and has the same bits in every order of blocks and warps."""
+    make = Make(dtype, "cpu", seed=0)
+    weight, bias = (make.randn(shape[1]) if parameters else None for _ in range(2))
+    call = {"dy": make.randn(*shape), "x": make.randn(*shape, offset=2.0), "weight": weight, "bias": bias, "eps": 1e-6}
+    call |= {"weight_offset": 1.0} if op.startswith("rms") else {}
+    results = []
+    for seed in SEEDS:
+        operators.set(seed=seed)
+        results.append(operators.op(op, call))
+    assert_same_bits(results[1], results[0])
+    names = ["dx", "dweight", "dbias"]
+    assert_as_accurate(results[0], baseline=baseline(op, call), exact=reference(op, upcast(call)), names=names)

@@ -49,8 +49,8 @@ constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, boo
   return plan;
 }
 
-// For the backward of norms: as many blocks as the SMs hold at a time, each of which takes every so-manieth row and keeps
-// its own sums for the parameters' gradients.
+// For the backward of norms: as many blocks as the SMs hold at a time, each of which takes every so-manieth row and
+// keeps its own sums for the parameters' gradients.
 constexpr int kNormBackwardThreads = 256;
 
 constexpr int64_t plan_norm_backward_blocks(int64_t rows, int sm_count) {

@@ -5,6 +5,12 @@ from llmkern.backends.cuda import CUDA, _plan
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("add_layer_norm", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=refuse_norm, describe=_plan.norm)(
-    native("add_layer_norm")
-)
+implements(
+    "add_layer_norm",
+    CUDA,
+    dtypes=DTYPES,
+    min_capability=(8, 0),
+    has_backward=True,
+    refuse=refuse_norm,
+    describe=_plan.norm,
+)(native("add_layer_norm"))
