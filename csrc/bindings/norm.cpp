@@ -116,6 +116,20 @@ Three add_rms_norm_quant(const Tensor& x, const Tensor& residual, const Optional
   return {y.out, y.scale, y.total};
 }
 
+Two layer_norm_quant(const Tensor& x, const Optional& weight, const Optional& bias, double eps) {
+  if (!kernel_types(x, weight, bias)) return call_reference<Two>("layer_norm_quant", x, weight, bias, eps);
+  const Normed y = run({"layer_norm_quant", Norm::layer, true, x, {}, weight, bias, eps, 0});
+  return {y.out, y.scale};
+}
+
+Three add_layer_norm_quant(const Tensor& x, const Tensor& residual, const Optional& weight, const Optional& bias,
+                           double eps) {
+  if (!kernel_types(x, weight, bias))
+    return call_reference<Three>("add_layer_norm_quant", x, residual, weight, bias, eps);
+  const Normed y = run({"add_layer_norm_quant", Norm::layer, true, x, residual, weight, bias, eps, 0});
+  return {y.out, y.scale, y.total};
+}
+
 }  // namespace
 }  // namespace llmkern
 
@@ -126,4 +140,6 @@ LLMKERN_BINDINGS(m) {
   m.impl("add_layer_norm", TORCH_BOX(&llmkern::add_layer_norm));
   m.impl("rms_norm_quant", TORCH_BOX(&llmkern::rms_norm_quant));
   m.impl("add_rms_norm_quant", TORCH_BOX(&llmkern::add_rms_norm_quant));
+  m.impl("layer_norm_quant", TORCH_BOX(&llmkern::layer_norm_quant));
+  m.impl("add_layer_norm_quant", TORCH_BOX(&llmkern::add_layer_norm_quant));
 }

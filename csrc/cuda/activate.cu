@@ -1,10 +1,14 @@
-// activate: out = activation(x) · up, for swiglu and gelu (llmkern/activate.h)
+// activate: activation(x) · up, for swiglu and gelu, quantized to int8 or not (llmkern/activate.h)
 // work     256 threads take 1024 vectors of 16 bytes of a row, four each, all loaded before the first is used; rows
 //          without gaps are one long row
+// codes    A warp or a block per row (plan_rows), since the scale is the whole row's.  x stays in registers; y is made
+//          twice, for its largest magnitude and for the codes, and up comes back from the cache the second time.
+// smem     with codes, 256 bytes per block for the largest magnitude
 // needs    any shape; 16-byte accesses where rows are aligned, else element by element
 #include "llmkern/activate.h"
 
 #include "common/activation.cuh"
+#include "common/quantize.cuh"
 #include "common/row.cuh"
 
 namespace llmkern {
@@ -44,6 +48,56 @@ __global__ void __launch_bounds__(kElementwiseThreads) activate_kernel(const Act
   }
 }
 
+template <class T, int kVector, int kHeld>
+__global__ void __launch_bounds__(kMaxRowThreads) activate_codes_kernel(const ActivateParams p) {
+  RowReduce reduce(dynamic_shared_memory());
+  // Warps beyond the last row go on with none, since barriers and shuffles are for all.
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.x_rows.count;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t row = first + threadIdx.y;
+    const bool inside = row < p.x_rows.count;
+    const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+    const T* up = p.up ? static_cast<const T*>(p.up) + p.up_rows.offset(row) : nullptr;
+    RowShare<T, kVector, kHeld> share(inside ? p.hidden : 0);
+    share.load(x);
+    auto activated = [&](const float (&values)[kVector], int column, float (&y)[kVector]) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) y[i] = activate(p.activation, values[i]);
+      if (!up) return;
+      Packed<T, kVector> vector;
+      float factor[kVector];
+      vector.load(up + column);
+      vector.unpack(factor);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) y[i] *= factor[i];
+    };
+    uint32_t most = 0;
+    share.each(x, [&](const float (&values)[kVector], int column) {
+      float y[kVector];
+      activated(values, column, y);
+      most = largest(most, y);
+    });
+    const RowCodes codes(reduce(most, MaxBits()));
+    share.each(x, [&](const float (&values)[kVector], int column) {
+      float y[kVector];
+      activated(values, column, y);
+      codes.store(p.codes + row * p.hidden + column, y);
+    });
+    if (inside && threadIdx.x == 0) st_global(p.scale + row, codes.scale);
+  }
+}
+
+template <class T>
+void launch_codes(const ActivateParams& p, const Gpu& gpu) {
+  constexpr int kV = kPerVector<T>;
+  const bool vectors = aligned(p.x, sizeof(T), kV) && aligned(p.x_rows, kV) && aligned(p.up, sizeof(T), kV) &&
+                       aligned(p.up_rows, kV) && aligned(p.codes, 1, kV);
+  const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu.sm_count);
+  with_row_plan<T>(plan, [&]<int kVector, int kHeld>() {
+    launch("activate", activate_codes_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
+  });
+}
+
 // The activations that ops have: gelu both ways, and silu for swiglu.
 template <class T, int kVector>
 void launch_elements(const ActivateParams& p, const Gpu& gpu) {
@@ -61,7 +115,9 @@ void launch_elements(const ActivateParams& p, const Gpu& gpu) {
 
 void launch_activate(const ActivateParams& given, const Gpu& gpu) {
   ActivateParams p = given;
-  if (p.x_rows.count == 0 || p.hidden == 0) return;
+  if (p.x_rows.count == 0) return;  // an empty grid is a launch error
+  if (p.scale) return with_type(p.dtype, [&]<class T>() { launch_codes<T>(p, gpu); });
+  if (p.hidden == 0) return;
   if (without_gaps(p.x_rows, p.hidden) && without_gaps(p.out_rows, p.hidden) &&
       (!p.up || without_gaps(p.up_rows, p.hidden))) {
     p.hidden *= p.x_rows.count;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,11 +25,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return dispatch("swiglu", _check, gate=gate, up=up)
 
 
-def _check(gate: Tensor, up: Tensor) -> None:
-    check_floating("swiglu", gate=gate, up=up)
-    check_same_dtype("swiglu", "gate", gate, up=up)
-    check_shape("swiglu", "up", up, gate.shape, "the shape of gate")
-    check_same_device("swiglu", "gate", gate, up=up)
+def check_gated(op: str, gate: Tensor, up: Tensor) -> None:
+    """gate is floating, and up has its dtype, shape and device."""
+    check_floating(op, gate=gate, up=up)
+    check_same_dtype(op, "gate", gate, up=up)
+    check_shape(op, "up", up, gate.shape, "the shape of gate")
+    check_same_device(op, "gate", gate, up=up)
+
+
+_check = partial(check_gated, "swiglu")
 
 
 def _fake(gate: Tensor, up: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from llmkern import dispatch, ops
 
-ADD = {"add_layer_norm": "layer_norm", "add_rms_norm": "rms_norm", "add_rms_norm_quant": "rms_norm_quant"}
+ADD = {f"add_{norm}": norm for norm in ("layer_norm", "rms_norm", "layer_norm_quant", "rms_norm_quant")}
 ADD_OPS = pytest.mark.parametrize("op", ADD)
 
 
@@ -51,13 +51,14 @@ def test_layer_norm_sees_the_rounded_sum() -> None:
     assert out.tolist() == [[0.0, 0.0]], "257 and 256 would come out as 1 and -1"
 
 
-def test_codes_come_from_the_norm_in_fp32() -> None:
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_codes_come_from_the_norm_in_fp32(norm: str) -> None:
     """A norm rounded to bf16 first gives other codes."""
     x, _ = operands(4, 512, dtype=torch.bfloat16)
-    in_fp32, scale = ops.quantize_int8(ops.rms_norm(x.float()))
-    rounded, _ = ops.quantize_int8(ops.rms_norm(x))
+    in_fp32, scale = ops.quantize_int8(getattr(ops, norm)(x.float()))
+    rounded, _ = ops.quantize_int8(getattr(ops, norm)(x))
     assert not torch.equal(in_fp32, rounded)
-    q, s = ops.rms_norm_quant(x)
+    q, s = getattr(ops, f"{norm}_quant")(x)
     assert torch.equal(q, in_fp32)
     torch.testing.assert_close(s, scale)
 
@@ -71,7 +72,16 @@ def test_values_computed_by_hand() -> None:
     torch.testing.assert_close(scale, torch.tensor([[2 / 127]]))
 
 
-@pytest.mark.parametrize("op", ["rms_norm_quant", "add_rms_norm_quant"])
+def test_a_layer_norm_computed_by_hand() -> None:
+    """(3, 6, 9) has mean 6 and variance 6; with eps 3 it is (-1, 0, 1), and (-1, 1, 3) after weight 2 and bias 1."""
+    x, residual = torch.tensor([[1.0, 5.0, 9.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    q, scale, total = ops.add_layer_norm_quant(x, residual, torch.full((3,), 2.0), torch.ones(3), 3.0)
+    assert total.tolist() == [[3.0, 6.0, 9.0]]
+    assert q.tolist() == [[-42, 42, 127]]
+    torch.testing.assert_close(scale, torch.tensor([[3 / 127]]))
+
+
+@pytest.mark.parametrize("op", [f"{add}{norm}_norm_quant" for add in ("", "add_") for norm in ("rms", "layer")])
 def test_no_gradient_is_said_not_cut(op: str) -> None:
     x = torch.randn(2, 8, requires_grad=True)
     arguments = (x, x) if op.startswith("add") else (x,)

@@ -24,7 +24,7 @@ CUDA = {
 # by vectors and element by element.
 GRID = [(rows, hidden) for rows in (1, 3, 199) for hidden in (1, 7, 8, 300, 577, 4096)]
 GRID += [(rows, hidden) for rows in (1, 7) for hidden in (520, 1100, 2500, 20000, 20001, 40000)]
-GRID_OPS = ("layer_norm", "add_rms_norm_quant", "quantize_int8", "swiglu", "gelu")
+GRID_OPS = ("layer_norm", "add_rms_norm_quant", "quantize_int8", "swiglu", "swiglu_quant", "gelu")
 # M on either side of every tile's; N and K with and without a remainder, rows aligned to 16 bytes or not.
 # With few SMs the large tiles are chosen, with many the small ones; up to 16 rows none are.
 SWEPT = [

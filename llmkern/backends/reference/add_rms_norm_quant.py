@@ -1,15 +1,8 @@
 from __future__ import annotations
 
-from torch import Tensor
-
 from llmkern.backends.reference import REFERENCE
+from llmkern.backends.reference._compose import of_the_sum
 from llmkern.backends.reference.rms_norm_quant import rms_norm_quant
 from llmkern.dispatch import implements
 
-
-@implements("add_rms_norm_quant", REFERENCE)
-def add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = (x + residual).contiguous()
-    return *rms_norm_quant(total, weight, bias, eps, weight_offset), total
+implements("add_rms_norm_quant", REFERENCE)(of_the_sum(rms_norm_quant))

@@ -1,15 +1,8 @@
 from __future__ import annotations
 
-from torch import Tensor
-
+from llmkern.backends.reference._compose import of_the_sum
 from llmkern.backends.torch import TORCH
 from llmkern.backends.torch.layer_norm import layer_norm
 from llmkern.dispatch import implements
 
-
-@implements("add_layer_norm", TORCH, has_backward=True)
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    total = (x + residual).contiguous()
-    return layer_norm(total, weight, bias, eps), total
+implements("add_layer_norm", TORCH, has_backward=True)(of_the_sum(layer_norm))

@@ -49,16 +49,27 @@ def _with_row(make: Make, optional: Sequence[str], value: float) -> Call:
     return call
 
 
+def _value(call: Call, op: str) -> tuple[str, Call]:
+    """What codes stand for: `op` of x, or of the rounded sum."""
+    norm = {name: value for name, value in call.items() if name != "residual"}
+    return op, norm | {"x": call["x"] + call["residual"]} if "residual" in call else norm
+
+
 def norm_cases(
     op: str,
     *,
     optional: Sequence[str] = (),
     sizes: Sequence[tuple[int, int]] = SIZES,
     differentiable: tuple[str, ...] = (),
-    rule: Rule = "accuracy",
-    value: Callable[[Call], tuple[str, Call]] | None = None,
+    codes_of: str | None = None,
 ) -> list[Case]:
-    """`optional`: which of residual and weight_offset the op has beside x, weight, bias and eps."""
+    """The cases of a normalisation.
+
+    optional: which of residual and weight_offset the op has beside x, weight, bias and eps.
+    codes_of: for an op that quantizes, the norm whose codes it gives.
+    """
+    rule: Rule = "accuracy" if codes_of is None else "codes"
+    value = None if codes_of is None else partial(_value, op=codes_of)
 
     def add(
         name: str,

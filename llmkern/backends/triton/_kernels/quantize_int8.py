@@ -1,4 +1,4 @@
-"""quantize_int8: int8 codes and one scale per row.
+"""quantize_int8 and swiglu_quant: int8 codes and one scale per row, of x or of silu(x)·up.
 
 A program takes ROWS rows.  Rows of at most BLOCK columns stay in registers between the maximum and the codes; longer
 ones are read twice, the second time from the cache.
@@ -7,22 +7,27 @@ ones are read twice, the second time from the cache.
 import triton
 import triton.language as tl
 
-from llmkern.backends.triton._kernels.common import codes, row_amax, row_scale
+from llmkern.backends.triton._kernels.common import codes, row_amax, row_scale, sigmoid
 
 
 @triton.jit
-def _load(x_ptr, row, col, mask, stride):
-    return tl.load(x_ptr + row[:, None] * stride + col[None, :], mask, other=0.0).to(tl.float32)
+def _load(x_ptr, up_ptr, row, col, mask, stride, up_stride):
+    x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask, other=0.0).to(tl.float32)
+    if up_ptr is not None:
+        x = x * sigmoid(x) * tl.load(up_ptr + row[:, None] * up_stride + col[None, :], mask, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
 def quantize_int8_kernel(
     x_ptr,
+    up_ptr,  # or None
     q_ptr,
     scale_ptr,
     rows,
     hidden,
     stride,
+    up_stride,
     WHOLE: tl.constexpr,  # hidden <= BLOCK
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -32,7 +37,7 @@ def quantize_int8_kernel(
     col = tl.arange(0, BLOCK)
     if WHOLE:
         mask = valid & (col < hidden)[None, :]
-        x = _load(x_ptr, row, col, mask, stride)
+        x = _load(x_ptr, up_ptr, row, col, mask, stride, up_stride)
         scale, inv = row_scale(row_amax(x))
         tl.store(q_ptr + row[:, None] * hidden + col[None, :], codes(x, inv[:, None]), mask)
     else:
@@ -40,11 +45,11 @@ def quantize_int8_kernel(
         bits = tl.zeros((ROWS,), tl.int32)
         for start in range(0, hidden, BLOCK):
             mask = valid & (start + col < hidden)[None, :]
-            amax = row_amax(_load(x_ptr, row, start + col, mask, stride))
+            amax = row_amax(_load(x_ptr, up_ptr, row, start + col, mask, stride, up_stride))
             bits = tl.maximum(bits, amax.to(tl.int32, bitcast=True))
         scale, inv = row_scale(bits.to(tl.float32, bitcast=True))
         for start in range(0, hidden, BLOCK):
             mask = valid & (start + col < hidden)[None, :]
-            x = _load(x_ptr, row, start + col, mask, stride)
+            x = _load(x_ptr, up_ptr, row, start + col, mask, stride, up_stride)
             tl.store(q_ptr + row[:, None] * hidden + (start + col)[None, :], codes(x, inv[:, None]), mask)
     tl.store(scale_ptr + row, scale, row < rows)

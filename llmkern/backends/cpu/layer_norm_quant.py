@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+from llmkern.backends.cpu import CPU
+from llmkern.backends.cpu._rows import DTYPES, refuse_norm
+from llmkern.dispatch import implements
+from llmkern.library import native
+
+implements("layer_norm_quant", CPU, dtypes=DTYPES, refuse=refuse_norm)(native("layer_norm_quant"))

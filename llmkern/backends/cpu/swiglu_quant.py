@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+from llmkern.backends.cpu import CPU
+from llmkern.backends.cpu._rows import DTYPES, refuse_strided
+from llmkern.dispatch import implements
+from llmkern.library import native
+
+implements("swiglu_quant", CPU, dtypes=DTYPES, refuse=refuse_strided)(native("swiglu_quant"))

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from llmkern.why._norm import residual_norm as build
+
+__all__ = ["build"]
