@@ -1,11 +1,9 @@
-"""The native library: what it links to, how it is built, how it is missed, and its kernels on every instruction set."""
+"""The native library: what it links to, how it is missed, and its kernels on every instruction set."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from instruction_sets import assert_right_on_each, here, on
 from torch import Tensor
 
 from llmkern import _native, dispatch
+from llmkern.config import settings
 from llmkern.testing.case import cases
 from llmkern.testing.compare import assert_same_bits
-from llmkern.testing.judge import assert_right
 
 ROOT = Path(__file__).parents[2]
-ISAS = _native.CPU_ISAS
 built = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 NATIVE_CASES = [
     pytest.param(case, impl, id=f"{case.op}-{case}")
@@ -41,31 +39,22 @@ def python(code: str, **env: str) -> str:
     return run.stdout
 
 
-def tool(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} (binutils) is not installed")
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 @built
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize(("case", "impl"), NATIVE_CASES)
-def test_each_instruction_set_is_as_accurate_as_pytorch(case, impl, isa) -> None:
+def test_each_instruction_set_is_as_accurate_as_pytorch(case, impl) -> None:
     """The operator itself, which answers also what the dispatcher refuses because PyTorch is faster."""
-    call = case.make()
-    assert_right(case, call, impl.fn(**call))
+    assert_right_on_each(case, case.make, impl.fn)
 
 
-ROW_OPS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rms_norm_quant", "add_rms_norm_quant")
-ROW_OPS += ("swiglu", "gelu", "quantize_int8")
+ROW_OPS = [f"{norm}_norm{quant}" for norm in ("rms", "layer", "add_rms", "add_layer") for quant in ("", "_quant")]
+ROW_OPS += ["swiglu", "swiglu_quant", "gelu", "quantize_int8"]
 
 
 @built
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [1, 3, 8, 17, 63, 65, 577, 9000, 20000])
 @pytest.mark.parametrize("op", ROW_OPS)
-def test_rows_of_any_length_that_lie_anywhere(op, hidden, dtype, isa) -> None:
+def test_rows_of_any_length_that_lie_anywhere(op, hidden, dtype) -> None:
     """Longer, too, than what kernels keep on the stack; apart and unaligned; one with an infinity, one of zeros."""
     case = next(case for case in cases(op) if case.dtype == dtype)
     call = case.make()
@@ -78,11 +67,11 @@ def test_rows_of_any_length_that_lie_anywhere(op, hidden, dtype, isa) -> None:
             call[name] = rows[:, 3:]
         elif isinstance(value, Tensor):
             call[name] = torch.randn(hidden).to(dtype)
-    assert_right(case, call, dispatch.implementation(op, "cpu").fn(**call))
+    assert_right_on_each(case, lambda: call, dispatch.implementation(op, "cpu").fn)
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
 def test_every_half_and_every_rounding_to_half(isa) -> None:
     """rms_norm with mean square 1 and a bias of x is a conversion: of all 65,536 halves, and to half and bfloat16."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -167,19 +156,20 @@ def test_every_native_op_is_tested_on_threads() -> None:
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("name", SHARED)
-def test_the_number_of_threads_changes_no_bit(name, isa) -> None:
+def test_the_number_of_threads_changes_no_bit(name) -> None:
     call, operator = SHARED[name](), getattr(torch.ops.llmkern, name.split("-")[0])
     before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(operator(*call))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(*results)
+    for isa in here():
+        with on(isa):
+            try:
+                results = []
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    results.append(operator(*call))
+            finally:
+                torch.set_num_threads(before)
+            assert_same_bits(*results)
 
 
 @built
@@ -254,7 +244,7 @@ def test_the_operators_check_what_they_would_read() -> None:
 
 
 @built
-def test_the_library_needs_neither_python_nor_a_new_system() -> None:
+def test_the_library_needs_neither_python_nor_a_new_system(tool) -> None:
     symbols = tool("objdump", "-T", str(_native.path()))
     assert not re.search(r"\bPy[A-Z_]\w*", symbols)
     for name, most in (("GLIBC", (2, 34)), ("GLIBCXX", (3, 4, 29))):
@@ -264,7 +254,7 @@ def test_the_library_needs_neither_python_nor_a_new_system() -> None:
 
 
 @built
-def test_code_for_one_instruction_set_is_not_shared() -> None:
+def test_code_for_one_instruction_set_is_not_shared(tool) -> None:
     """An inline function that an AVX-512 object exports might be the copy that every CPU runs."""
     objects = sorted((ROOT / "build" / "native" / "cpu").rglob("*.o"))
     if not objects:
@@ -292,80 +282,18 @@ def test_without_the_library_everything_falls_back_and_says_why() -> None:
     ]
 
 
-def test_a_file_that_is_no_library_is_a_reason_not_an_error(tmp_path: Path) -> None:
+def test_a_file_that_is_no_library_is_a_reason_not_an_error(tmp_path: Path, monkeypatch) -> None:
     broken = tmp_path / "broken.so"
     broken.write_text("not a library")
-    out = python("import llmkern; from llmkern import _native; print(_native.reason())", LLMKERN_LIBRARY=str(broken))
-    assert "was not loaded" in out
-    assert str(broken) in out
+    monkeypatch.setattr(settings, "library", str(broken))
+    library, reason = _native._load()
+    assert library is None
+    assert reason.startswith(f"the native library {broken} was not loaded: ")
 
 
 @built
-def test_an_instruction_set_that_the_cpu_lacks_is_a_reason() -> None:
-    out = python("import llmkern; from llmkern import _native; print(_native.reason())", LLMKERN_CPU_ISA="avx1024")
-    assert "LLMKERN_CPU_ISA='avx1024': expected portable, avx2, avx2_vnni, avx512, " in out
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A copy of what a build needs, objects included, so that nothing is compiled for lack of them."""
-    copy = tmp_path / "a source"  # with a space, as people have them
-    for folder in ("csrc", "llmkern"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / file, copy / file)
-    return copy
-
-
-def build(source: Path, **env: str) -> dict[str, str | None]:
-    """Runs the build, without its CUDA part, which takes minutes; it must succeed.  The reasons that it leaves."""
-    run = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=source,
-        env=os.environ | {"LLMKERN_CUDA": "0"} | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads((source / "llmkern" / "_build.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("env", "reason"),
-    [
-        ({"CXX": "/nonexistent/g++"}, "no C++ compiler was found (looked for /nonexistent/g++; CXX can name another)"),
-        ({"LLMKERN_BUILD": "0"}, "LLMKERN_BUILD=0 was set while building"),
-        ({"CXX": shutil.which("false") or ""}, "it did not compile: "),
-    ],
-    ids=["no-compiler", "not-wanted", "failing-compiler"],
-)
-def test_a_build_that_cannot_be_says_why(source: Path, env: dict[str, str], reason: str) -> None:
-    stale = source / "llmkern" / "_ops.abi3.so"
-    stale.write_text("an older library")
-    reasons = build(source, **env)
-    assert reasons["library"] is not None
-    assert reasons["library"].startswith(reason)
-    assert not stale.exists()
-    told = "import sys; sys.path.insert(0, '.'); from llmkern import _native; print(_native.reason())"
-    run = subprocess.run([sys.executable, "-c", told], cwd=source, capture_output=True, text=True, timeout=120)
-    assert f"the native library was not built: {reasons['library']}" in run.stdout
-
-
-@built
-def test_an_edited_header_recompiles_its_users_and_nothing_else(source: Path) -> None:
-    """ninja's own plan, after a build: nothing to do, then exactly the objects that include vec.h: every kernel's."""
-    assert build(source)["library"] is None
-
-    def plan() -> list[str]:
-        script = source / "build" / "native" / "library.ninja"
-        return re.findall(r"\] (\S+)", tool("ninja", "-n", "-f", str(script)))
-
-    assert plan() == []
-    header = source / "csrc" / "cpu" / "vec.h"
-    header.write_text(header.read_text() + "\n")
-    kernels = [path for path in (source / "csrc" / "cpu").glob("*.cpp") if path.name != "isa.cpp"]
-    expected = {f"{path.name}.{isa}.o" for path in kernels for isa in ("portable", "avx2", "avx512")}
-    products = (source / "csrc" / "cpu" / "products").glob("*.cpp")
-    expected |= {f"{path.name}.{isa}.o" for path in products for isa in ISAS}
-    assert set(plan()) == expected | {"_ops.abi3.so"}
+def test_an_instruction_set_that_the_cpu_lacks_is_a_reason(monkeypatch) -> None:
+    monkeypatch.setattr(settings, "cpu_isa", "avx1024")
+    library, reason = _native._load()
+    assert library is None
+    assert "LLMKERN_CPU_ISA='avx1024': expected portable, avx2, avx2_vnni, avx512, " in reason

@@ -16,17 +16,6 @@ ISAS = ("portable", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def isa(request: pytest.FixtureRequest):
-    before = _native.cpu_isa()
-    try:
-        _native.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.set_cpu_isa(before)
-
-
 def attention_call(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Call:
     call = {"q": q, "k": k, "v": v, "attn_mask": None, "key_padding_mask": None, "sinks": None, "causal": False}
     call |= {"sm_scale": q.shape[3] ** -0.5, "window": [-1, -1], "softcap": 0.0, "return_lse": False}
