@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llmkern.checks import check_dtype, check_floating, check_same_device, check_same_dtype, check_shape, shape_text
+from llmkern.checks import (
+    check_choice,
+    check_dtype,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    shape_text,
+)
+from llmkern.ops.int8_linear import SCHEMES, resolve_scheme
 
-__all__ = ["check_hidden", "check_layer_mask", "check_linear"]
+__all__ = ["check_hidden", "check_layer_mask", "check_linear", "check_schemes", "resolve_schemes"]
 
 
 def check_hidden(op: str, hidden: Tensor) -> None:
@@ -15,6 +26,22 @@ def check_hidden(op: str, hidden: Tensor) -> None:
     check_floating(op, hidden=hidden)
     if hidden.dim() != 3:
         raise ValueError(f"{op}: hidden has shape {shape_text(hidden.shape)}, expected [B, S, hidden]")
+
+
+def resolve_schemes(schemes: str | Sequence[str], hidden: Tensor) -> str:
+    """`scheme` as the ops' schemas take it: one for all int8 weights, or one for each linear layer with commas."""
+    if isinstance(schemes, str):
+        schemes = schemes.split(",")
+    return ",".join([resolve_scheme(scheme, hidden) for scheme in schemes])
+
+
+def check_schemes(op: str, schemes: str, linears: tuple[str, ...]) -> None:
+    """`schemes` is one of int8_linear's schemes, or as many as there are linear layers."""
+    each = schemes.split(",")
+    for scheme in each:
+        check_choice(op, "scheme", scheme, SCHEMES)
+    if len(each) not in (1, len(linears)):
+        raise ValueError(f"{op}: scheme has {len(each)} parts, expected one, or one for each of {', '.join(linears)}")
 
 
 def check_linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ from llmkern.checks import (
 )
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._layer import check_hidden, check_layer_mask, check_linear
+from llmkern.ops._layer import check_hidden, check_layer_mask, check_linear, check_schemes, resolve_schemes
 from llmkern.ops.attention import check_numbers
-from llmkern.ops.int8_linear import SCHEMES, resolve_scheme
 
 __all__ = ["decoder_layer_"]
 
@@ -74,7 +74,7 @@ def decoder_layer_(
     window: int | None = None,
     softcap: float | None = None,
     activation: str = "silu",
-    scheme: str = "auto",
+    scheme: str | Sequence[str] = "auto",
 ) -> Tensor:
     """`h + down(act(gate(n)) * up(n))` with `h = hidden + o(attention(rope(q, k), v))`, `n = rms_norm(h)`; q, k and v
     are the projections of `rms_norm(hidden)`, and keys and values join the cache before they are attended to.
@@ -94,7 +94,9 @@ def decoder_layer_(
     mask: 4 dimensions that broadcast to [B, Hq, S, past + S]; bool (True: attend), or hidden's dtype or fp32 (added).
         It says everything; None: causal, and within `window` keys, its own included.
     sm_scale: default 1/sqrt(D).  softcap: of the scores, 0 or None for none.
-    activation: "silu", "gelu" or "gelu_tanh".  scheme: of the int8 weights, as for `int8_linear`.
+    activation: "silu", "gelu" or "gelu_tanh".
+    scheme: of the int8 weights, as for `int8_linear`; one for all, or one for each linear layer in the order of the
+        arguments (q, k, v, o, gate, up, down).
     Returns [B, S, H], contiguous, in hidden's dtype.  Sums and norms are in fp32 (fp64 for fp64); between the layer's
     parts values are rounded to hidden's dtype, or not at all.
     No gradient.  Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
@@ -144,7 +146,7 @@ def decoder_layer_(
         window=-1 if window is None else window,
         softcap=0.0 if softcap is None else softcap,
         activation=activation,
-        scheme=resolve_scheme(scheme, hidden),
+        scheme=resolve_schemes(scheme, hidden),
     )
 
 
@@ -167,7 +169,7 @@ def _check(
     op = "decoder_layer_"
     check_hidden(op, hidden)
     check_choice(op, "activation", activation, GATES)
-    check_choice(op, "scheme", scheme, SCHEMES)
+    check_schemes(op, scheme, _LINEARS)
     check_non_negative(op, "eps", eps)
     if window != -1 and window < 1:
         raise ValueError(f"{op}: window is {window}, expected an int >= 1 or None")
@@ -262,7 +264,7 @@ def _fake(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
-# window -1 and softcap 0 are none; scheme is "w8a8" or "w8a16".
+# window -1 and softcap 0 are none; scheme is "w8a8" or "w8a16", or one of them for each linear layer, with commas.
 _LINEAR_ARGUMENTS = ", ".join(f"Tensor {n}_weight, Tensor? {n}_scale, Tensor? {n}_bias" for n in _LINEARS)
 define(
     "decoder_layer_(Tensor hidden, Tensor cos, Tensor sin, Tensor(a!)? k_cache, Tensor(b!)? v_cache,"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,9 +10,8 @@ from torch import Tensor
 from llmkern.checks import check_choice, check_non_negative, check_parameter, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._layer import check_hidden, check_layer_mask, check_linear
+from llmkern.ops._layer import check_hidden, check_layer_mask, check_linear, check_schemes, resolve_schemes
 from llmkern.ops.attention import check_numbers
-from llmkern.ops.int8_linear import SCHEMES, resolve_scheme
 
 __all__ = ["encoder_layer"]
 
@@ -49,7 +49,7 @@ def encoder_layer(
     eps: float = 1e-12,
     sm_scale: float | None = None,
     activation: str = "gelu",
-    scheme: str = "auto",
+    scheme: str | Sequence[str] = "auto",
 ) -> Tensor:
     """`layer_norm(h + down(act(up(h))))` with `h = layer_norm(hidden + o(attention(q, k, v)))`; q, k and v are the
     projections of `hidden`, and every token sees every token that `mask` lets it.
@@ -61,7 +61,8 @@ def encoder_layer(
     attention_norm, output_norm and their biases: [H], of the two layer_norms.  eps: of both.
     mask: 4 dimensions that broadcast to [B, heads, S, S]; bool (True: attend), or hidden's dtype or fp32 (added).
     sm_scale: default 1/sqrt(head dimension).  activation: "gelu", "gelu_tanh", "silu" or "relu".
-    scheme: of the int8 weights, as for `int8_linear`.
+    scheme: of the int8 weights, as for `int8_linear`; one for all, or one for each linear layer in the order of the
+        arguments (q, k, v, o, up, down).
     Returns [B, S, H], contiguous, in hidden's dtype.  Sums and norms are in fp32 (fp64 for fp64); between the layer's
     parts values are rounded to hidden's dtype, or not at all.
     No gradient.  Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
@@ -99,7 +100,7 @@ def encoder_layer(
         eps=eps,
         sm_scale=sm_scale,
         activation=activation,
-        scheme=resolve_scheme(scheme, hidden),
+        scheme=resolve_schemes(scheme, hidden),
     )
 
 
@@ -116,7 +117,7 @@ def _check(
     op = "encoder_layer"
     check_hidden(op, hidden)
     check_choice(op, "activation", activation, ACTIVATIONS)
-    check_choice(op, "scheme", scheme, SCHEMES)
+    check_schemes(op, scheme, _LINEARS)
     check_non_negative(op, "eps", eps)
     check_numbers(op, sm_scale, 0.0)
     q_weight = tensors["q_weight"]
@@ -137,7 +138,7 @@ def _fake(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
-# scheme is "w8a8" or "w8a16".
+# scheme is "w8a8" or "w8a16", or one of them for each linear layer, with commas.
 _LINEAR_ARGUMENTS = ", ".join(f"Tensor {n}_weight, Tensor? {n}_scale, Tensor? {n}_bias" for n in _LINEARS)
 define(
     "encoder_layer(Tensor hidden, Tensor? mask, Tensor attention_norm, Tensor? attention_norm_bias,"

@@ -153,9 +153,10 @@ def eps_of(module: nn.Module, norms: Sequence[NormPart | None]) -> float:
 def linear_arguments(
     module: nn.Module, linears: tuple[LinearPart, ...], like: Tensor
 ) -> tuple[list[Tensor | None], str]:
-    """(weight, scale, bias) of each linear layer, one after the other, and the scheme of those in int8."""
+    """(weight, scale, bias) of each linear layer, one after the other, and their schemes as the op takes them."""
     found: list[Tensor | None] = []
-    dtype, schemes = like.dtype, set()
+    dtype = like.dtype
+    schemes: list[str | None] = []  # None for a floating-point weight
     for path, rows in linears:
         layer = _at(module, path)
         cls, state = type(layer), layer.__dict__
@@ -164,10 +165,9 @@ def linear_arguments(
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             _check_hooks(".".join(path), state)
         parameters = state["_parameters"]
-        weight, bias, scale = parameters["weight"], parameters["bias"], None
+        weight, bias, scale, scheme = parameters["weight"], parameters["bias"], None, None
         if cls is Int8Linear:
-            scale = layer._buffers["weight_scale"]
-            schemes.add(layer._scheme)
+            scale, scheme = layer._buffers["weight_scale"], resolve_scheme(layer._scheme, like)
         elif weight.dtype is not dtype:
             raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
         if type(weight) not in _PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
@@ -176,9 +176,9 @@ def linear_arguments(
             part = slice(*rows)
             weight, scale, bias = (None if t is None else t[part] for t in (weight, scale, bias))
         found += (weight, scale, bias)
-    if len(schemes) > 1:
-        raise Unserved(f"its int8 layers have several schemes: {', '.join(sorted(schemes))}")
-    return found, resolve_scheme(schemes.pop(), like) if schemes else "w8a8"
+        schemes.append(scheme)
+    each = [scheme or "w8a8" for scheme in schemes]
+    return found, each[0] if each.count(each[0]) == len(each) else ",".join(each)
 
 
 def layer_mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:

@@ -32,7 +32,6 @@ struct Call {
   int64_t window;
   float softcap;
   Activation activation;
-  bool w8a8;
 };
 
 // Where a cache, or rows of projected keys or values, keeps its vectors.
@@ -56,7 +55,7 @@ class DecoderLayer {
         cached_(call.k_cache.has_value()),
         int8_cache_(call.k_cache_scale.has_value()),
         mask_(mask_of(kOp, call.mask, {batch_, heads_, length_, end_})),
-        products_(call.hidden, rows_, call.w8a8) {}
+        products_(call.hidden, rows_) {}
 
   Tensor run() {
     Tensor out = torch::stable::new_empty(c_.hidden, c_.hidden.sizes());
@@ -427,6 +426,9 @@ Tensor decoder_layer_(const Tensor& hidden, const Tensor& cos, const Tensor& sin
                       double norm_offset, bool interleaved, double sm_scale, int64_t window, double softcap,
                       std::string activation, std::string scheme) {
   const std::optional<Activation> gate = activation_of(activation);
+  const Schemes schemes(scheme);
+  STD_TORCH_CHECK(schemes.count() == 1 || schemes.count() == 7, kOp, ": scheme has ", schemes.count(),
+                  " parts, expected 1 or 7");
   const Tensor rows = hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden);
   const Call call{
       .hidden = rows,
@@ -442,13 +444,13 @@ Tensor decoder_layer_(const Tensor& hidden, const Tensor& cos, const Tensor& sin
       .post_norm = post_norm,
       .q_norm = q_norm,
       .k_norm = k_norm,
-      .q = {"q", q_weight, q_scale, q_bias},
-      .k = {"k", k_weight, k_scale, k_bias},
-      .v = {"v", v_weight, v_scale, v_bias},
-      .o = {"o", o_weight, o_scale, o_bias},
-      .gate = {"gate", gate_weight, gate_scale, gate_bias},
-      .up = {"up", up_weight, up_scale, up_bias},
-      .down = {"down", down_weight, down_scale, down_bias},
+      .q = {"q", q_weight, q_scale, q_bias, schemes.w8a8(0)},
+      .k = {"k", k_weight, k_scale, k_bias, schemes.w8a8(1)},
+      .v = {"v", v_weight, v_scale, v_bias, schemes.w8a8(2)},
+      .o = {"o", o_weight, o_scale, o_bias, schemes.w8a8(3)},
+      .gate = {"gate", gate_weight, gate_scale, gate_bias, schemes.w8a8(4)},
+      .up = {"up", up_weight, up_scale, up_bias, schemes.w8a8(5)},
+      .down = {"down", down_weight, down_scale, down_bias, schemes.w8a8(6)},
       .head_dim = head_dim,
       .eps = static_cast<float>(eps),
       .norm_offset = static_cast<float>(norm_offset),
@@ -457,14 +459,13 @@ Tensor decoder_layer_(const Tensor& hidden, const Tensor& cos, const Tensor& sin
       .window = window,
       .softcap = static_cast<float>(softcap),
       .activation = gate.value_or(Activation::none),
-      .w8a8 = scheme == "w8a8",
   };
   if (!gate || !kernels_take(call))
     return call_reference<Tensor>(kOp, hidden, cos, sin, k_cache, v_cache, k_cache_scale, v_cache_scale, past, mask,
                                   input_norm, post_norm, q_norm, k_norm, q_weight, q_scale, q_bias, k_weight, k_scale,
                                   k_bias, v_weight, v_scale, v_bias, o_weight, o_scale, o_bias, gate_weight, gate_scale,
                                   gate_bias, up_weight, up_scale, up_bias, down_weight, down_scale, down_bias, head_dim,
-                                  eps, interleaved, sm_scale, window, softcap, activation, scheme);
+                                  eps, norm_offset, interleaved, sm_scale, window, softcap, activation, scheme);
   check(call);
   return DecoderLayer(call).run();
 }

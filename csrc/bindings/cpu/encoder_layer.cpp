@@ -23,7 +23,6 @@ struct Call {
   int64_t heads;
   float eps, sm_scale;
   Activation activation;
-  bool w8a8;
 };
 
 class EncoderLayer {
@@ -37,7 +36,7 @@ class EncoderLayer {
         rows_(batch_ * length_),
         across_(call.q.n()),
         mask_(mask_of(kOp, call.mask, {batch_, call.heads, length_, length_})),
-        products_(call.hidden, rows_, call.w8a8) {}
+        products_(call.hidden, rows_) {}
 
   Tensor run() {
     Tensor out = torch::stable::new_empty(c_.hidden, c_.hidden.sizes());
@@ -204,6 +203,9 @@ Tensor encoder_layer(const Tensor& hidden, const Optional& mask, const Tensor& a
                      const Tensor& down_weight, const Optional& down_scale, const Optional& down_bias, int64_t heads,
                      double eps, double sm_scale, std::string activation, std::string scheme) {
   const std::optional<Activation> act = activation_of(activation);
+  const Schemes schemes(scheme);
+  STD_TORCH_CHECK(schemes.count() == 1 || schemes.count() == 6, kOp, ": scheme has ", schemes.count(),
+                  " parts, expected 1 or 6");
   const Tensor rows = hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden);
   const Call call{
       .hidden = rows,
@@ -212,17 +214,16 @@ Tensor encoder_layer(const Tensor& hidden, const Optional& mask, const Tensor& a
       .attention_norm_bias = attention_norm_bias,
       .output_norm = output_norm,
       .output_norm_bias = output_norm_bias,
-      .q = {"q", q_weight, q_scale, q_bias},
-      .k = {"k", k_weight, k_scale, k_bias},
-      .v = {"v", v_weight, v_scale, v_bias},
-      .o = {"o", o_weight, o_scale, o_bias},
-      .up = {"up", up_weight, up_scale, up_bias},
-      .down = {"down", down_weight, down_scale, down_bias},
+      .q = {"q", q_weight, q_scale, q_bias, schemes.w8a8(0)},
+      .k = {"k", k_weight, k_scale, k_bias, schemes.w8a8(1)},
+      .v = {"v", v_weight, v_scale, v_bias, schemes.w8a8(2)},
+      .o = {"o", o_weight, o_scale, o_bias, schemes.w8a8(3)},
+      .up = {"up", up_weight, up_scale, up_bias, schemes.w8a8(4)},
+      .down = {"down", down_weight, down_scale, down_bias, schemes.w8a8(5)},
       .heads = heads,
       .eps = static_cast<float>(eps),
       .sm_scale = static_cast<float>(sm_scale),
       .activation = act.value_or(Activation::none),
-      .w8a8 = scheme == "w8a8",
   };
   if (!act || !kernels_take(call))
     return call_reference<Tensor>(kOp, hidden, mask, attention_norm, attention_norm_bias, output_norm, output_norm_bias,

@@ -1,6 +1,7 @@
 // What the bindings of whole layers share: scratch memory, and linear layers of any kind of weight and number of rows.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -22,10 +23,31 @@ struct Linear {
   const Tensor& weight;
   const std::optional<Tensor>& scale;
   const std::optional<Tensor>& bias;
+  bool w8a8;  // of an int8 weight: is its input rounded to int8 as well?
 
   int64_t n() const { return weight.size(0); }
   int64_t k() const { return weight.size(1); }
   bool int8() const { return scale.has_value(); }
+  bool takes_codes() const { return w8a8 && int8(); }
+};
+
+// A layer's argument `scheme`, "w8a8" or "w8a16": one for all of its linear layers, or one for each, with commas.
+class Schemes {
+ public:
+  explicit Schemes(const std::string& schemes) {
+    for (size_t begin = 0, end; begin <= schemes.size(); begin = end + 1) {
+      end = std::min(schemes.find(',', begin), schemes.size());
+      w8a8_.push_back(schemes.compare(begin, end - begin, "w8a8") == 0);
+    }
+  }
+
+  // Of the i-th linear layer in the order of the op's arguments.
+  bool w8a8(size_t i) const { return w8a8_[w8a8_.size() == 1 ? 0 : i]; }
+
+  size_t count() const { return w8a8_.size(); }
+
+ private:
+  std::vector<bool> w8a8_;
 };
 
 // Is this a layer for the launchers: a weight in `dtype` or int8 codes, and a bias in `dtype`?
@@ -102,8 +124,7 @@ struct Matrix {
 // The linear layers of one call.
 class Products {
  public:
-  Products(const Tensor& like, int64_t rows, bool w8a8)
-      : like_(like), dtype_(*dtype_of(like)), rows_(rows), w8a8_(w8a8) {}
+  Products(const Tensor& like, int64_t rows) : like_(like), dtype_(*dtype_of(like)), rows_(rows) {}
 
   // Is this layer multiplied by launch_linear?
   bool native(const Linear& l) const { return l.int8() || rows_ <= kFewRows; }
@@ -111,14 +132,14 @@ class Products {
   // Does every one of these layers round its input to codes, so that whoever makes the input may do it?
   bool takes_codes(std::initializer_list<Linear> layers) const {
     for (const Linear& l : layers)
-      if (!w8a8_ || !l.int8()) return false;
+      if (!l.takes_codes()) return false;
     return true;
   }
 
   int64_t workspace_bytes(std::initializer_list<Linear> layers) const {
     int64_t most = 0;
     for (const Linear& l : layers)
-      if (native(l)) most = std::max(most, linear_workspace_bytes(rows_, l.k(), w8a8_ && l.int8()));
+      if (native(l)) most = std::max(most, linear_workspace_bytes(rows_, l.k(), l.takes_codes()));
     return most;
   }
 
@@ -133,9 +154,8 @@ class Products {
       if (!native(l)) {
         **out = dense(x, l);
       } else {
-        const WeightType type = l.int8() ? WeightType::s8 : weight_type(dtype_);
-        if (p.segments && p.weight_type != type) launch(p);
-        if (p.segments == 0) p = params(x, l.k(), type);
+        if (p.segments && (p.weight_type != weight_type(l) || p.w8a8 != l.takes_codes())) launch(p);
+        if (p.segments == 0) p = params(x, l);
         p.segment[p.segments++] = segment(l, **out);
       }
       ++out;
@@ -145,7 +165,7 @@ class Products {
 
   // out = x · lᵀ + bias + residual, for a layer that is `native`.
   void add(const Matrix& x, const Linear& l, const Matrix& residual, const Matrix& out) {
-    LinearParams p = params(x, l.k(), l.int8() ? WeightType::s8 : weight_type(dtype_));
+    LinearParams p = params(x, l);
     p.segment[0] = segment(l, out);
     p.segment[0].residual = residual.data;
     p.segment[0].residual_stride = residual.stride;
@@ -165,22 +185,23 @@ class Products {
   }
 
  private:
-  static WeightType weight_type(DType dtype) {
-    return dtype == DType::f32 ? WeightType::f32 : dtype == DType::bf16 ? WeightType::bf16 : WeightType::f16;
+  WeightType weight_type(const Linear& l) const {
+    if (l.int8()) return WeightType::s8;
+    return dtype_ == DType::f32 ? WeightType::f32 : dtype_ == DType::bf16 ? WeightType::bf16 : WeightType::f16;
   }
 
-  LinearParams params(const Matrix& x, int64_t k, WeightType type) const {
+  LinearParams params(const Matrix& x, const Linear& l) const {
     LinearParams p;
     p.x = x.codes ? nullptr : x.data;
     p.x_q = x.codes;
     p.x_scale = x.scale;
     p.workspace = workspace_;
     p.segments = 0;
-    p.rows = {.count = rows_, .stride0 = x.codes ? k : x.stride};
-    p.k = k;
-    p.weight_type = type;
+    p.rows = {.count = rows_, .stride0 = x.codes ? l.k() : x.stride};
+    p.k = l.k();
+    p.weight_type = weight_type(l);
     p.dtype = p.out_dtype = p.bias_dtype = p.residual_dtype = dtype_;
-    p.w8a8 = w8a8_ && type == WeightType::s8;
+    p.w8a8 = l.takes_codes();
     return p;
   }
 
@@ -204,7 +225,6 @@ class Products {
   const Tensor& like_;
   DType dtype_;
   int64_t rows_;
-  bool w8a8_;
   char* workspace_ = nullptr;
   std::vector<Tensor> results_;  // of torch's operator, kept until the layer is done
 };

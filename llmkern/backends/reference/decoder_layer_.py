@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,16 @@ from llmkern.backends.reference.swiglu import swiglu
 from llmkern.dispatch import implements
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, scheme: str) -> Tensor:
-    """x · weightᵀ + bias in x's dtype, the weight floating or int8 codes with their scale."""
+def linear(linears: dict[str, Any], schemes: list[str], x: Tensor, name: str) -> Tensor:
+    """x · weightᵀ + bias in the dtype of x, by the linear layer of that name, floating point or int8.
+
+    linears: an op's arguments <name>_weight, <name>_scale and <name>_bias, in order.
+    schemes: of int8 weights, one for all of them, or one for each.
+    """
+    weight, scale, bias = (linears[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
     if scale is not None:
-        return int8_linear(x, weight, scale, bias, "none", scheme)
+        names = [key.removesuffix("_weight") for key in linears if key.endswith("_weight")]
+        return int8_linear(x, weight, scale, bias, "none", schemes[names.index(name) if len(schemes) > 1 else 0])
     xf = accumulate(x)
     return F.linear(xf, weight.to(xf.dtype), None if bias is None else bias.to(xf.dtype)).to(x.dtype)
 
@@ -58,8 +65,7 @@ def decoder_layer_(
     scheme: str,
     **linears: Any,
 ) -> Tensor:
-    def project(x: Tensor, name: str) -> Tensor:
-        return linear(x, linears[f"{name}_weight"], linears[f"{name}_scale"], linears[f"{name}_bias"], scheme)
+    project = partial(linear, linears, scheme.split(","))
 
     def heads(x: Tensor, name: str, norm: Tensor | None) -> Tensor:
         projected = project(x, name).unflatten(-1, (-1, head_dim))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +28,7 @@ def encoder_layer(
     scheme: str,
     **linears: Any,
 ) -> Tensor:
-    def project(x: Tensor, name: str) -> Tensor:
-        return linear(x, linears[f"{name}_weight"], linears[f"{name}_scale"], linears[f"{name}_bias"], scheme)
+    project = partial(linear, linears, scheme.split(","))
 
     q, k, v = (project(hidden, name).unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qkv")
     out, _ = attention(q, k, v, mask, None, None, False, sm_scale, [-1, -1], 0.0, False)

@@ -156,6 +156,12 @@ CASES = [
         )
     ],
     *each_dtype(
+        _OP,
+        "int8-schemes",
+        partial(_call, queries=3, past=5, int8=True, scheme="w8a8,w8a16,w8a8,w8a8,w8a8,w8a16,w8a16"),
+        dtypes=_SMALL,
+    ),
+    *each_dtype(
         _OP, "int8-but-down", partial(_call, queries=2, past=5, int8=_ALL[:-1], head_norms=True), dtypes=_SMALL
     ),
     *each_dtype(_OP, "int8-cache", partial(_call, queries=1, past=12, int8_cache=True), dtypes=_SMALL),

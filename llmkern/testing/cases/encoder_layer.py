@@ -113,5 +113,11 @@ CASES = [
             *each_dtype(_OP, f"int8-{scheme}-padded", partial(_padded, lengths=(6, 4), int8=True, scheme=scheme)),
         )
     ],
+    *each_dtype(
+        _OP,
+        "int8-schemes",
+        partial(_call, batch=1, length=3, int8=True, scheme="w8a8,w8a8,w8a16,w8a8,w8a16,w8a8"),
+        dtypes=_SMALL,
+    ),
     *each_dtype(_OP, "0-batch", partial(_call, batch=0, length=3), dtypes=(torch.float32,)),
 ]
