@@ -32,12 +32,15 @@ def serves(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     has_backward: bool = False,
     refuse: Refuse | None = None,
+    for_gradient: dict[str, Any] | None = None,
 ) -> Callable[[Launcher], Launcher]:
     """Declare the decorated launcher, whose signature is the op's schema, as Triton's implementation of `op`.
 
     Eager calls without gradients run the launcher itself: an operator's layers in Python would cost more than the
     launch.  Under torch.compile, and where a gradient is needed, `torch.ops.llmkern_triton.<op>` is called: a
     `triton_op`, whose kernels the compiler sees, with the op's own fake and backward.
+
+    for_gradient: arguments to replace where a gradient is needed, so that the forward keeps what the backward reads.
 
     The interpreter serves CPU tensors only where it is asked for by name: its priority is below every backend's.
     """
@@ -47,7 +50,9 @@ def serves(
         operator = _operator(op, launcher, has_backward) if installed() else launcher
 
         def call(**arguments: Any) -> Any:
-            if is_compiling() or (has_backward and torch.is_grad_enabled() and _any_needs_grad(arguments)):
+            if has_backward and torch.is_grad_enabled() and _any_needs_grad(arguments):
+                return operator(**(arguments | (for_gradient or {})))
+            if is_compiling():
                 return operator(**arguments)
             lead = next(iter(arguments.values()))
             return launcher(**arguments) if type(lead) in _PLAIN else operator(**arguments)

@@ -24,7 +24,8 @@ def _refuse(k: Tensor, v: Tensor, **_: object) -> str | None:
     return refuse_dims(k, v)
 
 
-@serves("attention", has_backward=True, refuse=_refuse)
+# Without a log-sum-exp the backward would have to walk all scores once more.
+@serves("attention", has_backward=True, refuse=_refuse, for_gradient={"return_lse": True})
 def attention(
     q: Tensor,
     k: Tensor,
