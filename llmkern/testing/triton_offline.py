@@ -137,6 +137,12 @@ def _cuobjdump(cubin: bytes) -> tuple[str, str]:
     return usage, sass
 
 
+def _aligned(launch: Launch) -> bool:
+    """Whether rows of the first two operands begin at multiples of 16 elements, so that copies of 16 bytes can."""
+    operands = [x for x in launch.arguments[:2] if isinstance(x, Tensor)]
+    return all([stride % 16 == 0 for x in operands for stride in x.stride()[:-1]])
+
+
 def main(ops: Sequence[str]) -> None:
     """Compile everything that `llmkern.testing.triton_calls` has for `ops`, one line of JSON for each."""
     from llmkern import dispatch
@@ -158,7 +164,7 @@ def main(ops: Sequence[str]) -> None:
                     "kernel": made.kernel,
                     "constants": made.constants,
                     "dtype": forms[0],
-                    "aligned": all(size % 16 == 0 for t in launch.arguments[:2] for size in t.stride()[:-1]),
+                    "aligned": _aligned(launch),
                     "shared": made.shared,
                     "registers": made.registers,
                     "spills": made.spills,

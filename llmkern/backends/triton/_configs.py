@@ -80,7 +80,11 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
             "gfx942": _tile(32, 64, 4, 1),
             "cpu": _TILE_INTERPRETED,
         },
-        "half-256": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
+        "half-256": {
+            "*": _tile(16, 32, 8, 1),
+            "gfx942": _tile(16, 32, 4, 1),
+            "cpu": _TILE_INTERPRETED,
+        },
         "fp32-64": {"*": _tile(16, 32, 8, 1), "gfx942": _tile(16, 32, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-128": {"*": _tile(16, 16, 8, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
         "fp32-256": {"*": _tile(16, 16, 16, 1), "gfx942": _tile(16, 16, 4, 1), "cpu": _TILE_INTERPRETED},
@@ -90,8 +94,8 @@ DEFAULTS: dict[str, dict[str, dict[str, Config]]] = {
         "half-128": {"*": _keys(64, 4, 3), "gfx942": _keys(64, 4, 1), "cpu": _keys(16, 1, 1)},
         "half-256": {"*": _keys(32, 4, 2), "gfx942": _keys(32, 4, 1), "cpu": _keys(16, 1, 1)},
         "fp32-64": {"*": _keys(32, 4, 2), "gfx942": _keys(32, 4, 1), "cpu": _keys(16, 1, 1)},
-        "fp32-128": {"*": _keys(16, 4, 2), "gfx942": _keys(16, 4, 1), "cpu": _keys(16, 1, 1)},
-        "fp32-256": {"*": _keys(16, 8, 2), "gfx942": _keys(16, 8, 1), "cpu": _keys(16, 1, 1)},
+        "fp32-128": {"*": _keys(16, 8, 2), "gfx942": _keys(16, 4, 1), "cpu": _keys(16, 1, 1)},
+        "fp32-256": {"*": _keys(16, 4, 1), "gfx942": _keys(16, 8, 1), "cpu": _keys(16, 1, 1)},
     },
     "rope": {
         "any": {

@@ -120,6 +120,9 @@ def attention_backward(
     if dmask.numel() and attn_mask is not None:
         mask_batches, mask_heads, mask_rows, mask_columns = attn_mask.shape
         one_row, one_column = mask_rows == 1, mask_columns == 1
+        # Fewer queries: this kernel holds a tile of the mask's gradient besides.
+        block_n = min(block_n, 16 if padded(dim) > 128 else 32)
+        constants |= {"BLOCK_M": block_n, "num_warps": min(chosen["num_warps"], 8)}
         tiles = (1 if one_row else -(-mask_rows // block_n)) * (1 if one_column else -(-mask_columns // block_m))
         launch(
             dmask_kernel,
