@@ -116,8 +116,9 @@ def _probe(name: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """None where there is no GPU: a backend may be there all the same, as Triton is by its interpreter."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 def needs_grad(call: dict[str, Any]) -> bool:
@@ -149,6 +150,8 @@ def static_reason(
         return f"takes {', '.join([_dtype_name(d) for d in impl.dtypes])}, not {_dtype_name(dtype)}"
     if impl.min_capability is not None and device.type == "cuda":
         have = _capability(device.index) if assumed is None else assumed
+        if have is None:
+            return "torch finds no GPU here"
         if have < impl.min_capability:
             need = impl.min_capability
             return f"needs compute capability {need[0]}.{need[1]}, the device has {have[0]}.{have[1]}"
