@@ -174,7 +174,8 @@ def test_every_op_has_sweeps_that_every_contender_here_can_be_judged_on(op: str,
         ours = next(row for row in rows if row.provider == "llmkern")
         assert ours.p50 is not None, ours.error
         for row in rows:
-            assert row.p50 is not None or row.error.startswith("not supported"), (row.provider, row.error)
+            judged = row.p50 is not None or row.error.startswith(("not supported", "judged only"))
+            assert judged, (row.provider, row.error)
 
 
 def test_definitions_name_the_sizes_of_their_op() -> None:

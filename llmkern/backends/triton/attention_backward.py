@@ -78,7 +78,7 @@ def attention_backward(
         )
     shift, total = lse, None
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    if additive or lse.numel() == 0:
+    if additive or lse.numel() == 0 or q.dtype == torch.float32:
         shift, total = torch.empty_like(delta), torch.empty_like(delta)
         launch_forward(
             q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap, shift, total, stats=True

@@ -8,8 +8,9 @@ dq_kernel     a program takes BLOCK_M queries and walks the keys that they see
 dkv_kernel    a program takes BLOCK_N keys and walks the queries that see them, of every head of the group
 dmask_kernel  a program takes a tile of the mask and walks what the mask was broadcast over
 
-P = exp(S − shift) / total.  Without `total` shift is the log-sum-exp; beside an additive mask, whose −3e38 would have
-swallowed the logarithm of the sum, shift is the row's maximum and total the sum of exponentials.
+P = exp(S − shift) / total.  Without `total` shift is the log-sum-exp.  In fp32 its own rounding would be most of the
+error, and beside an additive mask −3e38 would have swallowed the logarithm of the sum: there shift is the row's maximum
+and total the sum of exponentials.
 """
 
 import triton
