@@ -4,6 +4,7 @@
 //   LLMKERN_BINDINGS(m) { m.impl(...); }   where the operators are registered
 //   on_device(t)                           whether kernels of this device can read t
 //   new_tensor(x, sizes, dtype)            memory on x's device
+//   new_strided(x, sizes, strides)         the same in x's dtype, with any strides
 //   Place(x)                               what launchers take behind their params
 #pragma once
 
@@ -50,12 +51,27 @@ inline bool on_device(const Tensor& t) {
 #endif
 }
 
-inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  Tensor made = torch::stable::new_empty(x, sizes, dtype);
+inline Tensor adopted(Tensor made) {
 #ifdef LLMKERN_SIMT
   simt::adopt_memory(made.mutable_data_ptr(), made.numel() * made.element_size(), "an output");
 #endif
   return made;
+}
+
+inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return adopted(torch::stable::new_empty(x, sizes, dtype));
+}
+
+// The strides leave no gaps.
+template <size_t kDims>
+inline Tensor new_strided(const Tensor& x, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]) {
+  int32_t dtype, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, dtype, device, index, &made));
+  return adopted(Tensor(made));
 }
 
 #if defined(LLMKERN_CUDA)

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "heads.h"
+#include "../heads.h"
 #include "threads.h"
 
 namespace llmkern {
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   };
   if (attn_mask) {
     const int64_t full[] = {batch, heads, queries, keys};
-    check_on_cpu(kOp, "attn_mask", *attn_mask);
+    check_device(kOp, "attn_mask", *attn_mask);
     STD_TORCH_CHECK(attn_mask->dim() == 4, kOp, ": attn_mask must have 4 dimensions");
     int64_t strides[4];
     for (int d = 0; d < 4; ++d) {
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     p.mask_strides = {strides[0], strides[1], strides[2], strides[3]};
   }
   if (key_padding_mask) {
-    check_on_cpu(kOp, "key_padding_mask", *key_padding_mask);
+    check_device(kOp, "key_padding_mask", *key_padding_mask);
     STD_TORCH_CHECK(key_padding_mask->scalar_type() == ScalarType::Bool && key_padding_mask->dim() == 2 &&
                         key_padding_mask->size(0) == batch && key_padding_mask->size(1) == keys,
                     kOp, ": key_padding_mask must be bool of shape [", batch, ", ", keys, "]");

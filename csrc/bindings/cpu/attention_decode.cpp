@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "heads.h"
+#include "../heads.h"
 #include "threads.h"
 
 namespace llmkern {
@@ -12,7 +12,7 @@ constexpr const char* kOp = "attention_decode";
 
 // [batch or blocks, kv_heads, slots] in fp32.
 const float* scales_of(const char* name, const Tensor& cache, const Tensor& scale) {
-  check_on_cpu(kOp, name, scale);
+  check_device(kOp, name, scale);
   STD_TORCH_CHECK(scale.dim() == 3 && scale.size(0) == cache.size(0) && scale.size(1) == cache.size(1) &&
                       scale.size(2) == cache.size(2),
                   kOp, ": ", name, " must have the cache's shape but for the last dimension");
@@ -36,14 +36,14 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k_cac
     return call_reference<std::tuple<Tensor, Tensor>>(kOp, q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale,
                                                       sinks, sm_scale, window, softcap, return_lse);
   const int64_t batch = q.size(0);
-  check_on_cpu(kOp, "seq_lens", seq_lens);
+  check_device(kOp, "seq_lens", seq_lens);
   const bool lengths_are_64 = seq_lens.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(lengths_are_64 || seq_lens.scalar_type() == ScalarType::Int, kOp,
                   ": seq_lens must be int32 or int64");
   STD_TORCH_CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == batch, kOp, ": seq_lens must have shape [", batch, "]");
   STD_TORCH_CHECK(window.size() == 2, kOp, ": window must have two elements");
   if (block_table) {
-    check_on_cpu(kOp, "block_table", *block_table);
+    check_device(kOp, "block_table", *block_table);
     STD_TORCH_CHECK(block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2 &&
                         block_table->size(0) == batch && (k_cache.size(0) > 0 || block_table->numel() == 0),
                     kOp, ": block_table must be int32 of shape [", batch, ", max_blocks], and the cache have blocks");

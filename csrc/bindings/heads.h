@@ -1,10 +1,11 @@
 // What the bindings of attention share: tensors [batch, heads, length, dim], and the results.
 #pragma once
 
-#include "../common.h"
+#include "common.h"
 #include "llmkern/attention.h"
 
 namespace llmkern {
+namespace {  // as in device.h
 
 inline HeadStrides head_strides(const Tensor& t) {
   const auto strides = t.strides();
@@ -21,28 +22,24 @@ inline Tensor out_like(const Tensor& q, int64_t dim) {
   const int64_t heads = q.size(1), queries = q.size(2);
   const int64_t sizes[] = {q.size(0), heads, queries, dim};
   const int64_t strides[] = {queries * heads * dim, dim, heads * dim, 1};
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
-  AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
+  return new_strided(q, sizes, strides);
 }
 
 // An uninitialised log-sum-exp for q; it has 0 elements where none is wanted.
 inline Tensor lse_like(const Tensor& q, bool wanted) {
-  if (!wanted) return torch::stable::new_empty(q, {0}, ScalarType::Float);
-  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  if (!wanted) return new_tensor(q, {0}, ScalarType::Float);
+  return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
 }
 
-inline void check_on_cpu(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, as q is");
+inline void check_device(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(on_device(t), op, ": ", name, " must be on q's device");
 }
 
 // Shapes that a kernel relies on, of q [B, Hq, Sq, D] and of keys and values or their caches.
 inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
-  check_on_cpu(op, "k", k);
-  check_on_cpu(op, "v", v);
+  check_device(op, "k", k);
+  check_device(op, "v", v);
   STD_TORCH_CHECK(k.size(3) == q.size(3), op, ": k has head dimension ", k.size(3), ", q has ", q.size(3));
   STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2), op,
                   ": k and v differ before the last dimension");
@@ -52,10 +49,11 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
 
 inline const void* sinks_of(const char* op, const Tensor& q, const std::optional<Tensor>& sinks) {
   if (!sinks) return nullptr;
-  check_on_cpu(op, "sinks", *sinks);
+  check_device(op, "sinks", *sinks);
   STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == q.size(1) && sinks->is_contiguous(), op,
                   ": sinks must be contiguous with ", q.size(1), " elements, one per head");
   return sinks->const_data_ptr();
 }
 
+}  // namespace
 }  // namespace llmkern
