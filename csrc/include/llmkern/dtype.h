@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "llmkern/host_device.h"
+
 namespace llmkern {
 
 enum class DType : int8_t { f32, bf16, f16 };
@@ -15,7 +17,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-constexpr int size_of(DType dtype) {
+LLMKERN_HOST_DEVICE constexpr int size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 

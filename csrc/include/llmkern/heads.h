@@ -3,12 +3,16 @@
 
 #include <cstdint>
 
+#include "llmkern/host_device.h"
+
 namespace llmkern {
 
 struct HeadStrides {
   int64_t batch, head, position;  // elements
 
-  int64_t offset(int64_t b, int64_t h, int64_t t) const { return b * batch + h * head + t * position; }
+  LLMKERN_HOST_DEVICE int64_t offset(int64_t b, int64_t h, int64_t t) const {
+    return b * batch + h * head + t * position;
+  }
 };
 
 }  // namespace llmkern

@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LLMKERN_HOST_DEVICE __host__ __device__
-#else
-#define LLMKERN_HOST_DEVICE
-#endif
+#include "llmkern/host_device.h"
 
 namespace llmkern {
 
