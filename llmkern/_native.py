@@ -16,7 +16,7 @@ import torch
 
 from llmkern.config import settings
 
-__all__ = ["CPU_ISAS", "build_info", "cpu_isa", "part_missing", "path", "reason", "set_cpu_isa"]
+__all__ = ["CPU_ISAS", "build_info", "cpu_isa", "kernels", "part_missing", "path", "reason", "set_cpu_isa"]
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
@@ -99,3 +99,11 @@ def build_info() -> dict[str, Any]:
         return dict(importlib.import_module("llmkern._C").build_info())
     except ImportError as error:
         return {"built": f"unknown, llmkern._C is missing: {_build_reasons().get('_C') or error}"}
+
+
+def kernels() -> list[dict[str, Any]]:
+    """The CUDA kernels and what each takes of an SM; empty without llmkern._C."""
+    try:
+        return list(importlib.import_module("llmkern._C").kernels())
+    except ImportError:
+        return []

@@ -39,12 +39,14 @@ class Info:
     software: versions of Python, torch, Triton, transformers and llmkern; None where not installed.
     library: path, loaded or the sentence why not, the CPU instruction set in use, and how it was built.
     backends: per backend, best first: `missing` (None where available) and the number of `ops` it implements.
+    kernels: the CUDA kernels in the library, with what each takes of an SM; empty where they were not built.
     """
 
     hardware: dict[str, Any] = field(default_factory=dict)
     software: dict[str, str | None] = field(default_factory=dict)
     library: dict[str, Any] = field(default_factory=dict)
     backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings, numbers and None."""
@@ -59,7 +61,12 @@ class Info:
             for title, rows in (("Hardware", self.hardware), ("Software", self.software), ("Library", self.library))
         ]
         rows = [(name, b["missing"] or "available", b["ops"]) for name, b in self.backends.items()]
-        return "\n\n".join([*tables, render("Backends, best first", ("backend", "state", "ops"), rows)])
+        tables.append(render("Backends, best first", ("backend", "state", "ops"), rows))
+        if self.kernels:
+            headers = list(self.kernels[0])
+            cells = [[f"{v:.0%}" if isinstance(v, float) else v for v in kernel.values()] for kernel in self.kernels]
+            tables.append(render("CUDA kernels", [header.replace("_", " ") for header in headers], cells))
+        return "\n\n".join(tables)
 
 
 def _cpu() -> tuple[str, list[str]]:
@@ -112,4 +119,5 @@ def info() -> Info:
             **_native.build_info(),
         },
         backends={b.name: {"missing": b.missing, "ops": len(ops[b.name])} for b in dispatch.backends()},
+        kernels=_native.kernels() if _native.part_missing("CUDA") is None else [],
     )

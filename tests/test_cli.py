@@ -187,7 +187,9 @@ def test_info(llmkern_) -> None:
     status, out, _ = llmkern_("info", "--json")
     assert status == 0
     assert set(json.loads(out)["backends"]) >= {"cuda", "triton", "cpu", "torch", "reference"}
-    assert "Hardware" in llmkern_("info")[1]
+    text = llmkern_("info")[1]
+    assert "Hardware" in text
+    assert ("CUDA kernels" in text) == bool(json.loads(out)["kernels"])
 
 
 class TestCheck:

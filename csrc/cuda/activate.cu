@@ -15,7 +15,7 @@ namespace llmkern {
 namespace {
 
 template <class T, int kVector, Activation kActivation>
-__global__ void __launch_bounds__(kElementwiseThreads) activate_kernel(const ActivateParams p) {
+__global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks) activate_kernel(const ActivateParams p) {
   using Vector = Packed<T, kVector>;
   const int64_t chunks = elementwise_chunks(p.hidden, kVector);
   for (int64_t chunk = blockIdx.x; chunk < p.x_rows.count * chunks; chunk += gridDim.x) {
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kElementwiseThreads) activate_kernel(const Act
 }
 
 template <class T, int kVector, int kHeld>
-__global__ void __launch_bounds__(kMaxRowThreads) activate_codes_kernel(const ActivateParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads, norm_residency(kHeld).blocks)
+    activate_codes_kernel(const ActivateParams p) {
   RowReduce reduce(dynamic_shared_memory());
   // Warps beyond the last row go on with none, since barriers and shuffles are for all.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.x_rows.count;

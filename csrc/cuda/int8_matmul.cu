@@ -2,9 +2,9 @@
 //
 // Tiles, for M > 16 (int8_matmul_kernel)
 //   block    a ProductTile (llmkern/plan.h) of the result, in steps of 64 bytes of K; mma.m16n8k32
-//   smem     stages of (block_m + block_n) x 64 bytes; 16-byte chunk c of row r is stored at c ^ (r / 2 % 4),
-//   so
-//            that the eight rows that ldmatrix reads together, and those written together, are in different banks
+//   smem     stages of (block_m + block_n) x 64 bytes; 16-byte chunk c of row r is stored at
+//            c ^ (r / 2 % 4), so that the eight rows that ldmatrix reads together, and those written together, are
+//            in different banks
 //   threads  copy: t moves chunk t % 4 of rows t / 4, t / 4 + threads / 4, ...
 //            mma: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of each 16x8
 // Streams of weights, for M <= 16 (int8_decode_kernel)
@@ -129,7 +129,8 @@ class TileCopy {
 };
 
 template <bool kLarge, bool kAligned, bool kPairs>
-__global__ void __launch_bounds__(tile_of(kLarge).threads()) int8_matmul_kernel(const Int8MatmulParams p) {
+__global__ void __launch_bounds__(tile_of(kLarge).threads(), tile_of(kLarge).resident)
+    int8_matmul_kernel(const Int8MatmulParams p) {
   constexpr ProductTile kTile = tile_of(kLarge);
   constexpr int kTilesM = kTile.block_m / kTile.warps_m / 16, kTilesN = kTile.block_n / kTile.warps_n / 8;
   static_assert(kTilesN % 2 == 0);
@@ -196,7 +197,8 @@ __global__ void __launch_bounds__(tile_of(kLarge).threads()) int8_matmul_kernel(
 }
 
 template <int kTilesM, bool kAligned>
-__global__ void __launch_bounds__(kDecodeThreads) int8_decode_kernel(const Int8MatmulParams p) {
+__global__ void __launch_bounds__(kDecodeThreads, decode_residency(kTilesM).blocks)
+    int8_decode_kernel(const Int8MatmulParams p) {
   constexpr int kWarps = kDecodeThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, t = lane % 4;
   const int64_t first_n = static_cast<int64_t>(blockIdx.x) * kDecodeRows;

@@ -14,7 +14,7 @@ namespace llmkern {
 namespace {
 
 template <class T, int kVector, int kHeld>
-__global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const NormParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads, norm_residency(kHeld).blocks) norm_kernel(const NormParams p) {
   using Vector = Packed<T, kVector>;
   RowReduce reduce(dynamic_shared_memory());
   const bool centre = p.norm == Norm::layer;

@@ -1,9 +1,10 @@
 // norm_backward: gradients of rms_norm and layer_norm (llmkern/norm_backward.h), with the same bits every time
-// work     two blocks per SM; block b takes rows b, b + blocks, ...; vector i of a row belongs to thread i % threads,
+// work     as many blocks as the SMs hold; block b takes rows b, b + blocks, ...; vector i of a row belongs to thread i
+// % threads,
 //          which sums its columns of dweight and dbias over the block's rows: in registers those that it holds, the
 //          others in the workspace.  A second kernel adds the blocks' sums, column by column, in their order.
-// passes   x and dy are read once, into registers, and the statistics made again; vectors beyond the fourth of a thread
-//          (8192 columns of halves) come back from L2
+// passes   x and dy are read once, into registers, and the statistics made again; columns beyond the
+//          8192nd come back from L2
 // smem     256 bytes per block for reductions
 // needs    any shape; 16-byte accesses where rows are aligned, else element by element
 #include "llmkern/norm_backward.h"
@@ -13,8 +14,13 @@
 namespace llmkern {
 namespace {
 
+constexpr Residency residency(int held) {
+  return held == 1 ? kNormBackward : kNormBackwardLong;
+}
+
 template <class T, int kVector, int kHeld>
-__global__ void __launch_bounds__(kNormBackwardThreads) norm_backward_kernel(const NormBackwardParams p) {
+__global__ void __launch_bounds__(residency(kHeld).threads, residency(kHeld).blocks)
+    norm_backward_kernel(const NormBackwardParams p) {
   using Vector = Packed<T, kVector>;
   RowReduce reduce(dynamic_shared_memory());
   const bool centre = p.norm == Norm::layer, parameters = p.dweight || p.dbias;
@@ -120,9 +126,10 @@ __global__ void __launch_bounds__(kNormBackwardThreads) norm_backward_kernel(con
 }
 
 // A warp of columns per block of 32 x 8 threads: each of the 8 adds every eighth block's sums, then one adds the 8.
-constexpr int kColumns = 32, kParts = 8;
+constexpr int kColumns = 32, kParts = kSumBlocks.threads / kColumns;
 
-__global__ void __launch_bounds__(kColumns* kParts) sum_blocks_kernel(const NormBackwardParams p, int64_t blocks) {
+__global__ void __launch_bounds__(kSumBlocks.threads, kSumBlocks.blocks)
+    sum_blocks_kernel(const NormBackwardParams p, int64_t blocks) {
   float* shared = reinterpret_cast<float*>(dynamic_shared_memory());
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   float weight = 0.0f, bias = 0.0f;
@@ -146,24 +153,27 @@ __global__ void __launch_bounds__(kColumns* kParts) sum_blocks_kernel(const Norm
 
 void launch_norm_backward(const NormBackwardParams& p, const Gpu& gpu) {
   if (p.hidden == 0) return;
-  const int64_t blocks = plan_norm_backward_blocks(p.x_rows.count, gpu.sm_count);
-  if (blocks > 0) {
+  int64_t blocks = 0;
+  if (p.x_rows.count > 0) {
     with_type(p.dtype, [&]<class T>() {
-      constexpr int kV = kPerVector<T>;
+      constexpr int kV = kPerVector<T>, kLong = kV == 8 ? 2 : 4;
       const bool vectors = p.hidden % kV == 0 && aligned(p.x, sizeof(T), kV) && aligned(p.x_rows, kV) &&
                            aligned(p.dy, sizeof(T), kV) && aligned(p.dy_rows, kV) && aligned(p.dx, sizeof(T), kV) &&
                            aligned(p.weight, size_of(p.weight_dtype), kV);
-      const LaunchConfig config = {static_cast<unsigned>(blocks), kNormBackwardThreads, kRowSharedBytes};
-      const bool short_rows = p.hidden <= int64_t{kNormBackwardThreads} * (vectors ? kV : 1);
+      const bool short_rows = p.hidden <= int64_t{kNormBackward.threads} * (vectors ? kV : 1);
+      const Residency shared = short_rows ? kNormBackward : kNormBackwardLong;
+      blocks = plan_norm_backward_blocks(p.x_rows.count, shared, gpu.sm_count);
+      const LaunchConfig config = {static_cast<unsigned>(blocks), static_cast<unsigned>(shared.threads),
+                                   kRowSharedBytes};
       if (vectors && short_rows) return launch("norm_backward", norm_backward_kernel<T, kV, 1>, config, gpu, p);
-      if (vectors) return launch("norm_backward", norm_backward_kernel<T, kV, 4>, config, gpu, p);
+      if (vectors) return launch("norm_backward", norm_backward_kernel<T, kV, kLong>, config, gpu, p);
       if (short_rows) return launch("norm_backward", norm_backward_kernel<T, 1, 1>, config, gpu, p);
       return launch("norm_backward", norm_backward_kernel<T, 1, 4>, config, gpu, p);
     });
   }
   if (!p.dweight && !p.dbias) return;
   const LaunchConfig config = {static_cast<unsigned>((p.hidden + kColumns - 1) / kColumns), dim3(kColumns, kParts),
-                               2 * kColumns * kParts * 4};
+                               kSumBlocksSharedBytes};
   launch("sum_blocks", sum_blocks_kernel, config, gpu, p, blocks);
 }
 

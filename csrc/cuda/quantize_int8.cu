@@ -11,7 +11,8 @@ namespace llmkern {
 namespace {
 
 template <class T, int kVector, int kHeld>
-__global__ void __launch_bounds__(kMaxRowThreads) quantize_int8_kernel(const QuantizeInt8Params p) {
+__global__ void __launch_bounds__(kMaxRowThreads, quantize_residency(kHeld).blocks)
+    quantize_int8_kernel(const QuantizeInt8Params p) {
   RowReduce reduce(dynamic_shared_memory());
   // Warps beyond the last row go on with none, since barriers and shuffles are for all.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows.count;

@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_angles(const RopeParams& p, const RopeAngle
 }
 
 template <class T, int kVector, bool kInterleaved>
-__global__ void __launch_bounds__(kMaxRopeThreads) rope_kernel(const RopeParams p) {
+__global__ void __launch_bounds__(kRope.threads, kRope.blocks) rope_kernel(const RopeParams p) {
   using Vector = Packed<T, kVector>;
   const int pairs = static_cast<int>(p.rotary_dim) / 2, rotated = pairs / kVector;
   const int units = rotated + static_cast<int>(p.dim - p.rotary_dim) / kVector;

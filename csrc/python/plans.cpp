@@ -19,16 +19,19 @@ const Shape& of_length(const Shape& shape, size_t length, const char* names) {
   return shape;
 }
 
-py::dict launched(const char* kernel, int64_t blocks, int threads, int shared_bytes) {
+py::dict launched(const char* kernel, int64_t blocks, int threads, int shared_bytes, const Residency& residency) {
   py::dict plan;
   plan["kernel"] = kernel, plan["blocks"] = blocks, plan["threads"] = threads, plan["shared_bytes"] = shared_bytes;
+  plan["blocks_per_sm"] = resident_blocks(residency.registers(), threads, shared_bytes);
   return plan;
 }
 
 py::dict rows(const char* kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   of_length(shape, 2, "rows, hidden");
   const RowPlan p = plan_rows(shape[0], shape[1], element_bytes, aligned, sm_count);
-  py::dict plan = launched(kernel, p.blocks, p.row_threads * p.rows_per_block, kRowSharedBytes);
+  const bool quantize = std::string("quantize_int8") == kernel;
+  py::dict plan = launched(kernel, p.blocks, p.row_threads * p.rows_per_block, kRowSharedBytes,
+                           quantize ? quantize_residency(p.held) : norm_residency(p.held));
   plan["rows_per_block"] = p.rows_per_block, plan["vector"] = p.vector, plan["held"] = p.held;
   return plan;
 }
@@ -37,7 +40,7 @@ py::dict product(const Shape& shape, int sm_count) {
   of_length(shape, 3, "m, n, k");
   const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], sm_count);
   const bool decode = p.kernel == Int8MatmulKernel::decode_8 || p.kernel == Int8MatmulKernel::decode_16;
-  py::dict plan = launched(decode ? "int8_decode" : "int8_matmul", p.blocks, p.threads, p.shared_bytes);
+  py::dict plan = launched(decode ? "int8_decode" : "int8_matmul", p.blocks, p.threads, p.shared_bytes, p.residency);
   plan["tile"] = py::make_tuple(p.block_m, p.block_n), plan["stages"] = p.stages;
   return plan;
 }
@@ -49,36 +52,49 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
   if (kernel == "int8_matmul") return product(shape, sm_count);
   if (kernel == "activate") {
     of_length(shape, 2, "rows, hidden");
-    return launched("activate", elementwise_blocks(shape[0], shape[1], vector), kElementwiseThreads, 0);
+    return launched("activate", elementwise_blocks(shape[0], shape[1], vector), kElementwiseThreads, 0, kElementwise);
   }
   if (kernel == "rope") {
     of_length(shape, 4, "positions, heads, dim, rotary_dim");
     const RopePlan p = plan_rope(shape[0], shape[1], shape[2], shape[3], vector);
-    return launched("rope", p.blocks, p.threads, 0);
+    return launched("rope", p.blocks, p.threads, 0, kRope);
   }
   throw std::invalid_argument("plan: " + kernel + " is none of norm, quantize_int8, activate, rope, int8_matmul");
 }
 
-py::dict described(const char* name, const char* tile, int threads, int shared_bytes, int stages, const char* needs) {
+// function: what profilers and cuobjdump call it, with * for what differs between instantiations.
+py::dict described(const char* name, const char* function, const char* tile, const Residency& residency,
+                   int shared_bytes, int stages, const char* needs) {
+  const int blocks = resident_blocks(residency.registers(), residency.threads, shared_bytes);
   py::dict kernel;
-  kernel["name"] = name, kernel["tile"] = tile, kernel["threads"] = threads, kernel["shared_bytes"] = shared_bytes;
-  kernel["stages"] = stages, kernel["needs"] = needs;
+  kernel["name"] = name, kernel["function"] = function, kernel["tile"] = tile, kernel["threads"] = residency.threads;
+  kernel["registers"] = residency.registers(), kernel["shared_bytes"] = shared_bytes, kernel["stages"] = stages;
+  kernel["blocks_per_sm"] = blocks, kernel["occupancy"] = blocks * residency.threads / 2048.0, kernel["needs"] = needs;
   return kernel;
 }
 
 py::list kernels() {
   constexpr const char *kAny = "sm_80", *kRow = "a row by a warp or a block";
   py::list table;
-  for (const char* name : {"norm", "quantize_int8"})
-    table.append(described(name, kRow, kMaxRowThreads, kRowSharedBytes, 1, kAny));
-  table.append(described("activate", "1024 vectors of a row", kElementwiseThreads, 0, 1, kAny));
-  table.append(described("rope", "the heads of a position", kMaxRopeThreads, 0, 1, kAny));
-  for (const auto& [text, tile] : {std::pair{"128x128", kLargeTile}, std::pair{"64x64", kSmallTile}})
-    table.append(described("int8_matmul", text, tile.threads(), tile.shared_bytes(), tile.stages, kAny));
-  for (const int64_t rows : {8, 16}) {
-    const Int8MatmulPlan p = plan_int8_matmul(rows, 1, 1);
-    table.append(described("int8_decode", rows == 8 ? "8x16" : "16x16", p.threads, p.shared_bytes, 1, kAny));
-  }
+  auto add = [&](auto... facts) { table.append(described(facts...)); };
+  add("norm", "norm_kernel<*, [14]>", kRow, norm_residency(4), kRowSharedBytes, 1, kAny);
+  add("norm", "norm_kernel<*, 8>", kRow, norm_residency(8), kRowSharedBytes, 1, kAny);
+  add("norm_backward", "norm_backward_kernel<*, 1>", "a row", kNormBackward, kRowSharedBytes, 1, kAny);
+  add("norm_backward", "norm_backward_kernel<*, [24]>", "a row", kNormBackwardLong, kRowSharedBytes, 1, kAny);
+  add("sum_blocks", "sum_blocks_kernel", "32 columns", kSumBlocks, kSumBlocksSharedBytes, 1, kAny);
+  add("quantize_int8", "quantize_int8_kernel<*, [14]>", kRow, quantize_residency(4), kRowSharedBytes, 1, kAny);
+  add("quantize_int8", "quantize_int8_kernel<*, 8>", kRow, quantize_residency(8), kRowSharedBytes, 1, kAny);
+  add("activate", "activate_kernel<*>", "1024 vectors of a row", kElementwise, 0, 1, kAny);
+  add("activate", "activate_codes_kernel<*, [14]>", kRow, norm_residency(4), kRowSharedBytes, 1, kAny);
+  add("activate", "activate_codes_kernel<*, 8>", kRow, norm_residency(8), kRowSharedBytes, 1, kAny);
+  add("rope", "rope_kernel<*>", "the heads of a position", kRope, 0, 1, kAny);
+  add("int8_matmul", "int8_matmul_kernel<true, *>", "128x128", kLargeTile.residency(), kLargeTile.shared_bytes(),
+      kLargeTile.stages, kAny);
+  add("int8_matmul", "int8_matmul_kernel<false, *>", "64x64", kSmallTile.residency(), kSmallTile.shared_bytes(),
+      kSmallTile.stages, kAny);
+  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1), more = plan_int8_matmul(16, 1, 1);
+  add("int8_decode", "int8_decode_kernel<1, *>", "8x16", few.residency, few.shared_bytes, 1, kAny);
+  add("int8_decode", "int8_decode_kernel<2, *>", "16x16", more.residency, more.shared_bytes, 1, kAny);
   return table;
 }
 
@@ -88,10 +104,15 @@ void define_plans(py::module_& m) {
   m.def(
       "plan", &plan, py::arg("kernel"), py::arg("shape"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
       py::arg("sm_count") = 132,
-      "What the launcher of a CUDA kernel would launch: the kernel, blocks, threads and shared memory.\n\n"
+      "What the launcher of a CUDA kernel would launch: the kernel, blocks, threads, shared memory, and how many of\n"
+      "the blocks fit onto an SM of compute capability 8.0.\n\n"
       "shape: rows, hidden of norm, quantize_int8 and activate; positions, heads, dim, rotary_dim of rope; m, n, k of "
       "int8_matmul.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
-  m.def("kernels", &kernels, "The CUDA kernels: tile, most threads, shared memory, stages and what they need.");
+  m.def(
+      "kernels", &kernels,
+      "The CUDA kernels: tile, most threads, shared memory, stages and what they need; the registers that a thread may "
+      "have at most, and what these and shared memory allow on an SM of compute capability 8.0: blocks_per_sm of so "
+      "many threads, and as occupancy their share of its 64 warps.");
 }
 
 }  // namespace llmkern

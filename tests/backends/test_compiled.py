@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import re
@@ -91,3 +92,32 @@ def test_every_kernel_is_judged() -> None:
     for name in names:
         one_by_one = re.search(r"<[^<]*, 1, ", name)  # for rows that are not aligned
         assert one_by_one or any(re.search(pattern, name) for pattern in WANTED), f"{name} is not judged"
+
+
+def fitting(registers: int, threads: int, shared_bytes: int) -> int:
+    """Blocks on an SM of compute capability 8.0, as the CUDA C++ Programming Guide counts its resources."""
+    warps = threads // 32
+    by_registers = 65536 // (warps * -(-registers * 32 // 256) * 256)
+    by_shared_memory = 164 * 1024 // (-(-shared_bytes // 1024) * 1024 + 1024)
+    return min(64 // warps, 32, by_registers, by_shared_memory)
+
+
+@needs_objects
+def test_the_table_tells_the_occupancy() -> None:
+    """Of each kernel, in the image that needs the most registers."""
+    table = pytest.importorskip("llmkern._C", reason="llmkern._C was not built").kernels()
+    most: dict[str, int] = {}
+    for path in OBJECTS:
+        for name, registers in re.findall(r"Function (\S+):\s+REG:(\d+)", dump("-res-usage", path)):
+            called = re.sub(r"^.*?\(anonymous namespace\)::(\w+(<.*>)?)\(.*", r"\1", demangled(name))
+            entries = [kernel for kernel in table if fnmatch.fnmatchcase(called, kernel["function"])]
+            assert len(entries) == 1, f"{called} is {len(entries)} times in the table"
+            function = entries[0]["function"]
+            most[function] = max(most.get(function, 0), int(registers))
+    for kernel in table:
+        function, threads = kernel["function"], kernel["threads"]
+        assert function in most, f"no kernel is like {function}"
+        assert most[function] <= kernel["registers"], function
+        blocks = fitting(most[function], threads, kernel["shared_bytes"])
+        assert kernel["blocks_per_sm"] == blocks, f"{function}: {most[function]} registers"
+        assert kernel["occupancy"] == blocks * threads / 2048

@@ -33,7 +33,7 @@ struct NormBackwardParams {
 
 // One row of sums for dweight and one for dbias of each block.
 constexpr int64_t norm_backward_workspace_floats(int64_t rows, int64_t hidden, int sm_count) {
-  return 2 * plan_norm_backward_blocks(rows, sm_count) * hidden;
+  return 2 * plan_norm_backward_blocks(rows, kNormBackward, sm_count) * hidden;
 }
 
 void launch_norm_backward(const NormBackwardParams& p, const Gpu& gpu);

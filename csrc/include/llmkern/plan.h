@@ -9,6 +9,23 @@
 
 namespace llmkern {
 
+// How a kernel shares an SM: __launch_bounds__(threads, blocks) has the compiler give a thread no more registers than
+// let so many blocks of so many threads onto it, and tests/backends/test_compiled.py reads from the objects that it
+// did, and that no more of them would fit.
+struct Residency {
+  int threads, blocks;
+
+  constexpr int registers() const { return std::min(65536 / (threads * blocks) / 8 * 8, 255); }
+};
+
+// Blocks on an SM at a time: 64 warps, 32 blocks, 64 Ki registers, which warps get by 256; and of shared memory, of
+// which every block takes 1 KiB more than it asks for, 164 KiB on an A100 (228 on an H100).
+constexpr int resident_blocks(int registers, int threads, int shared_bytes, int sm_shared_kib = 164) {
+  const int warps = (threads + 31) / 32, block_registers = warps * ((registers * 32 + 255) / 256 * 256);
+  return std::min(
+      {64 / warps, 32, 65536 / block_registers, sm_shared_kib * 1024 / ((shared_bytes + 1023) / 1024 * 1024 + 1024)});
+}
+
 // For kernels that work row by row (norms, activations, quantization).
 struct RowPlan {
   int vector;       // elements per access: 16 bytes of them, or 1 where rows are not aligned
@@ -20,6 +37,15 @@ struct RowPlan {
 
 constexpr int kMaxRowThreads = 512;
 constexpr int kRowSharedBytes = 256;  // for reductions over a block's warps: two buffers of 32 words
+
+// Of norms and quantized activations, and of quantize_int8, which keeps less; by the vectors of a thread.
+LLMKERN_HOST_DEVICE constexpr Residency norm_residency(int held) {
+  return {kMaxRowThreads, held == 8 ? 1 : 2};
+}
+
+LLMKERN_HOST_DEVICE constexpr Residency quantize_residency(int held) {
+  return {kMaxRowThreads, held == 8 ? 2 : 3};
+}
 
 // A warp takes a row of up to four vectors per lane: no barrier, and every lane has several loads in flight.  Longer
 // rows take a block, of as many threads as give each four vectors; with fewer rows than SMs, one row should use the
@@ -50,15 +76,22 @@ constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, boo
 }
 
 // For the backward of norms: as many blocks as the SMs hold at a time, each of which takes every so-manieth row and
-// keeps its own sums for the parameters' gradients.
-constexpr int kNormBackwardThreads = 256;
+// keeps its own sums for the parameters' gradients.  In rows of more than a vector for each of 256 threads, a thread of
+// 512 has up to four vectors of floats or two of halves: of x, of dy and, in fp32, of both sums; with four of halves it
+// would need 170 registers, and half as many warps would fit.
+constexpr Residency kNormBackward{256, 2}, kNormBackwardLong{512, 1};
 
-constexpr int64_t plan_norm_backward_blocks(int64_t rows, int sm_count) {
-  return std::min<int64_t>(rows, 2 * int64_t{sm_count});
+constexpr int64_t plan_norm_backward_blocks(int64_t rows, const Residency& residency, int sm_count) {
+  return std::min<int64_t>(rows, int64_t{residency.blocks} * sm_count);
 }
+
+// The blocks' sums are added up by blocks of 32 columns x 8 parts of them.
+constexpr Residency kSumBlocks{256, 8};
+constexpr int kSumBlocksSharedBytes = 2 * 4 * kSumBlocks.threads;
 
 // For elementwise kernels: a block takes kElementwiseVectors vectors for each of its threads, all of one row.
 constexpr int kElementwiseThreads = 256, kElementwiseVectors = 4;
+constexpr Residency kElementwise{kElementwiseThreads, 3};
 
 LLMKERN_HOST_DEVICE constexpr int64_t elementwise_chunks(int64_t hidden, int vector) {
   const int64_t chunk = int64_t{kElementwiseThreads} * kElementwiseVectors * vector;
@@ -77,6 +110,7 @@ struct RopePlan {
 };
 
 constexpr int kMaxRopeThreads = 256;
+constexpr Residency kRope{kMaxRopeThreads, 2};
 
 constexpr RopePlan plan_rope(int64_t positions, int64_t heads, int64_t dim, int64_t rotary_dim, int vector) {
   const int64_t units = (rotary_dim / 2 + dim - rotary_dim) / vector * heads;
@@ -85,16 +119,17 @@ constexpr RopePlan plan_rope(int64_t positions, int64_t heads, int64_t dim, int6
 }
 
 // A block's share of a product: block_m x block_n of the result by warps_m x warps_n warps, in steps of 64 bytes of K,
-// of which `stages` are in shared memory or on their way.
+// of which `stages` are in shared memory or on their way; `resident` such blocks share an SM.
 struct ProductTile {
-  int block_m, block_n, warps_m, warps_n, stages;
+  int block_m, block_n, warps_m, warps_n, stages, resident;
 
   LLMKERN_HOST_DEVICE constexpr int threads() const { return 32 * warps_m * warps_n; }
   LLMKERN_HOST_DEVICE constexpr int stage_bytes() const { return (block_m + block_n) * 64; }
   LLMKERN_HOST_DEVICE constexpr int shared_bytes() const { return stages * stage_bytes(); }
+  LLMKERN_HOST_DEVICE constexpr Residency residency() const { return {threads(), resident}; }
 };
 
-constexpr ProductTile kLargeTile{128, 128, 2, 4, 3}, kSmallTile{64, 64, 2, 2, 4};
+constexpr ProductTile kLargeTile{128, 128, 2, 4, 3, 2}, kSmallTile{64, 64, 2, 2, 4, 4};
 
 enum class Int8MatmulKernel : int8_t { large_tile, small_tile, decode_8, decode_16 };
 
@@ -102,9 +137,14 @@ struct Int8MatmulPlan {
   Int8MatmulKernel kernel;
   int block_m, block_n, threads, stages, shared_bytes;
   int64_t blocks;
+  Residency residency;
 };
 
 constexpr int kDecodeThreads = 256, kDecodeRows = 16;  // rows of the weight for each block
+
+LLMKERN_HOST_DEVICE constexpr Residency decode_residency(int tiles_m) {  // tiles of 8 rows of a
+  return {kDecodeThreads, tiles_m == 1 ? 5 : 4};
+}
 
 // Up to 16 rows cannot fill a tile: then what counts is to stream the weights.  Otherwise large tiles, which load least
 // for each product, unless there are too few of them for the SMs.
@@ -117,7 +157,8 @@ constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int sm_count) {
                           tile.threads(),
                           tile.stages,
                           tile.shared_bytes(),
-                          blocks(tile.block_m, tile.block_n)};
+                          blocks(tile.block_m, tile.block_n),
+                          tile.residency()};
   };
   auto decode = [&](Int8MatmulKernel kernel, int rows) {  // each warp's sums of its share of K are in shared memory
     return Int8MatmulPlan{kernel,
@@ -126,7 +167,8 @@ constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int sm_count) {
                           kDecodeThreads,
                           1,
                           kDecodeThreads / 32 * rows * kDecodeRows * 4,
-                          blocks(rows, kDecodeRows)};
+                          blocks(rows, kDecodeRows),
+                          decode_residency(rows / 8)};
   };
   if (m <= 8) return decode(Int8MatmulKernel::decode_8, 8);
   if (m <= 16) return decode(Int8MatmulKernel::decode_16, 16);
