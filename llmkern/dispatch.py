@@ -175,10 +175,10 @@ def dispatch(op: str, check: Callable[..., None] | None = None, /, **call: Any) 
         return _dispatch(op, check, call)
     form: list[Any] = [_state.forced, settings.backend, settings.strict]
     for value in call.values():
-        if type(value) in _PLAIN_TENSORS:
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN_TENSORS:  # a subclass means more than its form says
+                return _dispatch(op, check, call)
             form += (value.shape, value.stride(), value.dtype, value.device)
-        elif isinstance(value, Tensor):  # a subclass means more than its form says
-            return _dispatch(op, check, call)
         else:
             form.append(tuple(value) if type(value) is list else value)
     key = tuple(form)

@@ -25,8 +25,17 @@ def check_norm(
     check_finite(op, "weight_offset", weight_offset)
 
 
-def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
-    """The residual has x's dtype, shape and device."""
+def check_add_norm(
+    op: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+) -> None:
+    """As `check_norm`, and the residual has x's dtype, shape and device."""
+    check_norm(op, x, weight, bias, eps, weight_offset)
     check_floating(op, residual=residual)
     check_same_dtype(op, "x", x, residual=residual)
     check_shape(op, "residual", residual, x.shape, "the shape of x")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._norm import check_norm, check_residual
+from llmkern.ops._norm import check_add_norm
 
 __all__ = ["add_layer_norm"]
 
@@ -24,9 +25,10 @@ def add_layer_norm(
     the rounded sum: what a model that adds first and normalises afterwards computes.  Differentiable.
     Raises TypeError for other or different dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("add_layer_norm", x, weight, bias, eps)
-    check_residual("add_layer_norm", x, residual)
-    return dispatch("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, eps=eps)
+    return dispatch("add_layer_norm", _check, x=x, residual=residual, weight=weight, bias=bias, eps=eps)
+
+
+_check = partial(check_add_norm, "add_layer_norm")
 
 
 def _fake(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._norm import check_norm, check_residual
+from llmkern.ops._norm import check_add_norm
 from llmkern.ops.quantize_int8 import fake_codes
 
 __all__ = ["add_layer_norm_quant"]
@@ -23,9 +25,10 @@ def add_layer_norm_quant(
     is of the rounded sum as in add_layer_norm, and is quantized from fp32 as in layer_norm_quant.  No gradient.
     Raises TypeError for other or different dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("add_layer_norm_quant", x, weight, bias, eps)
-    check_residual("add_layer_norm_quant", x, residual)
-    return dispatch("add_layer_norm_quant", x=x, residual=residual, weight=weight, bias=bias, eps=eps)
+    return dispatch("add_layer_norm_quant", _check, x=x, residual=residual, weight=weight, bias=bias, eps=eps)
+
+
+_check = partial(check_add_norm, "add_layer_norm_quant")
 
 
 def _fake(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._norm import check_norm, check_residual
+from llmkern.ops._norm import check_add_norm
 
 __all__ = ["add_rms_norm"]
 
@@ -30,11 +31,12 @@ def add_rms_norm(
     the rounded sum: what a model that adds first and normalises afterwards computes.  Differentiable.
     Raises TypeError for other or different dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("add_rms_norm", x, weight, bias, eps, weight_offset)
-    check_residual("add_rms_norm", x, residual)
     return dispatch(
-        "add_rms_norm", x=x, residual=residual, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset
+        "add_rms_norm", _check, x=x, residual=residual, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset
     )
+
+
+_check = partial(check_add_norm, "add_rms_norm")
 
 
 def _fake(

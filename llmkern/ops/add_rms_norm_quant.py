@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._norm import check_norm, check_residual
+from llmkern.ops._norm import check_add_norm
 from llmkern.ops.quantize_int8 import fake_codes
 
 __all__ = ["add_rms_norm_quant"]
@@ -29,11 +31,19 @@ def add_rms_norm_quant(
     is of the rounded sum as in add_rms_norm, and is quantized from fp32 as in rms_norm_quant.  No gradient.
     Raises TypeError for other or different dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("add_rms_norm_quant", x, weight, bias, eps, weight_offset)
-    check_residual("add_rms_norm_quant", x, residual)
     return dispatch(
-        "add_rms_norm_quant", x=x, residual=residual, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset
+        "add_rms_norm_quant",
+        _check,
+        x=x,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        eps=eps,
+        weight_offset=weight_offset,
     )
+
+
+_check = partial(check_add_norm, "add_rms_norm_quant")
 
 
 def _fake(

@@ -209,7 +209,9 @@ def _check_mask(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
 def out_like(q: Tensor, v: Tensor) -> Tensor:
     """An uninitialised `out`: [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]."""
     batch, heads, queries, _ = q.shape
-    return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+    dim = v.shape[3]
+    strides = (queries * heads * dim, dim, heads * dim, 1)
+    return torch.empty_strided((batch, heads, queries, dim), strides, dtype=q.dtype, device=q.device)
 
 
 def in_token_order(out: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def in_token_order(out: Tensor) -> Tensor:
 def lse_like(q: Tensor, return_lse: bool) -> Tensor:
     """An uninitialised log-sum-exp for q; it has 0 elements where none is wanted."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3] if return_lse else (0,), dtype=dtype)
+    return q.new_empty(q.shape[:3] if return_lse else 0, dtype=dtype)
 
 
 def _fake(

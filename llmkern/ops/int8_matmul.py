@@ -47,14 +47,42 @@ def int8_matmul(
     Returns [..., N], contiguous; any size may be 0.  A NaN scale makes its row or channel NaN.  No gradient.
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
+    out_dtype = torch.float32 if out_dtype is None else out_dtype
+    if isinstance(w_scale, Tensor) and w_scale.dim() == 1:
+        # As it was given: a refusal names its own shape.
+        _check(a_q, w_q, a_scale, w_scale, bias, residual, activation, out_dtype)
+        w_scale = w_scale.unsqueeze(-1)
+    return dispatch(
+        "int8_matmul",
+        _check,
+        a_q=a_q,
+        w_q=w_q,
+        a_scale=a_scale,
+        w_scale=w_scale,
+        bias=bias,
+        residual=residual,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
+
+
+def _check(
+    a_q: Tensor,
+    w_q: Tensor,
+    a_scale: Tensor | None,
+    w_scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
     op = "int8_matmul"
     check_dtype(op, "a_q", a_q, torch.int8)
     check_has_hidden(op, "a_q", a_q)
-    out_dtype = torch.float32 if out_dtype is None else out_dtype
     if out_dtype not in OUT_DTYPES:
         raise TypeError(f"{op}: out_dtype is {out_dtype}, expected float32, bfloat16, float16 or int32")
     check_choice(op, "activation", activation, ACTIVATIONS)
-    w_scale = check_weight(op, "a_q", a_q, w_q, w_scale, bias)
+    check_weight(op, "a_q", a_q, w_q, w_scale, bias)
     if a_scale is not None:
         check_dtype(op, "a_scale", a_scale, torch.float32)
         check_shape(op, "a_scale", a_scale, (*a_q.shape[:-1], 1), "one scale per row of a_q")
@@ -67,23 +95,12 @@ def int8_matmul(
                 raise ValueError(f"{op}: {name} is given with out_dtype=int32, which returns the bare accumulators")
         if activation != "none":
             raise ValueError(f"{op}: activation is {activation!r}, expected 'none' with out_dtype=int32")
-    return dispatch(
-        op,
-        a_q=a_q,
-        w_q=w_q,
-        a_scale=a_scale,
-        w_scale=w_scale,
-        bias=bias,
-        residual=residual,
-        activation=activation,
-        out_dtype=out_dtype,
-    )
 
 
 def check_weight(
     op: str, lead_name: str, lead: Tensor, w_q: Tensor, w_scale: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
-    """The weight-side arguments that int8_matmul and int8_linear share; returns w_scale as [N, 1]."""
+) -> None:
+    """The weight-side arguments that int8_matmul and int8_linear share."""
     check_dtype(op, "w_q", w_q, torch.int8)
     if w_q.dim() != 2:
         raise ValueError(f"{op}: w_q has {w_q.dim()} dimensions, expected [N, K]")
@@ -94,12 +111,10 @@ def check_weight(
         raise ValueError(f"{op}: K is {k}, at most {MAX_K} is accepted: a longer s32 accumulation can overflow")
     if w_scale is not None:
         check_dtype(op, "w_scale", w_scale, torch.float32)
-        w_scale = w_scale.unsqueeze(-1) if w_scale.dim() == 1 else w_scale
-        check_shape(op, "w_scale", w_scale, (n, 1), "one scale per row of w_q")
+        check_shape(op, "w_scale", w_scale, (n, 1)[: max(w_scale.dim(), 1)], "one scale per row of w_q")
     check_floating(op, bias=bias)
     check_shape(op, "bias", bias, (n,), "one value per row of w_q")
     check_same_device(op, lead_name, lead, w_q=w_q, w_scale=w_scale, bias=bias)
-    return w_scale
 
 
 def activate(z: Tensor, activation: str) -> Tensor:

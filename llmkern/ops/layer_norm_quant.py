@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from llmkern.dispatch import dispatch
@@ -22,8 +24,10 @@ def layer_norm_quant(
     Codes whose value lies next to a rounding tie may differ by one between backends.  No gradient.
     Raises TypeError for other dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("layer_norm_quant", x, weight, bias, eps)
-    return dispatch("layer_norm_quant", x=x, weight=weight, bias=bias, eps=eps)
+    return dispatch("layer_norm_quant", _check, x=x, weight=weight, bias=bias, eps=eps)
+
+
+_check = partial(check_norm, "layer_norm_quant")
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

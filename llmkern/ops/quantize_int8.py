@@ -26,9 +26,12 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     - NaN in a row: scale NaN and q 0.  Infinity (or an fp64 scale beyond fp32): scale inf and q 0.  Either way
       `q * scale` is NaN: NaN in gives NaN out.
     """
+    return dispatch("quantize_int8", _check, x=x)
+
+
+def _check(x: Tensor) -> None:
     check_floating("quantize_int8", x=x)
     check_has_hidden("quantize_int8", "x", x)
-    return dispatch("quantize_int8", x=x)
 
 
 def fake_codes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from llmkern.dispatch import dispatch
@@ -27,8 +29,10 @@ def rms_norm_quant(
     Codes whose value lies next to a rounding tie may differ by one between backends.  No gradient.
     Raises TypeError for other dtypes, ValueError for other shapes, devices, or a negative eps.
     """
-    check_norm("rms_norm_quant", x, weight, bias, eps, weight_offset)
-    return dispatch("rms_norm_quant", x=x, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset)
+    return dispatch("rms_norm_quant", _check, x=x, weight=weight, bias=bias, eps=eps, weight_offset=weight_offset)
+
+
+_check = partial(check_norm, "rms_norm_quant")
 
 
 def _fake(
