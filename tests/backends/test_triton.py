@@ -6,10 +6,13 @@ interpreter where TRITON_INTERPRET=1 is set, as `make test` does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from llmkern import dispatch, ops
 from llmkern.backends import triton as backend
+from llmkern.backends.triton._launch import Kernel, launch
 from llmkern.dispatch import Refused, use_backend
 from llmkern.testing.case import cases
 from llmkern.testing.compare import as_list
@@ -106,6 +110,30 @@ def test_cpu_tensors_are_interpreted_only_if_asked(op: str) -> None:
     best = dispatch.implementations(op)
     order = [i.backend.name for i in best if i.devices is None or "cpu" in i.devices]
     assert order[-1] == "triton"
+
+
+@pytest.mark.parametrize(("device", "expected"), [(1, [1]), (0, []), (-1, [])])
+def test_kernels_run_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch, device: int, expected: list[int]
+) -> None:
+    """Triton itself launches on the current device; -1 is the CPU's, which need not have a torch with CUDA."""
+    entered: list[int] = []
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(index: int) -> Iterator[None]:
+        entered.append(index)
+        current[0] = index
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    ran_on: list[int] = []
+    kernel = Kernel("nothing", "to_import")
+    kernel.loaded = {(2, 1, 1): lambda *arguments, **constants: ran_on.append(current[0])}
+    launch(kernel, (2, 1, 1), SimpleNamespace(get_device=lambda: device), BLOCK=1)
+    assert (entered, ran_on) == (expected, [max(device, 0)])
 
 
 @interpreting

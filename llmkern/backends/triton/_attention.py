@@ -21,25 +21,25 @@ def refuse_dims(k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def padded(dim: int) -> int:
-    """The power of two that a tile has for a head dimension; tensor cores take no fewer than 16."""
-    return max(next_power_of_2(dim), 16)
+def head_dims(dim: int, dim_v: int) -> dict[str, int]:
+    """The head dimensions, and the powers of two that tiles have for them: tensor cores take no fewer than 16."""
+    padded = next_power_of_2(max(dim, 16))
+    padded_v = padded if dim_v == dim else next_power_of_2(max(dim_v, 16))
+    return {"DIM": dim, "DIM_V": dim_v, "PADDED": padded, "PADDED_V": padded_v}
 
 
-def shape_class(q: Tensor, v: Tensor) -> str:
-    """The class of configurations: a tile's size follows from the head dimension and the bytes of an element."""
-    dim = max(padded(q.shape[3]), padded(v.shape[3]), 64)
-    return f"{'fp32' if q.dtype == torch.float32 else 'half'}-{dim}"
+def shape_class(dtype: torch.dtype, dims: dict[str, int]) -> str:
+    """The class of configurations: a tile's size follows from the head dimensions and the bytes of an element."""
+    return f"{'fp32' if dtype == torch.float32 else 'half'}-{max(dims['PADDED'], dims['PADDED_V'], 64)}"
 
 
-def inner_contiguous(x: Tensor) -> Tensor:
-    """`x` with a last dimension of stride 1: itself, or a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def strides(x: Tensor) -> tuple[int, ...]:
-    """Of [B, H, S, D] all but the last, which is 1."""
-    return x.stride()[:3]
+def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """(x, its strides but the last) with a last dimension of stride 1: itself, or a copy."""
+    strides = x.stride()
+    if strides[-1] != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    return x, strides[:-1]
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.backends.triton._launch import as_rows, launch, next_power_of_2
+from llmkern.backends.triton._launch import Kernel, as_rows, launch, next_power_of_2
 
 BLOCK = 1024
 
 
-def launch_elementwise(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], **constants: Any) -> None:
+def launch_elementwise(
+    kernel: Kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], **constants: Any
+) -> None:
     """`kernel(*inputs, *outputs, hidden, *strides of the inputs' rows)` on tensors of one shape; outputs contiguous."""
     if outputs[0].numel() == 0:
         return
@@ -19,9 +21,10 @@ def launch_elementwise(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[T
         rows, hidden = 1, outputs[0].numel()
         strides = [0] * len(inputs)
     else:
-        inputs = tuple([as_rows(x) for x in inputs])
-        rows, hidden = inputs[0].shape
-        strides = [x.stride(0) for x in inputs]
+        hidden = outputs[0].shape[-1]
+        rows = outputs[0].numel() // hidden
+        pairs = [as_rows(x) for x in inputs]
+        inputs, strides = tuple([x for x, _ in pairs]), [stride for _, stride in pairs]
     block = min(next_power_of_2(hidden), BLOCK)
     programs = rows * -(-hidden // block)
     launch(kernel, (programs, 1, 1), *inputs, *outputs, hidden, *strides, BLOCK=block, num_warps=4, **constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Target", "as_rows", "assume", "launch", "next_power_of_2", "target_of", "tracing", "warps"]
+__all__ = [
+    "Kernel",
+    "Target",
+    "as_rows",
+    "assume",
+    "contiguous_like",
+    "launch",
+    "next_power_of_2",
+    "scales_like",
+    "target_of",
+    "tracing",
+    "warps",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,20 @@ class Target:
     arch: str
     multiprocessors: int
     name: str
+
+
+class Kernel:
+    """A kernel of `_kernels`, by name: the first launch imports it, and Triton with it."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+        self.loaded: Any = None
+
+    def load(self) -> Any:
+        """What `triton.jit` made of it."""
+        module = importlib.import_module(f"llmkern.backends.triton._kernels.{self.module}")
+        self.loaded = getattr(module, self.name)
+        return self.loaded
 
 
 INTERPRETER = Target("cpu", 8, "interpreter")
@@ -87,21 +114,48 @@ def _target(device: torch.device) -> Target:
     return Target(arch, properties.multi_processor_count, properties.name)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start `grid` programs of `kernel`; constants are its constexprs, and num_warps and num_stages."""
+def launch(kernel: Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start `grid` programs of `kernel`; constants are its constexprs, and num_warps and num_stages.
+
+    The first argument is a tensor: kernels run on its device.
+    """
+    jit = kernel.loaded or kernel.load()
     if _thread.recorder is not None:
-        _thread.recorder(kernel, grid, arguments, constants)
+        _thread.recorder(jit, grid, arguments, constants)
     elif _thread.tracing:
-        torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
+        torch.library.wrap_triton(jit)[grid](*arguments, **constants)
     else:
-        kernel[grid](*arguments, **constants)
+        device = arguments[0].get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            jit[grid](*arguments, **constants)
+        else:  # Triton launches on the current device, wherever the tensors are
+            with torch.cuda.device(device):
+                jit[grid](*arguments, **constants)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """`x` as [rows, hidden] with contiguous rows: a view where its strides allow one, else a copy."""
-    dims = x.dim()
-    rows = x if dims == 2 else x.flatten(0, -2) if dims > 2 else x[None]
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of x's shape and device, and of its dtype unless another is given."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def scales_like(x: Tensor) -> Tensor:
+    """Room for one scale per row; a row without columns has nothing but that, and it is 0."""
+    make = x.new_empty if x.shape[-1] else x.new_zeros
+    return make((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """(x, the stride of its rows), whose elements are neighbours: itself, a view, or else a copy.
+
+    A contiguous tensor stays as it is, of whatever rank: kernels look at its address only, and a view costs a
+    microsecond.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def next_power_of_2(n: int) -> int:

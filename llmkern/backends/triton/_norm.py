@@ -7,7 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.backends.triton._launch import as_rows, launch, next_power_of_2, target_of, warps
+from llmkern.backends.triton._launch import (
+    Kernel,
+    as_rows,
+    contiguous_like,
+    launch,
+    next_power_of_2,
+    scales_like,
+    target_of,
+    warps,
+)
+
+NORM_KERNEL = Kernel("norm", "norm_kernel")
+NORM_BACKWARD_KERNEL = Kernel("norm", "norm_backward_kernel")
+SUM_PARTIALS_KERNEL = Kernel("norm", "sum_partials_kernel")
 
 MAX_HIDDEN = 16384
 """More columns than this do not fit in one program's registers."""
@@ -44,23 +57,20 @@ def norm(
     quant: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """(norm or its codes, scale or None, x + residual or None), contiguous, in x's shape."""
-    from llmkern.backends.triton._kernels.norm import norm_kernel
-
-    out = torch.empty(x.shape, dtype=torch.int8 if quant else x.dtype, device=x.device)
-    hidden = x.shape[-1]
-    # A row without columns has nothing but a scale, of 0.
-    make_scale = torch.empty if hidden else torch.zeros
-    scale = make_scale((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if quant else None
-    total = x.new_empty(x.shape) if residual is not None else None
-    if out.numel() == 0:
+    out = contiguous_like(x, torch.int8 if quant else None)
+    scale = scales_like(x) if quant else None
+    total = contiguous_like(x) if residual is not None else None
+    elements = x.numel()
+    if elements == 0:
         return out, scale, total
-    xs = as_rows(x)
-    residuals = as_rows(residual) if residual is not None else None
-    rows = xs.shape[0]
+    hidden = x.shape[-1]
+    rows = elements // hidden
+    xs, stride = as_rows(x)
+    residuals, residual_stride = as_rows(residual) if residual is not None else (None, 0)
     block = next_power_of_2(hidden)
     rows_at_once = max(1, min(2048 // block, next_power_of_2(rows)))
     launch(
-        norm_kernel,
+        NORM_KERNEL,
         (-(-rows // rows_at_once), 1, 1),
         xs,
         residuals,
@@ -71,8 +81,8 @@ def norm(
         scale,
         rows,
         hidden,
-        xs.stride(0),
-        0 if residuals is None else residuals.stride(0),
+        stride,
+        residual_stride,
         eps,
         weight_offset,
         LAYER=layer,
@@ -95,13 +105,12 @@ def norm_backward(
     layer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); a gradient of a parameter that is None has 0 elements."""
-    from llmkern.backends.triton._kernels.norm import norm_backward_kernel
-
-    dx = x.new_empty(x.shape)
+    dx = contiguous_like(x)
     if x.numel() == 0:
         return dx, _no_gradient(x, weight), _no_gradient(x, bias)
-    xs, dys = as_rows(x), as_rows(dy)
-    rows, hidden = xs.shape
+    (xs, stride), (dys, dy_stride) = as_rows(x), as_rows(dy)
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
     block = next_power_of_2(hidden)
     rows_at_once = max(1, min(1024 // block, next_power_of_2(rows)))
     programs = min(-(-rows // rows_at_once), target_of(x).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
@@ -110,7 +119,7 @@ def norm_backward(
         for parameter in (weight, bias)
     )
     launch(
-        norm_backward_kernel,
+        NORM_BACKWARD_KERNEL,
         (programs, 1, 1),
         dys,
         xs,
@@ -120,8 +129,8 @@ def norm_backward(
         dbias,
         rows,
         hidden,
-        dys.stride(0),
-        xs.stride(0),
+        dy_stride,
+        stride,
         eps,
         weight_offset,
         LAYER=layer,
@@ -137,13 +146,11 @@ def _no_gradient(x: Tensor, parameter: Tensor | None) -> Tensor:
 
 
 def _sum(partial: Tensor | None, x: Tensor, parameter: Tensor | None) -> Tensor:
-    from llmkern.backends.triton._kernels.norm import sum_partials_kernel
-
     if partial is None or parameter is None:
         return x.new_empty(0)
     out = torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
     programs, hidden = partial.shape
     launch(
-        sum_partials_kernel, (-(-hidden // 64), 1, 1), partial, out, programs, hidden, ROWS=32, BLOCK=64, num_warps=4
+        SUM_PARTIALS_KERNEL, (-(-hidden // 64), 1, 1), partial, out, programs, hidden, ROWS=32, BLOCK=64, num_warps=4
     )
     return out

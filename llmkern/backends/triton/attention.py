@@ -2,22 +2,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from llmkern.backends.triton._attention import (
     as_bytes,
     features,
-    inner_contiguous,
+    head_dims,
     mask_strides,
-    padded,
     refuse_dims,
     shape_class,
-    strides,
+    with_strides,
 )
 from llmkern.backends.triton._configs import config
 from llmkern.backends.triton._declare import serves
-from llmkern.backends.triton._launch import launch, target_of
+from llmkern.backends.triton._launch import Kernel, launch, target_of
+from llmkern.ops.attention import lse_like, out_like
+
+ATTENTION_KERNEL = Kernel("attention", "attention_kernel")
 
 
 def _refuse(k: Tensor, v: Tensor, **_: object) -> str | None:
@@ -39,9 +40,7 @@ def attention(
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = q.shape
-    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((batch, heads, queries) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    out, lse = out_like(q, v), lse_like(q, return_lse)
     launch_forward(
         q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap, out, lse if return_lse else None
     )
@@ -65,18 +64,17 @@ def launch_forward(
     stats: bool = False,
 ) -> None:
     """stats: instead of the attention, the row maxima go to `out` and the sums of exponentials to `lse`."""
-    from llmkern.backends.triton._kernels.attention import attention_kernel
-
     if out.numel() == 0:
         return
     batch, heads, queries, dim = q.shape
-    keys, dim_v = k.shape[2], v.shape[3]
-    q, k, v = inner_contiguous(q), inner_contiguous(k), inner_contiguous(v)
+    _, kv_heads, keys, _ = k.shape
+    dims = head_dims(dim, v.shape[3])
+    (q, q_strides), (k, k_strides), (v, v_strides) = with_strides(q), with_strides(k), with_strides(v)
     mask, padding = as_bytes(attn_mask), as_bytes(key_padding_mask)
     band, switches = features(attn_mask, causal, window, softcap)
-    chosen = config("attention", shape_class(q, v), target_of(q))
+    chosen = config("attention", shape_class(q.dtype, dims), target_of(q))
     launch(
-        attention_kernel,
+        ATTENTION_KERNEL,
         (-(-queries // chosen["BLOCK_M"]) * batch * heads, 1, 1),
         q,
         k,
@@ -87,13 +85,13 @@ def launch_forward(
         out,
         lse,
         heads,
-        heads // k.shape[1],
+        heads // kv_heads,
         queries,
         keys,
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *strides(out),
+        *q_strides,
+        *k_strides,
+        *v_strides,
+        *out.stride()[:3],
         *mask_strides(mask),
         *((0, 0) if padding is None else padding.stride()),
         sm_scale,
@@ -101,9 +99,6 @@ def launch_forward(
         *band,
         **switches,
         STATS=stats,
-        DIM=dim,
-        DIM_V=dim_v,
-        PADDED=padded(dim),
-        PADDED_V=padded(dim_v),
+        **dims,
         **chosen,
     )

@@ -8,17 +8,21 @@ from torch import Tensor
 from llmkern.backends.triton._attention import (
     as_bytes,
     features,
-    inner_contiguous,
+    head_dims,
     mask_strides,
-    padded,
     refuse_dims,
     shape_class,
-    strides,
+    with_strides,
 )
 from llmkern.backends.triton._configs import config
 from llmkern.backends.triton._declare import serves
-from llmkern.backends.triton._launch import launch, target_of
+from llmkern.backends.triton._launch import Kernel, launch, target_of
 from llmkern.backends.triton.attention import launch_forward
+
+DELTA_KERNEL = Kernel("attention_backward", "delta_kernel")
+DKV_KERNEL = Kernel("attention_backward", "dkv_kernel")
+DMASK_KERNEL = Kernel("attention_backward", "dmask_kernel")
+DQ_KERNEL = Kernel("attention_backward", "dq_kernel")
 
 DELTA_ROWS = 16
 
@@ -45,8 +49,6 @@ def attention_backward(
     softcap: float,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from llmkern.backends.triton._kernels.attention_backward import delta_kernel, dkv_kernel, dmask_kernel, dq_kernel
-
     # Zeros, since nothing is launched where there are no queries or no keys.
     make = torch.empty if q.numel() and k.numel() else torch.zeros
     dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -55,12 +57,14 @@ def attention_backward(
         dmask = make(attn_mask.shape, dtype=attn_mask.dtype, device=q.device)
     batch, heads, queries, dim = q.shape
     kv_heads, keys, dim_v = k.shape[1], k.shape[2], v.shape[3]
-    q, k, v, dout, out = (inner_contiguous(x) for x in (q, k, v, dout, out))
+    (q, q_strides), (k, k_strides), (v, v_strides) = with_strides(q), with_strides(k), with_strides(v)
+    (dout, dout_strides), (out, out_strides) = with_strides(dout), with_strides(out)
+    dims = head_dims(dim, dim_v)
 
     delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if delta.numel():
         launch(
-            delta_kernel,
+            DELTA_KERNEL,
             (-(-delta.numel() // DELTA_ROWS), 1, 1),
             dout,
             out,
@@ -69,10 +73,10 @@ def attention_backward(
             delta.numel(),
             heads,
             queries,
-            *strides(dout),
-            *strides(out),
+            *dout_strides,
+            *out_strides,
             DIM_V=dim_v,
-            PADDED_V=padded(dim_v),
+            PADDED_V=dims["PADDED_V"],
             ROWS=DELTA_ROWS,
             num_warps=4,
         )
@@ -90,42 +94,35 @@ def attention_backward(
 
     mask, padding = as_bytes(attn_mask), as_bytes(key_padding_mask)
     band, switches = features(attn_mask, causal, window, softcap)
-    chosen = config("attention_backward", shape_class(q, v), target_of(q))
+    chosen = config("attention_backward", shape_class(q.dtype, dims), target_of(q))
     block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
     inputs = (q, k, v, dout, mask, padding, shift.contiguous(), total, delta)
     numbers = (
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *strides(dout),
+        *q_strides,
+        *k_strides,
+        *v_strides,
+        *dout_strides,
         *mask_strides(mask),
         *((0, 0) if padding is None else padding.stride()),
         sm_scale,
         softcap,
         *band,
     )
-    constants = {
-        **switches,
-        "DIM": dim,
-        "DIM_V": dim_v,
-        "PADDED": padded(dim),
-        "PADDED_V": padded(dim_v),
-        **chosen,
-    }
+    constants = {**switches, **dims, **chosen}
     shape = (heads, heads // kv_heads, queries, keys)
-    launch(dkv_kernel, (-(-keys // block_n) * batch * kv_heads, 1, 1), *inputs, dk, dv, *shape, *numbers, **constants)
+    launch(DKV_KERNEL, (-(-keys // block_n) * batch * kv_heads, 1, 1), *inputs, dk, dv, *shape, *numbers, **constants)
     # A query's tile walks the keys as a key's tile walks the queries: the larger of the two sizes stays put.
     constants |= {"BLOCK_M": block_n, "BLOCK_N": block_m}
-    launch(dq_kernel, (-(-queries // block_n) * batch * heads, 1, 1), *inputs, dq, *shape, *numbers, **constants)
+    launch(DQ_KERNEL, (-(-queries // block_n) * batch * heads, 1, 1), *inputs, dq, *shape, *numbers, **constants)
     if dmask.numel() and attn_mask is not None:
         mask_batches, mask_heads, mask_rows, mask_columns = attn_mask.shape
         one_row, one_column = mask_rows == 1, mask_columns == 1
         # Fewer queries: this kernel holds a tile of the mask's gradient besides.
-        block_n = min(block_n, 16 if padded(dim) > 128 else 32)
+        block_n = min(block_n, 16 if dims["PADDED"] > 128 else 32)
         constants |= {"BLOCK_M": block_n, "num_warps": min(chosen["num_warps"], 8)}
         tiles = (1 if one_row else -(-mask_rows // block_n)) * (1 if one_column else -(-mask_columns // block_m))
         launch(
-            dmask_kernel,
+            DMASK_KERNEL,
             (tiles * mask_batches * mask_heads, 1, 1),
             *inputs,
             dmask,

@@ -5,10 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkern.backends.triton._attention import inner_contiguous, padded, refuse_dims, shape_class, strides
+from llmkern.backends.triton._attention import head_dims, refuse_dims, shape_class, with_strides
 from llmkern.backends.triton._configs import config
 from llmkern.backends.triton._declare import serves
-from llmkern.backends.triton._launch import launch, next_power_of_2, target_of
+from llmkern.backends.triton._launch import Kernel, launch, next_power_of_2, target_of
+from llmkern.ops.attention import lse_like, out_like
+
+COMBINE_KERNEL = Kernel("attention_decode", "combine_kernel")
+DECODE_KERNEL = Kernel("attention_decode", "decode_kernel")
 
 MAX_SPLITS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -37,29 +41,27 @@ def attention_decode(
     softcap: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    from llmkern.backends.triton._kernels.attention_decode import combine_kernel, decode_kernel
-
     batch, heads, queries, dim = q.shape
     blocks, kv_heads, block_size, dim_v = v_cache.shape
-    out = torch.empty((batch, queries, heads, dim_v), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries) if return_lse else (0,), dtype=torch.float32, device=q.device)
+    out, lse = out_like(q, v_cache), lse_like(q, return_lse)
     if out.numel() == 0:
-        return out.transpose(1, 2), lse
-    q = inner_contiguous(q)
+        return out, lse
+    q, q_strides = with_strides(q)
+    dims = head_dims(dim, dim_v)
     capacity = block_size if block_table is None else block_size * block_table.shape[1]
     group = heads // kv_heads
     rows = group * queries
     block_m = min(max(next_power_of_2(rows), 16), MAX_BLOCK_M)
     target = target_of(q)
-    chosen = config("attention_decode", shape_class(q, v_cache), target)
+    chosen = config("attention_decode", shape_class(q.dtype, dims), target)
     # As many parts as fill the device, by the cache's capacity: the lengths are never read on the host.
     programs = batch * kv_heads * -(-rows // block_m)
     wanted = -(-target.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // programs)
     splits = max(min(wanted, capacity // (2 * chosen["BLOCK_N"]), MAX_SPLITS), 1)
-    part = torch.empty((batch * heads * queries, splits, dim_v), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(part.shape[:2], dtype=torch.float32, device=q.device)
+    part = q.new_empty((batch * heads * queries, splits, dim_v), dtype=torch.float32)
+    part_lse = q.new_empty((batch * heads * queries, splits), dtype=torch.float32)
     launch(
-        decode_kernel,
+        DECODE_KERNEL,
         (programs * splits, 1, 1),
         q,
         k_cache,
@@ -77,9 +79,9 @@ def attention_decode(
         splits,
         blocks,
         max(block_size, 1),
-        *strides(q),
-        *strides(k_cache),
-        *strides(v_cache),
+        *q_strides,
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
         *((0, 0, 0) if k_scale is None else k_scale.stride()),
         *((0, 0, 0) if v_scale is None else v_scale.stride()),
         *((0, 0) if block_table is None else block_table.stride()),
@@ -88,15 +90,12 @@ def attention_decode(
         window[0],
         HAS_LEFT=window[0] >= 0,
         SOFTCAP=softcap > 0,
-        DIM=dim,
-        DIM_V=dim_v,
-        PADDED=padded(dim),
-        PADDED_V=padded(dim_v),
         BLOCK_M=block_m,
+        **dims,
         **chosen,
     )
     launch(
-        combine_kernel,
+        COMBINE_KERNEL,
         (batch * heads * queries, 1, 1),
         part,
         part_lse,
@@ -107,8 +106,8 @@ def attention_decode(
         queries,
         splits,
         DIM_V=dim_v,
-        PADDED_V=padded(dim_v),
+        PADDED_V=dims["PADDED_V"],
         SPLITS=next_power_of_2(splits),
         num_warps=4,
     )
-    return out.transpose(1, 2), lse
+    return out, lse

@@ -4,21 +4,21 @@ from torch import Tensor
 
 from llmkern.backends.triton._declare import serves
 from llmkern.backends.triton._elementwise import launch_elementwise
+from llmkern.backends.triton._launch import Kernel, contiguous_like
+
+GELU_KERNEL = Kernel("gelu", "gelu_kernel")
+GELU_BACKWARD_KERNEL = Kernel("gelu", "gelu_backward_kernel")
 
 
 @serves("gelu", has_backward=True)
 def gelu(x: Tensor, approximate: str) -> Tensor:
-    from llmkern.backends.triton._kernels.gelu import gelu_kernel
-
-    out = x.new_empty(x.shape)
-    launch_elementwise(gelu_kernel, (x,), (out,), APPROXIMATE=approximate)
+    out = contiguous_like(x)
+    launch_elementwise(GELU_KERNEL, (x,), (out,), APPROXIMATE=approximate)
     return out
 
 
 @serves("gelu_backward")
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
-    from llmkern.backends.triton._kernels.gelu import gelu_backward_kernel
-
-    dx = x.new_empty(x.shape)
-    launch_elementwise(gelu_backward_kernel, (dy, x), (dx,), APPROXIMATE=approximate)
+    dx = contiguous_like(x)
+    launch_elementwise(GELU_BACKWARD_KERNEL, (dy, x), (dx,), APPROXIMATE=approximate)
     return dx

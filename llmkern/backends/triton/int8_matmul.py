@@ -5,7 +5,9 @@ from torch import Tensor
 
 from llmkern.backends.triton._configs import config
 from llmkern.backends.triton._declare import DTYPES, serves
-from llmkern.backends.triton._launch import as_rows, launch, target_of
+from llmkern.backends.triton._launch import Kernel, as_rows, launch, target_of
+
+INT8_MATMUL_KERNEL = Kernel("int8_matmul", "int8_matmul_kernel")
 
 
 def refuse_parameters(**floating: Tensor | None) -> str | None:
@@ -39,18 +41,17 @@ def int8_matmul(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """a_q may also be floating: then w_q is converted to its dtype, tile by tile."""
-    from llmkern.backends.triton._kernels.int8_matmul import int8_matmul_kernel
-
     n, k = w_q.shape
-    out = torch.empty((*a_q.shape[:-1], n), dtype=out_dtype, device=a_q.device)
-    if out.numel() == 0:
+    out = a_q.new_empty((*a_q.shape[:-1], n), dtype=out_dtype)
+    elements = out.numel()
+    if elements == 0:
         return out
-    rows = out.numel() // n
-    a = as_rows(a_q)
-    residuals = as_rows(residual) if residual is not None else None
+    rows = elements // n
+    a, stride = as_rows(a_q)
+    residuals, residual_stride = as_rows(residual) if residual is not None else (None, 0)
     chosen = config("int8_matmul", shape_class(a, rows), target_of(a))
     launch(
-        int8_matmul_kernel,
+        INT8_MATMUL_KERNEL,
         (-(-rows // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]), 1, 1),
         a,
         w_q,
@@ -62,9 +63,9 @@ def int8_matmul(
         rows,
         n,
         k,
-        a.stride(0),
+        stride,
         *w_q.stride(),
-        0 if residuals is None else residuals.stride(0),
+        residual_stride,
         ACTIVATION=activation,
         **chosen,
     )

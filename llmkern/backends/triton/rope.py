@@ -4,14 +4,14 @@ from torch import Tensor
 
 from llmkern.backends.triton._configs import config
 from llmkern.backends.triton._declare import serves
-from llmkern.backends.triton._launch import launch, next_power_of_2, target_of
+from llmkern.backends.triton._launch import Kernel, contiguous_like, launch, next_power_of_2, target_of
+
+ROPE_KERNEL = Kernel("rope", "rope_kernel")
 
 
 @serves("rope", has_backward=True)
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    from llmkern.backends.triton._kernels.rope import rope_kernel
-
-    q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
+    q_out, k_out = contiguous_like(q), contiguous_like(k)
     batch, q_heads, length, dim = q.shape
     k_heads = k.shape[1]
     q_rows, k_rows = batch * q_heads * length, batch * k_heads * length
@@ -20,7 +20,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interl
     rest = dim - rotary_dim
     chosen = config("rope", "any", target_of(q))
     launch(
-        rope_kernel,
+        ROPE_KERNEL,
         (-(-q_rows // chosen["ROWS"]) - (-k_rows // chosen["ROWS"]), 1, 1),
         q,
         k,
