@@ -2,21 +2,30 @@
 
 Triton's launcher is replaced by a function that does nothing, so that what is timed is all that llmkern adds: the
 public function, dispatch, views, allocation of the outputs (the CPU's allocator stands for the GPU's), the choice of
-the configuration, the grid.  The minimum of many short repetitions is printed, in µs for each launch.
+the configuration, the grid.  The minimum of many short repetitions is printed, in µs for each launch, and goes to
+benchmarks/results/ with what it was measured on.
 
     python benchmarks/triton_launch.py
 """
 
 from __future__ import annotations
 
+import json
+import os
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+# The dispatcher lets Triton have CPU tensors where its interpreter would run them; nothing is run here.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
 from llmkern import dispatch, ops
 from llmkern.backends.triton._launch import assume
+from llmkern.bench.environment import device_name, environment, slug
+from llmkern.bench.readme import paths
 from llmkern.testing.triton_offline import TARGETS
 
 LIMIT = 15.0
@@ -57,15 +66,36 @@ def note(kernel: Any, *_: Any) -> None:
     launched.append(kernel)
 
 
-def main() -> None:
-    """Print one line for each op."""
+def measured() -> list[dict[str, Any]]:
+    """For each call its launches and the µs of Python for each; calls take turns, so that all meet the same load."""
+    rows = []
     with torch.no_grad(), dispatch.use_backend("triton"), assume(TARGETS["sm90"], note):
         for name, call in calls().items():
             launched.clear()
             call()
-            launches = len(launched)
-            each = min(timeit.repeat(call, number=CALLS, repeat=REPETITIONS)) / CALLS / launches * 1e6
-            print(f"{name:20} {launches} x {each:5.1f} µs" + ("" if each < LIMIT else f"  over {LIMIT:.0f} µs"))
+            rows.append({"op": name, "launches": len(launched), "us_per_launch": float("inf")})
+        timers = [timeit.Timer(call) for call in calls().values()]
+        for _ in range(REPETITIONS):
+            for row, timer in zip(rows, timers, strict=True):
+                each = timer.timeit(CALLS) / CALLS / row["launches"] * 1e6
+                row["us_per_launch"] = min(row["us_per_launch"], round(each, 2))
+            launched.clear()
+    return rows
+
+
+def main() -> None:
+    """Print one line for each op, and write the result file."""
+    device = torch.device("cpu")
+    rows = measured()
+    for row in rows:
+        over = "" if row["us_per_launch"] < LIMIT else f"  over {LIMIT:.0f} µs"
+        print(f"{row['op']:20} {row['launches']} x {row['us_per_launch']:5.1f} µs{over}")
+    path, _ = paths(Path(__file__).parent, slug(device_name(device)), "triton_launch")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/triton_launch.py"
+    result = {"command": command, "environment": environment(device), "limit_us": LIMIT, "launches": rows}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"Written to {path}")
 
 
 if __name__ == "__main__":
