@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern._compile import constant_result
+
 __all__ = [
     "OPS",
     "Backend",
@@ -105,7 +107,7 @@ OPS: dict[str, Op] = {}
 """Every op by its name."""
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _missing(name: str) -> str | None:
     return _probe(name)
 
@@ -115,7 +117,7 @@ def _probe(name: str) -> str | None:
     return _BACKENDS[name].probe()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _capability(index: int | None) -> tuple[int, int] | None:
     """None where there is no GPU: a backend may be there all the same, as Triton is by its interpreter."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from llmkern.memory import give_back
 
 __all__ = ["peak", "reset_peak"]
 
@@ -18,12 +18,10 @@ _PROC = Path("/proc/self")
 
 def reset_peak(device: torch.device) -> None:
     """Begin anew, so that the peak of loading a model is not taken for that of using it."""
-    gc.collect()
+    give_back()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed; another libc may lack the function
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")  # Linux: VmHWM := VmRSS
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmkern import ops
 from llmkern.checks import check_choice
+from llmkern.memory import move_to_huge_pages_
 from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn._int8_weight import Int8Weight
 from llmkern.nn.int8_linear import weight_out_in
@@ -69,6 +70,8 @@ def quantize_(
     Left alone whatever is asked: layers that share their weight with anything but plain embeddings, subclasses of
     nn.Linear and nn.Embedding (scaled embeddings, for one), embeddings with max_norm, layers with a forward of their
     own, adapters, and layers whose weight others read directly.
+    On the CPU what the model then holds is copied to huge pages, as `optimize_` does, and the floating-point
+    checkpoint's memory is given back.
     A transformers model's config then describes the quantization, so that `save_pretrained` gives a
     compressed-tensors checkpoint; `load_` reads it back, `dequantize_` undoes all but the rounding.
     Raises TypeError and ValueError for bad arguments, for a model on the meta device, without linear layers, or
@@ -106,6 +109,8 @@ def quantize_(
             if table is not None:
                 replace(found.places, table)
         describe_in_config(model)
+    # Codes and what is left in floating point alike: the file of a checkpoint stays mapped for its last tensor.
+    move_to_huge_pages_(model)
     rows = (*(row for _, row, _ in tables), *(plan.row for plan in plans))
     return QuantReport(rows, measured_on, before, _bytes(model))
 

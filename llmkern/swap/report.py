@@ -33,9 +33,13 @@ class SwapRow:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """The rows of one `optimize_` call; prints as a table in which repeated layers take one line."""
+    """The rows of one `optimize_` call; prints as a table in which repeated layers take one line.
+
+    moved_bytes: of weights that were copied to huge pages.
+    """
 
     rows: tuple[SwapRow, ...]
+    moved_bytes: int = 0
 
     @property
     def swapped(self) -> tuple[SwapRow, ...]:
@@ -46,8 +50,8 @@ class SwapReport:
         return tuple(row for row in self.rows if row.action == "left")
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"rows": [{"path", "kind", "op", "action", "backend", "reason"}]}`."""
-        return {"rows": [asdict(row) for row in self.rows]}
+        """`{"rows": [{"path", "kind", "op", "action", "backend", "reason"}], "moved_bytes": …}`."""
+        return {"rows": [asdict(row) for row in self.rows], "moved_bytes": self.moved_bytes}
 
     def __iter__(self) -> Iterator[SwapRow]:
         return iter(self.rows)
@@ -62,4 +66,6 @@ class SwapReport:
         )
         cells = [(path, count, *rest) for path, count, rest, _ in lines]
         title = f"{len(self.swapped)} swapped, {len(self.left)} left alone"
+        if self.moved_bytes:
+            title += f"; {self.moved_bytes / 1e6:.0f} MB of weights moved to huge pages"
         return render(title, ("module", "×", "kind", "op", "served by", "left alone because"), cells)

@@ -187,7 +187,10 @@ import sys, torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from functorch.compile import make_boxed_func
+without = torch.cuda.is_available
+torch.cuda.is_available = lambda: True  # else no operators are made
 import llmkern
+torch.cuda.is_available = without
 from llmkern.testing.case import cases
 
 class Seen(Exception):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _native
+from llmkern._compile import constant_result
 from llmkern.backends.cpu import CPU
 from llmkern.backends.cpu._rows import DTYPES
 from llmkern.backends.cpu.attention_decode import refuse_heads
@@ -14,7 +15,7 @@ from llmkern.dispatch import implements
 from llmkern.library import native
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_tiles() -> bool:
     return _native.cpu_isa() == "amx"
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmkern._compile import constant_result
 from llmkern.backends.reference.int8_matmul import epilogue
 from llmkern.backends.torch import TORCH
 from llmkern.dispatch import implements
@@ -26,7 +27,7 @@ def refuse(a_q: Tensor, w_q: Tensor, **_: object) -> str | None:
     return _saturates()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _saturates() -> str | None:
     return _probe()
 

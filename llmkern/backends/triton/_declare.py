@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from llmkern.backends.triton import TRITON, installed, interpreted
+from llmkern.backends.triton import TRITON, interpreted
 from llmkern.backends.triton._launch import tracing
 from llmkern.dispatch import implements
 from llmkern.library import definition
@@ -46,8 +46,9 @@ def serves(
     """
 
     def declare(launcher: Launcher) -> Launcher:
-        # Without Triton the backend refuses every call, and torch warns of each such operator.
-        operator = _operator(op, launcher, has_backward) if installed() else launcher
+        # Where the backend refuses every call nobody needs operators: making one imports torch's compiler, which takes
+        # seconds and 100 MB, and without Triton torch warns of each.
+        operator = launcher if TRITON.missing else _operator(op, launcher, has_backward)
 
         def call(**arguments: Any) -> Any:
             if has_backward and torch.is_grad_enabled() and _any_needs_grad(arguments):

@@ -1,0 +1,136 @@
+"""Where weights lie, and memory that is given back.
+
+A decoded token reads every weight once, and the pages' addresses are part of the price: with pages of 4 KiB a core
+looks up an address for every 4 KiB that it streams, and Linux maps a checkpoint's file with such pages only.
+Transparent huge pages (2 MiB) are there for anonymous memory that asks for them (madvise(2), MADV_HUGEPAGE), so
+weights are copied to memory that has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import mmap
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MIN_BYTES", "give_back", "move_to_huge_pages_"]
+
+MIN_BYTES = 32 << 20
+"""Weights of less than this are left where they are: caches hold much of them."""
+_ARENA_BYTES = 64 << 20  # of one piece of memory, which is given back when the last tensor in it is gone
+_PAGE = 2 << 20
+_ALIGNMENT = 64
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class _Arena(mmap.mmap):
+    """Anonymous memory that asks for huge pages, from an address on that is a multiple of theirs."""
+
+    begin: int
+    end: int
+    used: int
+
+    def __new__(cls, size: int) -> _Arena:
+        self = super().__new__(cls, -1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self, dtype=torch.uint8)
+        self.begin, self.end = whole.data_ptr(), whole.data_ptr() + len(self)
+        self.used = -self.begin % _PAGE
+        return self
+
+    def take(self, size: int) -> Tensor:
+        """Some bytes, a storage of their own."""
+        begin, self.used = self.used, self.used + _aligned(size)
+        return torch.frombuffer(self, dtype=torch.uint8, count=size, offset=begin)
+
+
+_arenas: weakref.WeakSet[_Arena] = weakref.WeakSet()
+
+
+def move_to_huge_pages_(model: nn.Module) -> int:
+    """Copy the model's parameters and buffers on the CPU to huge pages; returns how many bytes were copied.
+
+    Tensors stay the objects that they are, with their values, strides and storages in common; only their memory
+    (`data_ptr`) is another, and a tensor outside the model that was a view of a parameter no longer is one.
+    Nothing is moved where that would not help or not be safe: fewer than `MIN_BYTES`, a system without transparent
+    huge pages, memory that is shared with other processes, tensor subclasses, and what has been moved before.
+    """
+    if not _available():
+        return 0
+    storages: dict[int, list[Tensor]] = {}
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        storages.setdefault(tensor.untyped_storage().data_ptr() if _plain(tensor) else 0, []).append(tensor)
+    storages.pop(0, None)  # subclasses and empty tensors
+    sizes = {begin: _bytes(tensors) for begin, tensors in storages.items() if _movable(begin, tensors)}
+    if sum(sizes.values()) < MIN_BYTES:
+        return 0
+    moved = 0
+    with contextlib.suppress(OSError):  # no memory for more: what has been moved may stay
+        for (begin, size), to in zip(sizes.items(), _places(list(sizes.values())), strict=True):
+            tensors = storages.pop(begin)
+            to.copy_(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (size,), (1,)))
+            for tensor in tensors:
+                view = torch.empty(0, dtype=tensor.dtype)
+                view.set_(to.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                tensor.data = view
+            moved += size
+    give_back()
+    return moved
+
+
+def give_back() -> None:
+    """Return what is not in use to the system: what only cycles hold, and what the C library keeps for later."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's; another C library may lack the function
+
+
+def _available() -> bool:
+    """Does this system give huge pages to those who ask?"""
+    try:
+        return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _SETTING.read_text()
+    except OSError:
+        return False
+
+
+def _plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (nn.Parameter, Tensor)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_inference()
+        and not tensor.is_quantized
+    )
+
+
+def _movable(begin: int, tensors: list[Tensor]) -> bool:
+    return not any(arena.begin <= begin < arena.end for arena in _arenas) and not tensors[0].is_shared()
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return tensors[0].untyped_storage().nbytes()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _places(sizes: list[int]) -> Iterator[Tensor]:
+    """Memory for each of the sizes, in arenas; made as it is asked for, so that what is left behind can go."""
+    at = 0
+    while at < len(sizes):
+        last, total = at, 0
+        while last < len(sizes) and (last == at or total + _aligned(sizes[last]) <= _ARENA_BYTES):
+            total += _aligned(sizes[last])
+            last += 1
+        arena = _Arena(total)
+        _arenas.add(arena)
+        for size in sizes[at:last]:
+            yield arena.take(size)
+        at = last
