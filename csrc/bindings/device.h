@@ -6,11 +6,16 @@
 //   new_tensor(x, sizes, dtype)            memory on x's device
 //   new_strided(x, sizes, strides)         the same in x's dtype, with any strides
 //   Place(x)                               what launchers take behind their params
+//   LLMKERN_GPU                            defined for both that launch kernels of csrc/cuda
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#if defined(LLMKERN_CUDA) || defined(LLMKERN_SIMT)
+#define LLMKERN_GPU
+#endif
 
 #if defined(LLMKERN_CUDA)
 #include <cuda_runtime_api.h>

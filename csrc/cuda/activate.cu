@@ -95,7 +95,7 @@ void launch_codes(const ActivateParams& p, const Gpu& gpu) {
                        aligned(p.up_rows, kV) && aligned(p.codes, 1, kV);
   const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu.sm_count);
   with_row_plan<T>(plan, [&]<int kVector, int kHeld>() {
-    launch("activate", activate_codes_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
+    launch("activate_codes", activate_codes_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
   });
 }
 

@@ -7,10 +7,16 @@
 //            in different banks
 //   threads  copy: t moves chunk t % 4 of rows t / 4, t / 4 + threads / 4, ...
 //            mma: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of each 16x8
-// Streams of weights, for M <= 16 (int8_decode_kernel)
+//   out      a warp's sums, 32 rows x 32 columns at a time, pass through shared memory, so that a lane gets neighbours
+//            of a row and stores 16 bytes
+// Streams of weights, for M <= 16 (int8_decode_kernel): a is codes or, weight-only, bf16 or fp16
 //   block    16 rows of w, which are the m16 operand, against 8 or 16 rows of a; its warps share out K
-//   loads    16 bytes of each of two rows of w per lane and 64 of K, straight into fragments: K may be permuted
-//            as long as both operands have it permuted alike, and here lane t's 16 bytes serve two instructions
+//   loads    16 bytes of each of two rows of w per lane and 64 of K, four such steps ahead, straight into fragments:
+//            K may be permuted as long as both operands have it permuted alike, and here lane t's 16 bytes serve two
+//            instructions of codes (m16n8k32), or four of floats (m16n8k16), for which codes are converted exactly
+//   caches   weights pass by L1, which a stays in for the SM's other blocks
+// Parts of K, where the blocks would leave SMs idle: blockIdx.y is one part, whose sums go to the workspace, and
+// sum_parts_kernel adds them up: exactly, in s32, so that the result is the same to the bit
 // needs      sm_80; any M, N, K; rows that are not aligned to 16 bytes are copied byte by byte
 #include "llmkern/int8_matmul.h"
 
@@ -40,14 +46,15 @@ __device__ __forceinline__ uint4 load_codes(const int8_t* p, int64_t valid) {
 }
 
 // What becomes of the sums of `kN` neighbours of a row, from column n on.
-template <int kN>
-__device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t m, int64_t n,
-                                             const int32_t (&sums)[kN]) {
+template <class Sum, int kN>
+__device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t m, int64_t n, const Sum (&sums)[kN]) {
   const int64_t at = m * p.n + n;
-  if (p.sums) {
-    Packed<float, kN> packed;
-    packed = bits_as<Packed<float, kN>>(sums);
-    packed.store(static_cast<float*>(p.out) + at);
+  if (p.sums) {  // those of a part of K behind those of the parts before
+    const int64_t before = blockIdx.y * p.a_rows.count * p.n;
+    typename Packed<Sum, kN>::Elements elements;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) elements.element[i] = sums[i];
+    bits_as<Packed<Sum, kN>>(elements).store(static_cast<Sum*>(p.out) + before + at);
     return;
   }
   float y[kN], values[kN];
@@ -64,8 +71,7 @@ __device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t 
 #pragma unroll
     for (int i = 0; i < kN; ++i) y[i] += values[i];
   }
-#pragma unroll
-  for (int i = 0; i < kN; ++i) y[i] = activate(p.activation, y[i]);
+  activate(p.activation, y);
   if (p.residual) {
     load_as_float(p.residual, p.residual_dtype, p.residual_rows.offset(m) + n, values);
 #pragma unroll
@@ -74,17 +80,43 @@ __device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t 
   store_as(p.out, p.out_dtype, at, y);
 }
 
-// kPairs: columns n and n + 1 can be accessed together, for even n.
-template <bool kPairs>
-__device__ __forceinline__ void store_pair(const Int8MatmulParams& p, int64_t m, int64_t n, int32_t left,
-                                           int32_t right) {
-  if (m >= p.a_rows.count) return;
-  if constexpr (kPairs) {
-    if (n < p.n) store_result<2>(p, m, n, {left, right});
-  } else {
-    if (n < p.n) store_result<1>(p, m, n, {left});
-    if (n + 1 < p.n) store_result<1>(p, m, n + 1, {right});
+// A warp's 32x32 sums on their way from fragments to rows.  Rows are 40 apart, so that the four rows and eight columns
+// that half a warp writes together are in different banks.
+constexpr int kSlabRows = 32, kSlabColumns = 32, kSlabStride = 40, kSlabBytes = kSlabRows * kSlabStride * 4;
+
+// The results of a slab whose first element is (m, n): each lane takes kN neighbours of a row at a time.
+template <int kN>
+__device__ __forceinline__ void store_rows(const Int8MatmulParams& p, const int32_t* slab, int64_t m, int64_t n) {
+  constexpr int kLanes = kSlabColumns / kN, kTogether = 32 / kLanes;
+  const int column = threadIdx.x % 32 % kLanes * kN;
+  if (n + column >= p.n) return;
+#pragma unroll 1
+  for (int row = threadIdx.x % 32 / kLanes; row < kSlabRows; row += kTogether) {
+    if (m + row >= p.a_rows.count) return;
+    const int32_t* from = slab + row * kSlabStride + column;
+    int32_t sums[kN];
+    if constexpr (kN == 1) {
+      sums[0] = ld_shared(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN; i += 4) {
+        const int4 four = ld_shared(reinterpret_cast<const int4*>(from + i));
+        sums[i] = four.x, sums[i + 1] = four.y, sums[i + 2] = four.z, sums[i + 3] = four.w;
+      }
+    }
+    store_result(p, m + row, n + column, sums);
   }
+}
+
+// kWide: eight neighbours from a multiple of eight on can be accessed by 16 bytes.
+template <bool kWide>
+__device__ __forceinline__ void store_slab(const Int8MatmulParams& p, const int32_t* slab, int64_t m, int64_t n) {
+  if constexpr (!kWide)
+    store_rows<1>(p, slab, m, n);
+  else if (p.sums || p.out_dtype == DType::f32)
+    store_rows<4>(p, slab, m, n);
+  else
+    store_rows<8>(p, slab, m, n);
 }
 
 // nvcc takes no structs as template arguments of kernels.
@@ -128,9 +160,9 @@ class TileCopy {
   const int8_t* rows_[kEach];
 };
 
-template <bool kLarge, bool kAligned, bool kPairs>
+template <bool kLarge, bool kAligned, bool kWide>
 __global__ void __launch_bounds__(tile_of(kLarge).threads(), tile_of(kLarge).resident)
-    int8_matmul_kernel(const Int8MatmulParams p) {
+    int8_matmul_kernel(const Int8MatmulParams p, int64_t part) {
   constexpr ProductTile kTile = tile_of(kLarge);
   constexpr int kTilesM = kTile.block_m / kTile.warps_m / 16, kTilesN = kTile.block_n / kTile.warps_n / 8;
   static_assert(kTilesN % 2 == 0);
@@ -147,12 +179,13 @@ __global__ void __launch_bounds__(tile_of(kLarge).threads(), tile_of(kLarge).res
     const int64_t n = first_n + row;
     return n < p.n ? p.w + n * p.w_stride : nullptr;
   });
-  const int steps = static_cast<int>((p.k + kStepBytes - 1) / kStepBytes);
+  const int64_t first_k = blockIdx.y * part, end_k = first_k + part < p.k ? first_k + part : p.k;
+  const int steps = static_cast<int>((end_k - first_k + kStepBytes - 1) / kStepBytes);
   auto copy = [&](int step) {
     if (step < steps) {
       char* stage = shared + step % kTile.stages * kTile.stage_bytes();
-      copy_a.step(stage, int64_t{step} * kStepBytes, p.k);
-      copy_w.step(stage + kTile.block_m * kStepBytes, int64_t{step} * kStepBytes, p.k);
+      copy_a.step(stage, first_k + step * kStepBytes, end_k);
+      copy_w.step(stage + kTile.block_m * kStepBytes, first_k + step * kStepBytes, end_k);
     }
     ptx::cp_async_commit_group();  // an empty group too, so that the count of groups is that of steps
   };
@@ -186,101 +219,238 @@ __global__ void __launch_bounds__(tile_of(kLarge).threads(), tile_of(kLarge).res
     }
   }
 
+  static_assert(kTilesN * 8 == kSlabColumns && kTile.warps_m * kTile.warps_n * kSlabBytes <= kTile.shared_bytes());
+  __syncthreads();  // the last tiles have been read
+  int32_t* slab = reinterpret_cast<int32_t*>(shared + warp * kSlabBytes);
 #pragma unroll
-  for (int i = 0; i < kTilesM; ++i)
+  for (int i = 0; i < kTilesM; i += 2) {
 #pragma unroll
-    for (int j = 0; j < kTilesN; ++j) {
-      const int64_t m = first_m + warp_m + i * 16 + lane / 4, n = first_n + warp_n + j * 8 + lane % 4 * 2;
-      store_pair<kPairs>(p, m, n, sums[i][j][0], sums[i][j][1]);
-      store_pair<kPairs>(p, m + 8, n, sums[i][j][2], sums[i][j][3]);
-    }
+    for (int tile = 0; tile < 2 * kTilesN; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t (&d)[4] = sums[i + tile / kTilesN][tile % kTilesN];
+        const int row = tile / kTilesN * 16 + half * 8 + lane / 4, column = tile % kTilesN * 8 + lane % 4 * 2;
+        st_shared(reinterpret_cast<int2*>(slab + row * kSlabStride + column), int2{d[2 * half], d[2 * half + 1]});
+      }
+    __syncwarp();
+    store_slab<kWide>(p, slab, first_m + warp_m + i * 16, first_n + warp_n);
+    __syncwarp();
+  }
 }
 
-template <int kTilesM, bool kAligned>
-__global__ void __launch_bounds__(kDecodeThreads, decode_residency(kTilesM).blocks)
-    int8_decode_kernel(const Int8MatmulParams p) {
-  constexpr int kWarps = kDecodeThreads / 32;
+// Four codes as the two pairs of T that mma takes.  Every code is a number of either type: nothing is rounded.
+template <class T>
+__device__ __forceinline__ void to_pairs(uint32_t codes, uint32_t& first, uint32_t& second) {
+  if constexpr (std::is_same_v<T, Float16>) {    // a half of 1024 to 2047 ends in its value's bits
+    const uint32_t from_0 = codes ^ 0x80808080;  // code + 128
+    auto less_1152 = [](uint32_t pair) {
+      return bits_as<uint32_t>(__hsub2(bits_as<__half2>(pair), bits_as<__half2>(0x64806480u)));
+    };
+    first = less_1152(__byte_perm(from_0, 0x64646464, 0x4140));
+    second = less_1152(__byte_perm(from_0, 0x64646464, 0x4342));
+  } else {  // as 128 to 255 does in bf16, and its exponent's last bit, here the code's sign, makes 256 of 128
+    auto without_sign = [](uint32_t pair) {
+      return bits_as<uint32_t>(
+          __hsub2(bits_as<__nv_bfloat162>(pair & 0xff7fff7f), bits_as<__nv_bfloat162>(pair & 0xff80ff80)));
+    };
+    first = without_sign(__byte_perm(codes, 0x43434343, 0x4140));
+    second = without_sign(__byte_perm(codes, 0x43434343, 0x4342));
+  }
+}
+
+// Sixteen neighbours of a row of a, and the product with those of two rows of w.
+template <class X>
+struct Streamed {
+  using Sum = float;
+  uint4 first, second;
+
+  __device__ __forceinline__ void load(const X* p) {
+    first = ld_global(reinterpret_cast<const uint4*>(p)), second = ld_global(reinterpret_cast<const uint4*>(p) + 1);
+  }
+
+  __device__ __forceinline__ void load(const X* p, int64_t valid) {
+    uint32_t words[8] = {};
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      if (i < valid) words[i / 2] |= static_cast<uint32_t>(ld_global(p + i).bits) << (i % 2 * 16);
+    first = {words[0], words[1], words[2], words[3]}, second = {words[4], words[5], words[6], words[7]};
+  }
+
+  __device__ __forceinline__ void multiply(float (&sums)[4], const uint4& low, const uint4& high) const {
+    multiply(sums, low.x, high.x, first.x, first.y);
+    multiply(sums, low.y, high.y, first.z, first.w);
+    multiply(sums, low.z, high.z, second.x, second.y);
+    multiply(sums, low.w, high.w, second.z, second.w);
+  }
+
+ private:
+  __device__ static __forceinline__ void multiply(float (&sums)[4], uint32_t low, uint32_t high, uint32_t left,
+                                                  uint32_t right) {
+    uint32_t w[4];
+    to_pairs<X>(low, w[0], w[2]), to_pairs<X>(high, w[1], w[3]);
+    if constexpr (std::is_same_v<X, Float16>)
+      ptx::mma_m16n8k16_f16(sums, w, {left, right});
+    else
+      ptx::mma_m16n8k16_bf16(sums, w, {left, right});
+  }
+};
+
+template <>
+struct Streamed<int8_t> {
+  using Sum = int32_t;
+  uint4 codes;
+
+  __device__ __forceinline__ void load(const int8_t* p) { codes = ld_global(reinterpret_cast<const uint4*>(p)); }
+
+  __device__ __forceinline__ void load(const int8_t* p, int64_t valid) { codes = load_codes<false>(p, valid); }
+
+  __device__ __forceinline__ void multiply(int32_t (&sums)[4], const uint4& low, const uint4& high) const {
+    ptx::mma_m16n8k32_s8(sums, {low.x, high.x, low.y, high.y}, {codes.x, codes.y});
+    ptx::mma_m16n8k32_s8(sums, {low.z, high.z, low.w, high.w}, {codes.z, codes.w});
+  }
+};
+
+template <class X, int kTilesM, bool kAligned>
+__global__ void __launch_bounds__(kDecode.threads, kDecode.blocks)
+    int8_decode_kernel(const Int8MatmulParams p, int64_t part) {
+  using Sum = typename Streamed<X>::Sum;
+  constexpr int kWarps = kDecode.threads / 32, kTogether = 4, kElements = 8 * kTilesM * kDecodeRows;
+  constexpr int64_t kStride = kWarps * kStepBytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, t = lane % 4;
   const int64_t first_n = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
+  const int64_t end_k = (blockIdx.y + 1) * part < p.k ? (blockIdx.y + 1) * part : p.k;
 
-  const int8_t *w[2], *a[kTilesM];
+  // Rows beyond the last are the last once more: nobody stores their sums.
+  const int8_t* w[2];
+  const X* a[kTilesM];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t n = first_n + group + 8 * i;
-    w[i] = n < p.n ? p.w + n * p.w_stride : nullptr;
+    w[i] = p.w + (n < p.n ? n : p.n - 1) * p.w_stride + t * kChunk;
   }
 #pragma unroll
   for (int i = 0; i < kTilesM; ++i) {
-    const int64_t m = group + 8 * i;
-    a[i] = m < p.a_rows.count ? p.a + p.a_rows.offset(m) : nullptr;
+    const int64_t m = group + 8 * i, last = p.a_rows.count - 1;
+    a[i] = static_cast<const X*>(p.x ? p.x : p.a) + p.a_rows.offset(m < last ? m : last) + t * kChunk;
   }
 
-  int32_t sums[kTilesM][4] = {};
-#pragma unroll 4
-  for (int64_t k = warp * kStepBytes; k < p.k; k += kWarps * kStepBytes) {
-    const int64_t column = k + t * kChunk, left = p.k - column;
-    const uint4 low = load_codes<kAligned>(w[0] + column, w[0] ? left : 0);
-    const uint4 high = load_codes<kAligned>(w[1] + column, w[1] ? left : 0);
+  Sum sums[kTilesM][4] = {};
+  int64_t k = blockIdx.y * part + warp * kStepBytes;
+  if constexpr (kAligned) {  // whole steps, several of whose weights are on the way at a time
+    for (; k + (kTogether - 1) * kStride + kStepBytes <= end_k; k += kTogether * kStride) {
+      uint4 codes[kTogether][2];
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-      const uint4 x = load_codes<kAligned>(a[i] + column, a[i] ? left : 0);
-      ptx::mma_m16n8k32_s8(sums[i], {low.x, high.x, low.y, high.y}, {x.x, x.y});
-      ptx::mma_m16n8k32_s8(sums[i], {low.z, high.z, low.w, high.w}, {x.z, x.w});
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          codes[i][j] = ptx::ld_global_nc_no_allocate_v4(reinterpret_cast<const uint4*>(w[j] + k + i * kStride));
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int j = 0; j < kTilesM; ++j) {
+          Streamed<X> x;
+          x.load(a[j] + k + i * kStride);
+          x.multiply(sums[j], codes[i][0], codes[i][1]);
+        }
+    }
+  }
+#pragma unroll 1
+  for (; k < end_k; k += kStride) {
+    const int64_t left = end_k - k - t * kChunk;
+    const uint4 low = load_codes<kAligned>(w[0] + k, left), high = load_codes<kAligned>(w[1] + k, left);
+#pragma unroll
+    for (int j = 0; j < kTilesM; ++j) {
+      Streamed<X> x;
+      if (kAligned && left >= kChunk)
+        x.load(a[j] + k);
+      else
+        x.load(a[j] + k, left);
+      x.multiply(sums[j], low, high);
     }
   }
 
-  // The warps' sums, each of one share of K; then one thread for each element: sums[i][j] of a lane is w's row
-  // group + 8 * (j / 2) and a's row 8 * i + 2 * t + j % 2.
-  int32_t* shared = reinterpret_cast<int32_t*>(dynamic_shared_memory());
+  // The warps' sums, each of one share of K, are added up in their order by one thread for each element: sums[i][j] of
+  // a lane is w's row group + 8 * (j / 2) and a's row 8 * i + 2 * t + j % 2.
+  Sum* shared = reinterpret_cast<Sum*>(dynamic_shared_memory());
 #pragma unroll
   for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      st_shared(
-          shared + warp * (8 * kTilesM * kDecodeRows) + (8 * i + 2 * t + j % 2) * kDecodeRows + group + 8 * (j / 2),
-          sums[i][j]);
+      st_shared(shared + warp * kElements + (8 * i + 2 * t + j % 2) * kDecodeRows + group + 8 * (j / 2), sums[i][j]);
   __syncthreads();
-  for (int element = threadIdx.x; element < 8 * kTilesM * kDecodeRows; element += kDecodeThreads) {
+  for (int element = threadIdx.x; element < kElements; element += kDecode.threads) {
     const int64_t m = element / kDecodeRows, n = first_n + element % kDecodeRows;
     if (m >= p.a_rows.count || n >= p.n) continue;
-    int32_t sum = 0;
+    Sum sum[1] = {};
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) sum += ld_shared(shared + i * (8 * kTilesM * kDecodeRows) + element);
-    store_result<1>(p, m, n, {sum});
+    for (int i = 0; i < kWarps; ++i) sum[0] += ld_shared(shared + i * kElements + element);
+    store_result(p, m, n, sum);
   }
 }
 
-template <bool kAligned, bool kPairs>
-void launch_planned(const Int8MatmulParams& p, const Int8MatmulPlan& plan, const Gpu& gpu) {
-  const LaunchConfig config = {static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.threads),
-                               plan.shared_bytes};
-  switch (plan.kernel) {
-    case Int8MatmulKernel::large_tile:
-      return launch("int8_matmul", int8_matmul_kernel<true, kAligned, kPairs>, config, gpu, p);
-    case Int8MatmulKernel::small_tile:
-      return launch("int8_matmul", int8_matmul_kernel<false, kAligned, kPairs>, config, gpu, p);
-    case Int8MatmulKernel::decode_8:
-      return launch("int8_decode", int8_decode_kernel<1, kAligned>, config, gpu, p);
-    case Int8MatmulKernel::decode_16:
-      return launch("int8_decode", int8_decode_kernel<2, kAligned>, config, gpu, p);
+template <class Sum, int kN>
+__global__ void __launch_bounds__(kSumParts.threads, kSumParts.blocks)
+    sum_parts_kernel(const Int8MatmulParams p, int parts) {
+  const int64_t size = p.a_rows.count * p.n;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kSumParts.threads + threadIdx.x) * kN;
+  if (at >= size) return;
+  Sum sums[kN] = {};
+  for (int part = 0; part < parts; ++part) {
+    Packed<Sum, kN> packed;
+    packed.load(static_cast<const Sum*>(p.workspace) + part * size + at);
+    const auto more = bits_as<typename Packed<Sum, kN>::Elements>(packed);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) sums[i] += more.element[i];
   }
+  store_result(p, at / p.n, at % p.n, sums);
+}
+
+template <bool kAligned, bool kWide>
+void launch_product(const Int8MatmulParams& p, const Int8MatmulPlan& plan, const LaunchConfig& config, const Gpu& gpu) {
+  auto decode = [&]<class X>() {
+    if (plan.kernel == Int8MatmulKernel::decode_8)
+      launch("int8_decode", int8_decode_kernel<X, 1, kAligned>, config, gpu, p, plan.part);
+    else
+      launch("int8_decode", int8_decode_kernel<X, 2, kAligned>, config, gpu, p, plan.part);
+  };
+  if (p.x)
+    return p.x_dtype == DType::bf16 ? decode.template operator()<BFloat16>() : decode.template operator()<Float16>();
+  if (plan.kernel == Int8MatmulKernel::large_tile)
+    launch("int8_matmul", int8_matmul_kernel<true, kAligned, kWide>, config, gpu, p, plan.part);
+  else if (plan.kernel == Int8MatmulKernel::small_tile)
+    launch("int8_matmul", int8_matmul_kernel<false, kAligned, kWide>, config, gpu, p, plan.part);
+  else
+    decode.template operator()<int8_t>();
+}
+
+template <bool kWide>
+void launch_planned(const Int8MatmulParams& p, const Int8MatmulPlan& plan, const Gpu& gpu) {
+  const int64_t chunk = p.x ? kChunk / 2 : kChunk;
+  const bool vectors = aligned(p.x ? p.x : p.a, 1, kChunk) && aligned(p.a_rows, chunk) && aligned(p.w, 1, kChunk) &&
+                       p.w_stride % kChunk == 0;
+  const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks), plan.parts),
+                               static_cast<unsigned>(plan.threads), plan.shared_bytes};
+  Int8MatmulParams product = p;
+  if (plan.parts > 1) product.out = p.workspace, product.sums = true;
+  vectors ? launch_product<true, kWide>(product, plan, config, gpu)
+          : launch_product<false, kWide>(product, plan, config, gpu);
+  if (plan.parts == 1) return;
+  constexpr int kN = kWide ? 4 : 1, kEach = kSumParts.threads * kN;
+  const unsigned blocks = static_cast<unsigned>((p.a_rows.count * p.n + kEach - 1) / kEach);
+  auto add = [&](auto* kernel) { launch("sum_parts", kernel, {blocks, kSumParts.threads}, gpu, p, plan.parts); };
+  p.x ? add(sum_parts_kernel<float, kN>) : add(sum_parts_kernel<int32_t, kN>);
 }
 
 }  // namespace
 
 void launch_int8_matmul(const Int8MatmulParams& p, const Gpu& gpu) {
   if (p.a_rows.count == 0 || p.n == 0) return;  // an empty grid is a launch error
-  const Int8MatmulPlan plan = plan_int8_matmul(p.a_rows.count, p.n, gpu.sm_count);
-  const bool vectors =
-      aligned(p.a, 1, kChunk) && aligned(p.a_rows, kChunk) && aligned(p.w, 1, kChunk) && p.w_stride % kChunk == 0;
+  const Int8MatmulPlan plan = plan_int8_matmul(p.a_rows.count, p.n, p.k, gpu.sm_count);
   const int64_t out_bytes = p.sums ? 4 : size_of(p.out_dtype);
-  const bool pairs = p.n % 2 == 0 && aligned(p.out, out_bytes, 2) && aligned(p.w_scale, 4, 2) &&
-                     aligned(p.bias, size_of(p.bias_dtype), 2) && aligned(p.residual, size_of(p.residual_dtype), 2) &&
-                     aligned(p.residual_rows, 2);
-  if (vectors)
-    pairs ? launch_planned<true, true>(p, plan, gpu) : launch_planned<true, false>(p, plan, gpu);
-  else
-    pairs ? launch_planned<false, true>(p, plan, gpu) : launch_planned<false, false>(p, plan, gpu);
+  const bool wide = p.n % 8 == 0 && aligned(p.out, out_bytes, 8) && aligned(p.w_scale, 4, 8) &&
+                    aligned(p.bias, size_of(p.bias_dtype), 8) && aligned(p.residual, size_of(p.residual_dtype), 8) &&
+                    aligned(p.residual_rows, 8);
+  wide ? launch_planned<true>(p, plan, gpu) : launch_planned<false>(p, plan, gpu);
 }
 
 }  // namespace llmkern

@@ -38,16 +38,17 @@ py::dict rows(const char* kernel, const Shape& shape, int element_bytes, bool al
 
 py::dict product(const Shape& shape, int sm_count) {
   of_length(shape, 3, "m, n, k");
-  const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], sm_count);
+  const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], shape[2], sm_count);
   const bool decode = p.kernel == Int8MatmulKernel::decode_8 || p.kernel == Int8MatmulKernel::decode_16;
-  py::dict plan = launched(decode ? "int8_decode" : "int8_matmul", p.blocks, p.threads, p.shared_bytes, p.residency);
-  plan["tile"] = py::make_tuple(p.block_m, p.block_n), plan["stages"] = p.stages;
+  py::dict plan =
+      launched(decode ? "int8_decode" : "int8_matmul", p.blocks * p.parts, p.threads, p.shared_bytes, p.residency);
+  plan["tile"] = py::make_tuple(p.block_m, p.block_n), plan["stages"] = p.stages, plan["parts"] = p.parts;
   return plan;
 }
 
 py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   const int vector = aligned ? 16 / element_bytes : 1;
-  if (kernel == "norm" || kernel == "quantize_int8")
+  if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
     return rows(kernel.c_str(), shape, element_bytes, aligned, sm_count);
   if (kernel == "int8_matmul") return product(shape, sm_count);
   if (kernel == "activate") {
@@ -59,7 +60,8 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
     const RopePlan p = plan_rope(shape[0], shape[1], shape[2], shape[3], vector);
     return launched("rope", p.blocks, p.threads, 0, kRope);
   }
-  throw std::invalid_argument("plan: " + kernel + " is none of norm, quantize_int8, activate, rope, int8_matmul");
+  throw std::invalid_argument("plan: " + kernel +
+                              " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul");
 }
 
 // function: what profilers and cuobjdump call it, with * for what differs between instantiations.
@@ -85,29 +87,30 @@ py::list kernels() {
   add("quantize_int8", "quantize_int8_kernel<*, [14]>", kRow, quantize_residency(4), kRowSharedBytes, 1, kAny);
   add("quantize_int8", "quantize_int8_kernel<*, 8>", kRow, quantize_residency(8), kRowSharedBytes, 1, kAny);
   add("activate", "activate_kernel<*>", "1024 vectors of a row", kElementwise, 0, 1, kAny);
-  add("activate", "activate_codes_kernel<*, [14]>", kRow, norm_residency(4), kRowSharedBytes, 1, kAny);
-  add("activate", "activate_codes_kernel<*, 8>", kRow, norm_residency(8), kRowSharedBytes, 1, kAny);
+  add("activate_codes", "activate_codes_kernel<*, [14]>", kRow, norm_residency(4), kRowSharedBytes, 1, kAny);
+  add("activate_codes", "activate_codes_kernel<*, 8>", kRow, norm_residency(8), kRowSharedBytes, 1, kAny);
   add("rope", "rope_kernel<*>", "the heads of a position", kRope, 0, 1, kAny);
   add("int8_matmul", "int8_matmul_kernel<true, *>", "128x128", kLargeTile.residency(), kLargeTile.shared_bytes(),
       kLargeTile.stages, kAny);
   add("int8_matmul", "int8_matmul_kernel<false, *>", "64x64", kSmallTile.residency(), kSmallTile.shared_bytes(),
       kSmallTile.stages, kAny);
-  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1), more = plan_int8_matmul(16, 1, 1);
-  add("int8_decode", "int8_decode_kernel<1, *>", "8x16", few.residency, few.shared_bytes, 1, kAny);
-  add("int8_decode", "int8_decode_kernel<2, *>", "16x16", more.residency, more.shared_bytes, 1, kAny);
+  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1, 1), more = plan_int8_matmul(16, 1, 1, 1);
+  add("int8_decode", "int8_decode_kernel<*, 1, *>", "8x16", few.residency, few.shared_bytes, 1, kAny);
+  add("int8_decode", "int8_decode_kernel<*, 2, *>", "16x16", more.residency, more.shared_bytes, 1, kAny);
+  add("sum_parts", "sum_parts_kernel<*>", "1024 elements", kSumParts, 0, 1, kAny);
   return table;
 }
 
 }  // namespace
 
 void define_plans(py::module_& m) {
-  m.def(
-      "plan", &plan, py::arg("kernel"), py::arg("shape"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
-      py::arg("sm_count") = 132,
-      "What the launcher of a CUDA kernel would launch: the kernel, blocks, threads, shared memory, and how many of\n"
-      "the blocks fit onto an SM of compute capability 8.0.\n\n"
-      "shape: rows, hidden of norm, quantize_int8 and activate; positions, heads, dim, rotary_dim of rope; m, n, k of "
-      "int8_matmul.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
+  m.def("plan", &plan, py::arg("kernel"), py::arg("shape"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
+        py::arg("sm_count") = 132,
+        "What the launcher of a CUDA kernel would launch: the kernel, blocks, threads, shared memory, and how many of\n"
+        "the blocks fit onto an SM of compute capability 8.0.\n\n"
+        "shape: rows, hidden of norm, quantize_int8, activate and activate_codes; positions, heads, dim, rotary_dim of "
+        "rope; m, n, k of "
+        "int8_matmul.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
   m.def(
       "kernels", &kernels,
       "The CUDA kernels: tile, most threads, shared memory, stages and what they need; the registers that a thread may "

@@ -137,6 +137,14 @@ inline T atomicAdd(T* address, U value) {
   return std::exchange(*address, *address + value);
 }
 
+// Byte i of the result is byte selector[4 i, 4 i + 2] of the eight of low and high.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = low | static_cast<uint64_t>(high) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+
 inline float rsqrtf(float x) {
   return 1.0f / std::sqrt(x);
 }

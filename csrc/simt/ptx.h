@@ -31,6 +31,18 @@ inline void bar_arrive(int barrier, int threads) {
   simt::barrier("bar.arrive", barrier, threads, false);
 }
 
+// ---- global memory
+
+inline void st_global_v4(uint4* to, const uint4& value) {
+  simt::check("st.global.v4", simt::Space::global, simt::Access::write, to, 16);
+  *to = value;
+}
+
+inline uint4 ld_global_nc_no_allocate_v4(const uint4* from) {
+  simt::check("ld.global.nc.v4", simt::Space::global, simt::Access::read, from, 16);
+  return *from;
+}
+
 // ---- asynchronous copies
 
 inline void cp_async_ca_4(uint32_t to, const void* from, int read) {

@@ -28,8 +28,13 @@ WANTED = {
     r"rope_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"int8_matmul_kernel<\w+, true, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.*128"],
     r"int8_matmul_kernel<\w+, false, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "STS.128"],
-    r"int8_decode_kernel<\d, true>": ["IMMA.16832.S8.S8", "LDG.E.128"],
-    r"int8_decode_kernel<\d, false>": ["IMMA.16832.S8.S8"],
+    r"int8_matmul_kernel<\w+, \w+, true>": ["LDS.128", "STG.E.128"],
+    r"int8_decode_kernel<signed char, \d, \w+>": ["IMMA.16832.S8.S8"],
+    r"int8_decode_kernel<llmkern::BFloat16, \d, \w+>": ["HMMA.16816.F32.BF16"],
+    r"int8_decode_kernel<llmkern::Float16, \d, \w+>": ["HMMA.16816.F32 "],
+    r"int8_decode_kernel<.*, \d, true>": ["LDG.E.NA.128", "LDG.E.128"],
+    r"sum_parts_kernel<\w+, 4>": ["LDG.E.128", "STG.E.128"],
+    r"sum_parts_kernel<\w+, 1>": [],
 }
 
 

@@ -47,15 +47,35 @@ def test_short_rows_take_a_warp_and_long_ones_a_block() -> None:
 def test_products(shape: tuple[int, int, int], sm_count: int, kernel: str, tile: tuple[int, int]) -> None:
     plan = _C.plan("int8_matmul", list(shape), 1, True, sm_count)
     assert (plan["kernel"], plan["tile"]) == (kernel, tile)
-    assert plan["blocks"] == -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
+    assert plan["blocks"] == -(-shape[0] // tile[0]) * -(-shape[1] // tile[1]) * plan["parts"]
     assert plan["shared_bytes"] <= 48 * 1024
     (entry,) = [e for e in _C.kernels() if (e["name"], e["tile"]) == (kernel, "x".join(map(str, tile)))]
     assert plan["blocks_per_sm"] == entry["blocks_per_sm"] >= 2
 
 
+def test_few_blocks_share_out_k() -> None:
+    """Only where half of the SMs would have no block, and only a K that is long enough for parts."""
+
+    def parts(m: int, n: int, k: int) -> int:
+        return _C.plan("int8_matmul", [m, n, k], 1, True, 132)["parts"]
+
+    assert parts(128, 1024, 4096) == 4  # 32 blocks; parts of 1024
+    assert parts(128, 1024, 1024) == 1
+    assert parts(128, 4096, 4096) == 1  # 128 blocks
+    assert parts(1, 1024, 8192) == 2  # 64 blocks; parts of 4096
+    assert parts(1, 1024, 4096) == 1
+    assert parts(1, 16, 131071) == 16
+    for m, n, k, sms in itertools.product((1, 16, 17, 300), (1, 64, 1000), (0, 1, 1023, 1025, 9000, 131071), (1, 132)):
+        plan = _C.plan("int8_matmul", [m, n, k], 1, True, sms)
+        tiles = -(-m // plan["tile"][0]) * -(-n // plan["tile"][1])
+        assert plan["blocks"] == tiles * plan["parts"]
+        assert plan["parts"] == 1 or tiles * plan["parts"] <= sms
+
+
 def test_every_kernel_that_is_planned_is_in_the_table() -> None:
     table = {(kernel["name"], kernel["tile"]) for kernel in _C.kernels()}
-    assert {name for name, _ in table} >= {"norm", "quantize_int8", "activate", "rope", "int8_matmul", "int8_decode"}
+    asked = {"norm", "quantize_int8", "activate", "activate_codes", "rope", "int8_matmul", "int8_decode"}
+    assert {name for name, _ in table} >= asked
     for m in (1, 9, 17, 10**5):
         plan = _C.plan("int8_matmul", [m, 4096, 4096])
         assert (plan["kernel"], "x".join(map(str, plan["tile"]))) in table
@@ -77,6 +97,10 @@ def test_bad_questions_are_refused() -> None:
         ("quantize_int8", (2, 4096), "quantize_int8: 2 blocks of 512 threads"),
         ("swiglu", (4096, 8192), "activate: 4096 blocks of 256 threads"),
         ("rope", (1, 32, 8, 100, 128), "rope: 100 blocks of 256 threads"),
+        ("swiglu_quant", (4096, 8192), "activate_codes: 4096 blocks of 256 threads"),
+        ("int8_linear", (4, 4096, 4096), "quantize_int8: 4 blocks of 512 threads"),
+        ("int8_linear", (4, 4096, 4096), "; int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
+        ("int8_matmul", (128, 1024, 4096), "3 parts of K"),
         ("int8_matmul", (1, 4096, 4096), "int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
         ("gelu", (4096, 8192), "activate: 4096 blocks of 256 threads, 3 of them on an SM at a time (on 108 SMs)"),
     ],
@@ -88,3 +112,20 @@ def test_why_names_the_kernel_that_would_run(op: str, shape: tuple[int, ...], sa
     assert said in row.reason
     if "blocks" in said:
         assert row.reason.endswith("(on 108 SMs)")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "said"),
+    [
+        (torch.bfloat16, 16, "int8_decode: 256 blocks of 256 threads, 16x16"),
+        (torch.bfloat16, 17, "x has 17 rows; with scheme w8a16 at most 16 are taken"),
+        (torch.float32, 1, "x is torch.float32; with scheme w8a16 bfloat16 and float16 are taken"),
+    ],
+)
+def test_weight_only(dtype: torch.dtype, rows: int, said: str) -> None:
+    decision = why(
+        "int8_linear", (rows, 4096, 4096), dtype=dtype, device="cuda", capability=(8, 0), arguments={"scheme": "w8a16"}
+    )
+    (row,) = [row for row in decision.rows if row.backend == "cuda"]
+    assert said in row.reason
+    assert "quantize_int8" not in row.reason

@@ -54,6 +54,10 @@ __global__ void copy(const char* from, int read, uint4* out) {
   st_global(out + 1, ld_shared(reinterpret_cast<const uint4*>(shared)));
 }
 
+__global__ void global_v4(const uint4* in, uint4* out) {
+  ptx::st_global_v4(out + threadIdx.x, ptx::ld_global_nc_no_allocate_v4(in + threadIdx.x));
+}
+
 // Three groups of one copy each; what has landed when at most two, one, none may still fly.
 __global__ void copy_groups(const uint4* from, uint4* out) {
   uint4* shared = reinterpret_cast<uint4*>(dynamic_shared_memory());
@@ -104,7 +108,17 @@ __global__ void order(int* counter, int* out) {
   if (threadIdx.x % 32 == 0) st_global(out + blockIdx.x * blockDim.x / 32 + threadIdx.x / 32, atomicAdd(counter, 1));
 }
 
-enum Mistake { poison, out_of_bounds, misaligned, read_only, outside_shared, barrier_in_a_branch, different_places };
+enum Mistake {
+  poison,
+  out_of_bounds,
+  misaligned,
+  read_only,
+  outside_shared,
+  barrier_in_a_branch,
+  different_places,
+  misaligned_v4,
+  beyond_v4,
+};
 
 __global__ void broken(Mistake mistake, const uint32_t* in, uint32_t* out) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared_memory());
@@ -134,6 +148,12 @@ __global__ void broken(Mistake mistake, const uint32_t* in, uint32_t* out) {
         __syncwarp();
       else
         __ballot_sync(0xffffffffu, 1);
+      break;
+    case misaligned_v4:
+      ptx::ld_global_nc_no_allocate_v4(reinterpret_cast<const uint4*>(in + 1));
+      break;
+    case beyond_v4:
+      ptx::st_global_v4(reinterpret_cast<uint4*>(out) + 8, uint4{});
       break;
   }
 }
@@ -182,6 +202,10 @@ STORE(stmatrix_x4_trans, 4)
 COPY(cp_async_ca_4)
 COPY(cp_async_ca_8)
 COPY(cp_async_cg_16)
+
+LLMKERN_EXPORT void run_global_v4(const uint4* in, uint4* out) {
+  launch("global_v4", global_v4, {1, 32}, kGpu, in, out);
+}
 
 LLMKERN_EXPORT void run_copy_groups(const uint4* from, uint4* out) {
   launch("copy_groups", copy_groups, {1, 1, 48}, kGpu, from, out);

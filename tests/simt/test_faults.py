@@ -21,6 +21,7 @@ FAULTS = {
     "nothing": ("", ""),
     "no-wait": ("    ptx::cp_async_wait_group<kTile.stages - 2>();\n", ""),
     "no-barrier": ("    __syncthreads();  // this step's", "    // this step's"),
+    "no-barrier-behind-the-loop": ("  __syncthreads();  // the last tiles", "  // the last tiles"),
     "no-swizzle-on-one-side": ("tile + swizzled(row_of(i), chunk)", "tile + row_of(i) * kStepBytes + chunk * kChunk"),
 }
 

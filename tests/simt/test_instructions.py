@@ -147,6 +147,13 @@ def test_cp_async(instructions, name: str, size: int, read: int, late: bool) -> 
     assert torch.equal(out[0], before if late else expected)
 
 
+def test_loads_and_stores_of_16_bytes(instructions) -> None:
+    source = torch.arange(32 * 4, dtype=torch.int32)
+    out = torch.zeros(32 * 4, dtype=torch.int32)
+    assert instructions.run("run_global_v4", source, out) == ""
+    assert torch.equal(out, source)
+
+
 def test_cp_async_wait_group_waits_for_all_but_the_newest(instructions) -> None:
     source = torch.arange(3 * 4, dtype=torch.int32).view(3, 4)
     out = torch.zeros(3, 3, 4, dtype=torch.int32)
@@ -215,6 +222,8 @@ MISTAKES = {
     4: "st.shared of 4 bytes at byte 256 of shared memory, which has 256 bytes",
     5: "no thread can go on: threads 32-63: exited; threads 0-31: waits at bar.sync 0",
     6: "while lanes that it needs are at",
+    7: "ld.global.nc.v4 of 16 bytes at byte 4 of argument 1, which is not aligned",
+    8: "st.global.v4 of 16 bytes at byte 128 of argument 2, which has 128 bytes",
 }
 
 

@@ -66,6 +66,25 @@ def at_shape(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Case:
     return changed
 
 
+def of_size(own: Case, size: tuple[int, int, int]) -> Case:
+    """One of the cases of an op with `rows`, `n` and `k`, in another size."""
+    m, n, k = size
+    assert isinstance(own.build, functools.partial)
+    build = functools.partial(own.build.func, **(own.build.keywords | {"rows": (m,), "n": n, "k": k}))
+    return dataclasses.replace(own, build=build)
+
+
+def product(size: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    wanted = "s32" if dtype == torch.int32 else "130"
+    own = next(c for c in cases("int8_matmul") if wanted in c.name and dtype in (torch.int32, c.dtype))
+    return of_size(own, size)
+
+
+def weight_only(size: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    own = next(c for c in cases("int8_linear") if c.name.startswith("silu-w8a16") and c.dtype == dtype)
+    return of_size(own, size)
+
+
 @pytest.mark.parametrize("case", [case for op in CUDA for case in cases(op)], ids=lambda case: f"{case.op}-{case}")
 def test_cases(operators, case: Case) -> None:
     judge(operators, case)
@@ -81,12 +100,50 @@ def test_every_size_of_row(operators, op: str, shape: tuple[int, int], dtype: to
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "sm_count"), SWEPT)
 def test_every_number_of_rows_of_a_product(operators, size: tuple[int, int, int], sm_count: int, dtype) -> None:
-    m, n, k = size
-    wanted = "s32" if dtype == torch.int32 else "130"
-    own = next(c for c in cases("int8_matmul") if wanted in c.name and dtype in (torch.int32, c.dtype))
-    assert isinstance(own.build, functools.partial)
-    build = functools.partial(own.build.func, **(own.build.keywords | {"rows": (m,), "n": n, "k": k}))
-    judge(operators, dataclasses.replace(own, build=build), sm_count=sm_count)
+    judge(operators, product(size, dtype), sm_count=sm_count)
+
+
+# Parts of K by the decode kernels and by small tiles, the last of them shorter; N and K with and without remainders.
+PARTS = [(m, n, k) for m in (5, 16) for n, k in ((33, 8300), (48, 12288))]
+PARTS += [(m, n, k) for m in (17, 70) for n, k in ((66, 2100), (72, 3136))]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", PARTS, ids=lambda size: "x".join(map(str, size)))
+def test_parts_of_a_product(operators, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    judge(operators, product(size, dtype), sm_count=1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "size", [(m, n, k) for m in range(1, 17) for n, k in ((33, 80), (16, 2200), (35, 67))], ids=str
+)
+def test_every_number_of_rows_of_weight_only(operators, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    judge(operators, weight_only(size, dtype))
+
+
+@pytest.mark.parametrize("size", [(5, 33, 8300), (16, 48, 12288)], ids=str)
+def test_parts_of_weight_only_have_the_same_bits_in_every_order(operators, size: tuple[int, int, int]) -> None:
+    case = weight_only(size, torch.bfloat16)
+    judge(operators, case, sm_count=1000)
+    call = case.make()
+    results = []
+    for seed in SEEDS:
+        operators.set(seed=seed, sm_count=1000)
+        results.append(operators.op("int8_linear", call))
+    assert_same_bits(results[1], results[0])
+
+
+def test_every_code_is_converted_exactly(operators) -> None:
+    """Each of the 256 codes, against one row of the identity at a time."""
+    codes = torch.arange(-128, 128).to(torch.int8).view(1, 256)
+    for dtype in (torch.bfloat16, torch.float16):
+        for first in range(0, 256, 16):
+            x = torch.eye(256, dtype=dtype)[first : first + 16].contiguous()
+            call = {"x": x, "w_q": codes, "w_scale": torch.ones(1, 1), "bias": None}
+            operators.set()
+            out = operators.op("int8_linear", call | {"activation": "none", "scheme": "w8a16"})
+            assert out.flatten().tolist() == list(range(first - 128, first - 112))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,21 +22,31 @@ __device__ __forceinline__ float activate(float z) {
   }
 }
 
-// The branch is uniform.
-__device__ __forceinline__ float activate(Activation activation, float z) {
+// All of z, with one branch, which is uniform.
+template <int kN>
+__device__ __forceinline__ void activate(Activation activation, float (&z)[kN]) {
+  auto each = [&]<Activation kActivation>() {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) z[i] = activate<kActivation>(z[i]);
+  };
   switch (activation) {
     case Activation::gelu:
-      return activate<Activation::gelu>(z);
+      return each.template operator()<Activation::gelu>();
     case Activation::gelu_tanh:
-      return activate<Activation::gelu_tanh>(z);
+      return each.template operator()<Activation::gelu_tanh>();
     case Activation::silu:
-      return activate<Activation::silu>(z);
+      return each.template operator()<Activation::silu>();
     case Activation::relu:
-      return activate<Activation::relu>(z);
+      return each.template operator()<Activation::relu>();
     case Activation::none:
       break;
   }
-  return z;
+}
+
+__device__ __forceinline__ float activate(Activation activation, float z) {
+  float one[1] = {z};
+  activate(activation, one);
+  return one[0];
 }
 
 }  // namespace llmkern

@@ -27,6 +27,22 @@ LLMKERN_PTX bar_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// ---- global memory: stores of 16 bytes, and loads of what will not be read again, which leave the L1 cache to others
+
+LLMKERN_PTX st_global_v4(uint4* to, const uint4& value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_global_nc_no_allocate_v4(const uint4* from) {
+  uint4 value;
+  asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(from));
+  return value;
+}
+
 // ---- asynchronous copies of 4, 8 or 16 bytes, of which the first `read` come from global memory; the rest is zero
 
 LLMKERN_PTX cp_async_ca_4(uint32_t to, const void* from, int read) {

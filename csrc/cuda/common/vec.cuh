@@ -11,6 +11,7 @@
 
 #include "launch.cuh"
 #include "llmkern/dtype.h"
+#include "ptx.cuh"
 
 namespace llmkern {
 
@@ -22,37 +23,42 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
+#ifdef LLMKERN_SIMT
+#define LLMKERN_CHECK(instruction, space, access, p) \
+  simt::check(instruction, simt::Space::space, simt::Access::access, p, sizeof(*(p)))
+#else
+#define LLMKERN_CHECK(instruction, space, access, p)
+#endif
+
 template <class V>
 __device__ __forceinline__ V ld_global(const V* p) {
-#ifdef LLMKERN_SIMT
-  simt::check("ld.global", simt::Space::global, simt::Access::read, p, sizeof(V));
-#endif
+  LLMKERN_CHECK("ld.global", global, read, p);
   return *p;
 }
 
 template <class V>
 __device__ __forceinline__ void st_global(V* p, const V& value) {
-#ifdef LLMKERN_SIMT
-  simt::check("st.global", simt::Space::global, simt::Access::write, p, sizeof(V));
-#endif
-  *p = value;
+  if constexpr (std::is_same_v<V, uint4>) {
+    ptx::st_global_v4(p, value);  // the compiler may store its four words one by one
+  } else {
+    LLMKERN_CHECK("st.global", global, write, p);
+    *p = value;
+  }
 }
 
 template <class V>
 __device__ __forceinline__ V ld_shared(const V* p) {
-#ifdef LLMKERN_SIMT
-  simt::check("ld.shared", simt::Space::shared, simt::Access::read, p, sizeof(V));
-#endif
+  LLMKERN_CHECK("ld.shared", shared, read, p);
   return *p;
 }
 
 template <class V>
 __device__ __forceinline__ void st_shared(V* p, const V& value) {
-#ifdef LLMKERN_SIMT
-  simt::check("st.shared", simt::Space::shared, simt::Access::write, p, sizeof(V));
-#endif
+  LLMKERN_CHECK("st.shared", shared, write, p);
   *p = value;
 }
+
+#undef LLMKERN_CHECK
 
 // The unit of one access of so many bytes.
 template <int kBytes>
@@ -93,6 +99,9 @@ template <class T, int kN>
 struct alignas(sizeof(T) * kN > 16 ? 16 : sizeof(T) * kN) Packed {
   static constexpr int kBytes = sizeof(T) * kN > 16 ? 16 : sizeof(T) * kN;
   static constexpr int kAccesses = sizeof(T) * kN / kBytes;
+  struct alignas(kBytes) Elements {  // aligned too: else the compiler may take the accesses apart
+    T element[kN];
+  };
   Access<kBytes> raw[kAccesses];
 
   __device__ __forceinline__ void load(const T* p) {
@@ -106,18 +115,13 @@ struct alignas(sizeof(T) * kN > 16 ? 16 : sizeof(T) * kN) Packed {
   }
 
   __device__ __forceinline__ void unpack(float (&values)[kN]) const {
-    struct Elements {
-      T element[kN];
-    };
     const Elements elements = bits_as<Elements>(*this);
 #pragma unroll
     for (int i = 0; i < kN; ++i) values[i] = to_float(elements.element[i]);
   }
 
   __device__ __forceinline__ void pack(const float (&values)[kN]) {
-    struct Elements {
-      T element[kN];
-    } elements;
+    Elements elements;
 #pragma unroll
     for (int i = 0; i < kN; ++i) elements.element[i] = from_float<T>(values[i]);
     *this = bits_as<Packed>(elements);

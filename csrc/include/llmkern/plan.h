@@ -136,19 +136,34 @@ enum class Int8MatmulKernel : int8_t { large_tile, small_tile, decode_8, decode_
 struct Int8MatmulPlan {
   Int8MatmulKernel kernel;
   int block_m, block_n, threads, stages, shared_bytes;
-  int64_t blocks;
+  int64_t blocks;  // for each part
   Residency residency;
+  int parts;     // of K, each with sums of its own, which another kernel adds up
+  int64_t part;  // so many of K each, whole steps
 };
 
-constexpr int kDecodeThreads = 256, kDecodeRows = 16;  // rows of the weight for each block
+constexpr int kMostStreamedRows = 16, kDecodeRows = 16;  // of a; of the weight, for each block
+constexpr Residency kDecode{256, 2};
 
-LLMKERN_HOST_DEVICE constexpr Residency decode_residency(int tiles_m) {  // tiles of 8 rows of a
-  return {kDecodeThreads, tiles_m == 1 ? 5 : 4};
+// What the blocks of a product that leave half of the SMs or more without work share out besides the result: K, in
+// parts of at least `least`, since their sums go through memory and a second launch adds them up.
+constexpr Int8MatmulPlan in_parts(Int8MatmulPlan plan, int64_t k, int64_t least, int sm_count) {
+  constexpr int64_t kStep = 64, kMost = 16;
+  const int64_t steps = std::max<int64_t>((k + kStep - 1) / kStep, 1);
+  const int64_t room = plan.blocks > 0 ? sm_count / plan.blocks : 1;
+  const int64_t parts = std::clamp<int64_t>(std::min(room, k / least), 1, kMost);
+  plan.part = (steps + parts - 1) / parts * kStep;
+  plan.parts = static_cast<int>((steps * kStep + plan.part - 1) / plan.part);
+  return plan;
 }
 
-// Up to 16 rows cannot fill a tile: then what counts is to stream the weights.  Otherwise large tiles, which load least
-// for each product, unless there are too few of them for the SMs.
-constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int sm_count) {
+constexpr Residency kSumParts{256, 4};
+
+// Up to 16 rows cannot fill a tile: then what counts is to stream the weights, and a block of few has enough of them on
+// the way for its share of the memory's speed, so that only a long K is worth parts.  Otherwise large tiles, which load
+// least for each product, unless there are too few of them for the SMs.
+constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, int sm_count) {
+  constexpr int64_t kLeast = 1024, kLeastStreamed = 4096;
   auto blocks = [&](int block_m, int block_n) { return (m + block_m - 1) / block_m * ((n + block_n - 1) / block_n); };
   auto tiled = [&](Int8MatmulKernel kernel, const ProductTile& tile) {
     return Int8MatmulPlan{kernel,
@@ -158,22 +173,27 @@ constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int sm_count) {
                           tile.stages,
                           tile.shared_bytes(),
                           blocks(tile.block_m, tile.block_n),
-                          tile.residency()};
+                          tile.residency(),
+                          1,
+                          0};
   };
   auto decode = [&](Int8MatmulKernel kernel, int rows) {  // each warp's sums of its share of K are in shared memory
     return Int8MatmulPlan{kernel,
                           rows,
                           kDecodeRows,
-                          kDecodeThreads,
+                          kDecode.threads,
                           1,
-                          kDecodeThreads / 32 * rows * kDecodeRows * 4,
+                          kDecode.threads / 32 * rows * kDecodeRows * 4,
                           blocks(rows, kDecodeRows),
-                          decode_residency(rows / 8)};
+                          kDecode,
+                          1,
+                          0};
   };
-  if (m <= 8) return decode(Int8MatmulKernel::decode_8, 8);
-  if (m <= 16) return decode(Int8MatmulKernel::decode_16, 16);
+  if (m <= 8) return in_parts(decode(Int8MatmulKernel::decode_8, 8), k, kLeastStreamed, sm_count);
+  if (m <= kMostStreamedRows) return in_parts(decode(Int8MatmulKernel::decode_16, 16), k, kLeastStreamed, sm_count);
   const Int8MatmulPlan large = tiled(Int8MatmulKernel::large_tile, kLargeTile);
-  return large.blocks >= sm_count ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile);
+  const bool enough = large.blocks >= sm_count;
+  return in_parts(enough ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile), k, kLeast, sm_count);
 }
 
 }  // namespace llmkern

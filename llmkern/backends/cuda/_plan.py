@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "norm", "product", "quantize", "rope"]
+__all__ = ["activate", "int8_linear", "norm", "product", "quantize", "quantized_activation", "rope"]
 
 _SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
 """Of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
@@ -36,6 +36,8 @@ def _plan(
     parts = [f"{plan['kernel']}: {plan['blocks']} blocks of {plan['threads']} threads"]
     if "tile" in plan:
         parts.append(f"{plan['tile'][0]}x{plan['tile'][1]} of the result each")
+    if plan.get("parts", 1) > 1:
+        parts.append(f"{plan['parts']} parts of K")
     if plan.get("stages", 1) > 1:
         parts.append(f"{plan['stages']} stages")
     if "vector" in plan:
@@ -59,6 +61,11 @@ def norm(capability: tuple[int, int] | None, *, x: Tensor, residual: Tensor | No
     """Of every normalisation."""
     shape = (x.shape[:-1].numel(), x.shape[-1])
     return _plan("norm", shape, x, capability, aligned=_rows_aligned(x, residual))
+
+
+def quantized_activation(capability: tuple[int, int] | None, *, gate: Tensor, up: Tensor) -> str:
+    shape = (gate.shape[:-1].numel(), gate.shape[-1])
+    return _plan("activate_codes", shape, gate, capability, aligned=_rows_aligned(gate, up))
 
 
 def quantize(capability: tuple[int, int] | None, *, x: Tensor) -> str:
@@ -92,3 +99,8 @@ def rope(
 
 def product(capability: tuple[int, int] | None, *, a_q: Tensor, w_q: Tensor, **_: object) -> str:
     return _plan("int8_matmul", (a_q.shape[:-1].numel(), *w_q.shape), a_q, capability)
+
+
+def int8_linear(capability: tuple[int, int] | None, *, x: Tensor, w_q: Tensor, scheme: str, **_: object) -> str:
+    weight_only = _plan("int8_matmul", (x.shape[:-1].numel(), *w_q.shape), x, capability)
+    return weight_only if scheme == "w8a16" else "; ".join(filter(None, [quantize(capability, x=x), weight_only]))

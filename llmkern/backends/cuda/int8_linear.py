@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.cpu._rows import DTYPES, refuse_strided
+from llmkern.backends.cpu._weights import refuse_vectors, refuse_weight
+from llmkern.backends.cuda import CUDA, _plan
+from llmkern.dispatch import implements
+from llmkern.library import native
+
+FEW_ROWS = 16
+"""Weight-only; with more, a product that converts each code for every 16 rows loses to one that converts it once."""
+
+
+def _refuse(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str, scheme: str) -> str | None:
+    if scheme == "w8a16":
+        if x.dtype == torch.float32:
+            return "x is torch.float32; with scheme w8a16 bfloat16 and float16 are taken"
+        rows = x.shape[:-1].numel()
+        if rows > FEW_ROWS:
+            return f"x has {rows} rows; with scheme w8a16 at most {FEW_ROWS} are taken"
+    return refuse_strided(x=x) or refuse_weight("w_q", w_q) or refuse_vectors(w_scale=w_scale, bias=bias)
+
+
+implements(
+    "int8_linear",
+    CUDA,
+    dtypes=DTYPES,
+    min_capability=(8, 0),
+    has_backward=True,
+    refuse=_refuse,
+    describe=_plan.int8_linear,
+)(native("int8_linear"))
