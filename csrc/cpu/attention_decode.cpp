@@ -35,7 +35,7 @@ struct Call {
   const AttentionDecodeParams& p;
   int64_t group = p.heads / p.kv_heads;
   int64_t rows = group * p.queries;
-  int64_t capacity = p.block_table ? p.max_blocks * p.slots : p.slots;
+  int64_t capacity = p.capacity();
   int64_t most_chunks = capacity > kChunk ? (capacity + kChunk - 1) / kChunk : 1;
   int64_t q_floats = padded(p.dim), out_floats = padded(p.value_dim);
   int64_t task_floats = padded(rows * (q_floats + out_floats + 2));

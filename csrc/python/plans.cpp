@@ -46,6 +46,16 @@ py::dict product(const Shape& shape, int sm_count) {
   return plan;
 }
 
+py::dict decode(const Shape& shape, int element_bytes, int sm_count) {
+  of_length(shape, 5, "batch, kv_heads, rows, keys, dim");
+  const AttentionDecodePlan p =
+      plan_attention_decode(shape[0], shape[1], shape[2], shape[3], shape[4], element_bytes, sm_count);
+  const AttentionDecodeTile& tile = p.tile;
+  py::dict plan = launched("attention_decode", p.blocks, tile.threads(), tile.shared_bytes(), tile.residency());
+  plan["rows"] = tile.rows(), plan["keys"] = tile.keys(), plan["stages"] = tile.stages(), plan["splits"] = p.splits;
+  return plan;
+}
+
 py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   const int vector = aligned ? 16 / element_bytes : 1;
   if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
@@ -60,8 +70,10 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
     const RopePlan p = plan_rope(shape[0], shape[1], shape[2], shape[3], vector);
     return launched("rope", p.blocks, p.threads, 0, kRope);
   }
-  throw std::invalid_argument("plan: " + kernel +
-                              " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul");
+  if (kernel == "attention_decode") return decode(shape, element_bytes, sm_count);
+  throw std::invalid_argument(
+      "plan: " + kernel +
+      " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul, attention_decode");
 }
 
 // function: what profilers and cuobjdump call it, with * for what differs between instantiations.
@@ -98,6 +110,17 @@ py::list kernels() {
   add("int8_decode", "int8_decode_kernel<*, 1, *>", "8x16", few.residency, few.shared_bytes, 1, kAny);
   add("int8_decode", "int8_decode_kernel<*, 2, *>", "16x16", more.residency, more.shared_bytes, 1, kAny);
   add("sum_parts", "sum_parts_kernel<*>", "1024 elements", kSumParts, 0, 1, kAny);
+  for (const int element_bytes : {2, 1})
+    for (const int dim : {64, 128, 256})
+      for (const bool one_team : {false, true}) {
+        const AttentionDecodeTile tile{dim, element_bytes, one_team};
+        const std::string function = std::string("attention_decode_kernel<*") + (element_bytes == 1 ? "char" : "16") +
+                                     ", " + std::to_string(dim) + (one_team ? ", true>" : ", false>");
+        const std::string shape = std::to_string(tile.rows()) + "x" + std::to_string(tile.keys());
+        add("attention_decode", function.c_str(), shape.c_str(), tile.residency(), tile.shared_bytes(), tile.stages(),
+            kAny);
+      }
+  add("attention_decode_combine", "combine_kernel<*>", "a query of a head", kCombine, kCombineSharedBytes, 1, kAny);
   return table;
 }
 
@@ -110,7 +133,8 @@ void define_plans(py::module_& m) {
         "the blocks fit onto an SM of compute capability 8.0.\n\n"
         "shape: rows, hidden of norm, quantize_int8, activate and activate_codes; positions, heads, dim, rotary_dim of "
         "rope; m, n, k of "
-        "int8_matmul.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
+        "int8_matmul; batch, kv_heads, rows (packed queries of a key head), keys, dim of "
+        "attention_decode.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
   m.def(
       "kernels", &kernels,
       "The CUDA kernels: tile, most threads, shared memory, stages and what they need; the registers that a thread may "

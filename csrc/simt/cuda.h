@@ -145,6 +145,8 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return result;
 }
 
+using std::max, std::min;
+
 inline float rsqrtf(float x) {
   return 1.0f / std::sqrt(x);
 }

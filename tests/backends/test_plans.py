@@ -81,6 +81,27 @@ def test_every_kernel_that_is_planned_is_in_the_table() -> None:
         assert (plan["kernel"], "x".join(map(str, plan["tile"]))) in table
 
 
+DECODES = [(1, 8, 4), (1, 8, 64), (64, 8, 4), (3, 1, 32), (1, 2, 512)]  # batch, key heads, packed queries
+
+
+@pytest.mark.parametrize(("batch", "kv_heads", "rows"), DECODES)
+@pytest.mark.parametrize(("dim", "element_bytes"), [(64, 2), (128, 2), (128, 1), (256, 2), (256, 1)])
+def test_decode_splits_fill_the_sms(batch: int, kv_heads: int, rows: int, dim: int, element_bytes: int) -> None:
+    for keys, sms in itertools.product((1, 127, 1024, 8192, 131072), (4, 108, 132)):
+        plan = _C.plan("attention_decode", [batch, kv_heads, rows, keys, dim], element_bytes, True, sms)
+        tasks = batch * kv_heads * -(-rows // plan["rows"])
+        assert plan["blocks"] == tasks * plan["splits"]
+        assert plan["splits"] <= max(keys // 128, 1)
+        if keys == 131072:  # no SM without a block, unless there are fewer blocks than the most splits give
+            assert plan["blocks"] >= min(sms, 128 * tasks)
+        assert plan["shared_bytes"] <= 99 * 1024  # what a block may have with compute capability 8.6
+        assert plan["blocks_per_sm"] >= 2
+
+
+def test_decode_does_not_split_what_fills_the_sms() -> None:
+    assert _C.plan("attention_decode", [128, 8, 4, 8192, 128])["splits"] == 1
+
+
 def test_bad_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="nothing is none of norm"):
         _C.plan("nothing", [1, 1])
@@ -101,6 +122,11 @@ def test_bad_questions_are_refused() -> None:
         ("int8_linear", (4, 4096, 4096), "quantize_int8: 4 blocks of 512 threads"),
         ("int8_linear", (4, 4096, 4096), "; int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
         ("int8_matmul", (128, 1024, 4096), "3 parts of K"),
+        (
+            "attention_decode",
+            (1, 32, 8, 1, 8192, 128),
+            "attention_decode: 208 blocks of 128 threads, 16 packed queries by 64 keys a step, 26 splits of the keys",
+        ),
         ("int8_matmul", (1, 4096, 4096), "int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
         ("gelu", (4096, 8192), "activate: 4096 blocks of 256 threads, 3 of them on an SM at a time (on 108 SMs)"),
     ],

@@ -7,19 +7,12 @@ import functools
 
 import pytest
 import torch
+from judging import CUDA, SEEDS, judge
 
-from llmkern import dispatch
-from llmkern.testing.case import Call, Case, Make, cases
+from llmkern.testing.case import Case, Make, cases
 from llmkern.testing.compare import assert_as_accurate, assert_same_bits, upcast
-from llmkern.testing.judge import assert_right, baseline, reference
+from llmkern.testing.judge import baseline, reference
 
-SEEDS = (0, 1)
-CUDA = {
-    op: implementation
-    for op in dispatch.ops()
-    for implementation in dispatch.implementations(op)
-    if implementation.backend.name == "cuda" and not op.endswith("_backward")
-}
 # Rows on either side of the number of SMs, 4; hidden sizes for a warp, for blocks and beyond the registers of one,
 # by vectors and element by element.
 GRID = [(rows, hidden) for rows in (1, 3, 199) for hidden in (1, 7, 8, 300, 577, 4096)]
@@ -33,22 +26,6 @@ SWEPT = [
     for n, k in ((33, 80), (130, 67))
     for sm_count in ((1, 1000) if m > 16 else (1,))
 ]
-
-
-def refusal(case: Case, call: Call) -> str | None:
-    implementation = CUDA[case.op]
-    if implementation.dtypes is not None and case.dtype not in implementation.dtypes:
-        return f"takes no {case.dtype}"
-    return implementation.refuse(**call) if implementation.refuse is not None else None
-
-
-def judge(operators, case: Case, **settings: object) -> None:
-    call = case.make()
-    if reason := refusal(case, call):
-        pytest.skip(reason)
-    for seed in SEEDS:
-        operators.set(seed=seed, late_copies=seed % 2 == 1, **settings)
-        assert_right(case, call, operators.op(case.op, call))
 
 
 def at_shape(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Case:

@@ -43,4 +43,7 @@ int64_t attention_workspace_bytes(const AttentionParams& p);
 
 void launch_attention(const AttentionParams& p, const Threads& threads);
 
+// On a GPU.
+constexpr int64_t kGpuMaxLength = 1 << 29, kGpuDimUnit = 8;
+
 }  // namespace llmkern

@@ -6,6 +6,8 @@
 
 #include "llmkern/attention.h"
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
+#include "llmkern/host_device.h"
 #include "llmkern/threads.h"
 
 namespace llmkern {
@@ -37,10 +39,23 @@ struct AttentionDecodeParams {
   bool lengths_are_64;  // int64, else int32
   float sm_scale;
   float softcap;  // 0 for none
+
+  // Tokens that the cache can hold of a sequence.
+  LLMKERN_HOST_DEVICE int64_t capacity() const { return block_table ? max_blocks * slots : slots; }
 };
 
 int64_t attention_decode_workspace_bytes(const AttentionDecodeParams& p);
 
+inline int64_t attention_decode_workspace_bytes(const AttentionDecodeParams& p, const Threads&) {
+  return attention_decode_workspace_bytes(p);  // for any number of threads
+}
+
 void launch_attention_decode(const AttentionDecodeParams& p, const Threads& threads);
+
+// On a GPU: fp16 and bf16, dimensions that are multiples of kGpuDimUnit, vectors of q, of the caches and of out at
+// multiples of 16 bytes, and a capacity of at most kGpuMaxLength.
+int64_t attention_decode_workspace_bytes(const AttentionDecodeParams& p, const Gpu& gpu);
+
+void launch_attention_decode(const AttentionDecodeParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

@@ -196,4 +196,67 @@ constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, int s
   return in_parts(enough ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile), k, kLeast, sm_count);
 }
 
+// For attention_decode: a block has packed queries of one key head (those of all its query heads), 16 for each warp,
+// and takes 16 keys for each warp in a step.  With up to 16 queries each warp is a team of its own, which has these
+// queries and 16 of the keys; with more, all warps are one team.
+struct AttentionDecodeTile {
+  int dim, element_bytes;  // of the tiles of keys and values, which are padded with zeros up to dim; of an element
+  bool one_team;
+
+  // Two warps with 256 dimensions have as many registers as four with 128.
+  LLMKERN_HOST_DEVICE constexpr int warps() const { return dim > 128 ? 2 : 4; }
+  LLMKERN_HOST_DEVICE constexpr int threads() const { return 32 * warps(); }
+  LLMKERN_HOST_DEVICE constexpr int teams() const { return one_team ? 1 : warps(); }
+  LLMKERN_HOST_DEVICE constexpr int rows() const { return 16 * warps() / teams(); }
+  LLMKERN_HOST_DEVICE constexpr int keys() const { return 16 * warps(); }
+  // Tiles of keys and of values in shared memory or on their way: as many bytes, whatever an element has.
+  LLMKERN_HOST_DEVICE constexpr int stages() const { return 8 / element_bytes; }
+  LLMKERN_HOST_DEVICE constexpr int ring_bytes() const { return stages() * keys() * dim * element_bytes; }
+  LLMKERN_HOST_DEVICE constexpr int scales_bytes() const { return element_bytes == 1 ? stages() * keys() * 4 : 0; }
+  // Of operands that registers cannot hold.
+  LLMKERN_HOST_DEVICE constexpr int queries_bytes() const { return dim > 128 && one_team ? rows() * dim * 2 : 0; }
+  LLMKERN_HOST_DEVICE constexpr int shared_bytes() const { return ring_bytes() + scales_bytes() + queries_bytes(); }
+  LLMKERN_HOST_DEVICE constexpr Residency residency() const {
+    return {threads(), dim > 128 ? 4 : dim > 64 ? (one_team ? 2 : 3) : (one_team ? 3 : 4)};
+  }
+};
+
+struct AttentionDecodePlan {
+  AttentionDecodeTile tile;
+  int row_tiles, splits;
+  int64_t blocks;
+};
+
+constexpr int kDecodeLeastKeys = 128;  // of a split that is not the last
+constexpr int kMaxDecodeSplits = 128;
+constexpr Residency kCombine{128, 8};
+constexpr int kCombineSharedBytes = 16 * kCombine.threads;
+
+// rows: packed queries of a key head.  keys: the most that the queries of a sequence see; nobody on the host knows how
+// long sequences are.  dim: the larger of keys' and values'.
+//
+// The number of splits is the one that takes the least time, counted in steps of a block: waves of blocks, each with a
+// step's time to start, and one more where splits must be put together.
+constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_heads, int64_t rows, int64_t keys,
+                                                    int64_t dim, int element_bytes, int sm_count) {
+  AttentionDecodePlan plan{};
+  plan.tile = {dim <= 64 ? 64 : dim <= 128 ? 128 : 256, element_bytes, rows > 16};
+  const AttentionDecodeTile& tile = plan.tile;
+  plan.row_tiles = static_cast<int>((rows + tile.rows() - 1) / tile.rows());
+  const int64_t tasks = batch * kv_heads * plan.row_tiles;
+  const int64_t at_a_time =
+      int64_t{sm_count} * resident_blocks(tile.residency().registers(), tile.threads(), tile.shared_bytes());
+  const int64_t most = std::clamp<int64_t>(keys / kDecodeLeastKeys, 1, kMaxDecodeSplits);
+  int64_t least_time = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t waves = (tasks * splits + at_a_time - 1) / at_a_time;
+    const int64_t steps = (keys + splits * tile.keys() - 1) / (splits * tile.keys());
+    const int64_t time = waves * (steps + 1) + (splits > 1);
+    if (splits == 1 || time < least_time) least_time = time, plan.splits = static_cast<int>(splits);
+    if (waves > 2 && splits > 1) break;  // more splits only add waves
+  }
+  plan.blocks = tasks * plan.splits;
+  return plan;
+}
+
 }  // namespace llmkern

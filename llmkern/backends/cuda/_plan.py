@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "int8_linear", "norm", "product", "quantize", "quantized_activation", "rope"]
+__all__ = ["activate", "attention_decode", "int8_linear", "norm", "product", "quantize", "quantized_activation", "rope"]
 
 _SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
 """Of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
@@ -38,6 +38,9 @@ def _plan(
         parts.append(f"{plan['tile'][0]}x{plan['tile'][1]} of the result each")
     if plan.get("parts", 1) > 1:
         parts.append(f"{plan['parts']} parts of K")
+    if "splits" in plan:
+        parts.append(f"{plan['rows']} packed queries by {plan['keys']} keys a step")
+        parts.append(f"{plan['splits']} splits of the keys")
     if plan.get("stages", 1) > 1:
         parts.append(f"{plan['stages']} stages")
     if "vector" in plan:
@@ -104,3 +107,22 @@ def product(capability: tuple[int, int] | None, *, a_q: Tensor, w_q: Tensor, **_
 def int8_linear(capability: tuple[int, int] | None, *, x: Tensor, w_q: Tensor, scheme: str, **_: object) -> str:
     weight_only = _plan("int8_matmul", (x.shape[:-1].numel(), *w_q.shape), x, capability)
     return weight_only if scheme == "w8a16" else "; ".join(filter(None, [quantize(capability, x=x), weight_only]))
+
+
+def attention_decode(
+    capability: tuple[int, int] | None,
+    *,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    window: Sequence[int],
+    **_: object,
+) -> str:
+    batch, heads, queries, dim = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    keys = slots if block_table is None else slots * block_table.shape[1]
+    if 0 <= window[0] < keys:
+        keys = min(window[0] + queries, keys)
+    shape = (batch, kv_heads, heads // kv_heads * queries, keys, max(dim, v_cache.shape[3]))
+    return _plan("attention_decode", shape, k_cache, capability)

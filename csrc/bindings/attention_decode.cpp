@@ -2,8 +2,7 @@
 
 #include <vector>
 
-#include "../heads.h"
-#include "threads.h"
+#include "heads.h"
 
 namespace llmkern {
 namespace {
@@ -27,12 +26,12 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k_cac
   STD_TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), kOp, ": k_scale and v_scale are given both or neither");
   check_heads(kOp, q, k_cache, v_cache);
   const auto stored = [&](const Tensor& cache, const std::optional<Tensor>& scale) {
-    if (!plain_vectors(cache)) return false;
+    if (!served_vectors(cache)) return false;
     if (!scale) return cache.scalar_type() == q.scalar_type();
     return cache.scalar_type() == ScalarType::Char && scale->scalar_type() == ScalarType::Float;
   };
-  if (!kernel_types(q, sinks) || !stored(k_cache, k_scale) || !stored(v_cache, v_scale) || !plain_vectors(q) ||
-      k_cache.size(3) > kMaxHeadDim || v_cache.size(3) > kMaxHeadDim)
+  if (!kernel_types(q, sinks) || !served_dtype(q) || !served_vectors(q) || !stored(k_cache, k_scale) ||
+      !stored(v_cache, v_scale) || k_cache.size(2) * (block_table ? block_table->size(1) : 1) > kGpuMaxLength)
     return call_reference<std::tuple<Tensor, Tensor>>(kOp, q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale,
                                                       sinks, sm_scale, window, softcap, return_lse);
   const int64_t batch = q.size(0);
@@ -89,15 +88,16 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k_cac
       .sm_scale = static_cast<float>(sm_scale),
       .softcap = static_cast<float>(softcap),
   };
-  Tensor workspace = torch::stable::new_empty(q, {attention_decode_workspace_bytes(p)}, ScalarType::Byte);
+  const Place place(q);
+  Tensor workspace = new_tensor(q, {attention_decode_workspace_bytes(p, place)}, ScalarType::Byte);
   p.workspace = static_cast<char*>(workspace.mutable_data_ptr());
-  launch_attention_decode(p, kTorchThreads);
+  launch_attention_decode(p, place);
   return {out, lse};
 }
 
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("attention_decode", TORCH_BOX(&llmkern::attention_decode));
 }

@@ -1,0 +1,98 @@
+"""attention_decode's CUDA kernels on the SIMT machine, beyond the shared cases: every one that the launcher can choose,
+sequences of all lengths in one batch, and keys parted into splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from judging import judge
+
+from llmkern.testing.case import Call, Case, Make, cases
+from llmkern.testing.compare import assert_same_bits
+from llmkern.testing.judge import reference
+
+BOTH = (torch.bfloat16, torch.float16)
+LENGTHS = (1, 3, 63, 64, 65, 300)
+OPTIONS = {
+    "window": {"window": [70, 0]},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "lse": {"return_lse": True},
+    "all": {"window": [129, 0], "softcap": 2.0, "sinks": True, "return_lse": True},
+}
+
+
+def changed(name: str, dtype: torch.dtype, **keywords: object) -> Case:
+    """One of the shared cases with other arguments."""
+    own = next(case for case in cases("attention_decode") if case.name == name and case.dtype == dtype)
+    assert isinstance(own.build, functools.partial)
+    build = functools.partial(own.build.func, *own.build.args, **(own.build.keywords | keywords))
+    return dataclasses.replace(own, build=build, name=f"{name}-changed")
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("stored", ["paged-4", "int8-paged"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("heads", "queries"), [((3, 1), 4), ((8, 2), 5)], ids=["12-rows", "20-rows"])
+def test_every_kernel(operators, heads: tuple[int, int], queries: int, dim: int, stored: str, dtype) -> None:
+    judge(operators, changed(stored, dtype, lengths=(5, 140), block_size=16, heads=heads, queries=queries, dim=dim))
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(40, BOTH[0]), (64, BOTH[1]), (96, BOTH[0]), (128, BOTH[1])], ids=str)
+@pytest.mark.parametrize(("group", "queries"), [(1, 1), (3, 1), (4, 4), (8, 1), (32, 1), (4, 16)])
+def test_groups_and_queries(operators, group: int, queries: int, dim: int, dtype) -> None:
+    """Sequences of all lengths, shorter than the queries too."""
+    paged = (group + queries) % 2 == 0
+    name, keywords = ("paged-4", {"block_size": 16}) if paged else ("24-slots", {"slots": 300, "poison": torch.nan})
+    judge(operators, changed(name, dtype, lengths=LENGTHS, heads=(group, 1), queries=queries, dim=dim, **keywords))
+
+
+@pytest.mark.parametrize("stored", ["nan-past-the-end", "int8"])
+@pytest.mark.parametrize(("group", "queries"), [(4, 1), (8, 4)])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_splits(operators, option: str, group: int, queries: int, stored: str) -> None:
+    """As many as there may be: with few of 132 SMs busy; some sequences are too short for them, one is empty."""
+    lengths = (300, 0, 520, 129)
+    keywords = {"lengths": lengths, "slots": 520, "heads": (group, 1), "queries": queries, "dim": 64}
+    case = changed(stored, torch.bfloat16, **keywords, **OPTIONS[option])
+    judge(operators, case, sm_count=132)
+
+
+@pytest.mark.parametrize(("name", "queries"), [("paged-4", 1), ("nan-past-the-end", 9), ("int8-paged", 9), ("int8", 1)])
+def test_every_order_gives_the_same(operators, name: str, queries: int) -> None:
+    """Of warps and blocks, and of copies, which show by landing late what did not wait for them."""
+    size = {"block_size": 16} if "paged" in name else {"slots": 600}
+    case = changed(name, torch.float16, lengths=(600, 77), heads=(4, 2), queries=queries, dim=64, **size)
+    judge(operators, case, seeds=range(8), sm_count=16)
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("size", [1e-4, 200.0])
+def test_codes_of_small_and_of_large_values(operators, size: float, dtype: torch.dtype) -> None:
+    """A weight times its scale keeps its precision, and stays finite."""
+    own = changed("int8", dtype, lengths=(200, 3), slots=200, dim=64)
+
+    def build(make: Make) -> Call:
+        call = own.build(make)
+        return call | {"v_scale": call["v_scale"] * size}
+
+    judge(operators, dataclasses.replace(own, build=build))
+
+
+@pytest.mark.parametrize("name", ["paged-4", "24-slots"])
+def test_wild_lengths_read_nothing_outside_the_cache(operators, name: str) -> None:
+    call = changed(name, torch.float16, lengths=(21, 8, 16)).make()
+    call["seq_lens"] = torch.tensor([10**9, -(10**9), 7], dtype=torch.int32)
+    operators.set()
+    operators.op("attention_decode", call)
+
+
+def test_vectors_that_are_not_aligned_are_left_to_the_reference(operators) -> None:
+    call = changed("24-slots", torch.bfloat16, dim=24).make()
+    for name in ("q", "k_cache", "v_cache"):
+        call[name] = call[name][..., 3:19]  # of 24: every vector begins at 6 bytes beyond a multiple of 16
+    operators.set()
+    assert_same_bits(operators.op("attention_decode", call), reference("attention_decode", call))
