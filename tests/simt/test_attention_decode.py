@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from judging import judge
+from judging import CUDA, judge
 
 from llmkern.testing.case import Call, Case, Make, cases
 from llmkern.testing.compare import assert_same_bits
@@ -85,9 +85,20 @@ def test_codes_of_small_and_of_large_values(operators, size: float, dtype: torch
 @pytest.mark.parametrize("name", ["paged-4", "24-slots"])
 def test_wild_lengths_read_nothing_outside_the_cache(operators, name: str) -> None:
     call = changed(name, torch.float16, lengths=(21, 8, 16)).make()
-    call["seq_lens"] = torch.tensor([10**9, -(10**9), 7], dtype=torch.int32)
+    call["seq_lens"] = torch.tensor([-(10**9), 10**9, 7], dtype=torch.int32)
     operators.set()
     operators.op("attention_decode", call)
+
+
+def test_wild_entries_of_a_block_table_are_clamped(operators) -> None:
+    call = changed("paged-4", torch.float16, lengths=(21, 8)).make()
+    for name in ("k_cache", "v_cache"):
+        call[name] = call[name].nan_to_num(0.5)
+    call["block_table"][0, 0], call["block_table"][1, 0] = -7, 1_000_000
+    operators.set()
+    wild = operators.op("attention_decode", call)
+    call["block_table"] = call["block_table"].clamp(0, len(call["k_cache"]) - 1)
+    assert_same_bits(wild, operators.op("attention_decode", call))
 
 
 def test_vectors_that_are_not_aligned_are_left_to_the_reference(operators) -> None:
@@ -96,3 +107,23 @@ def test_vectors_that_are_not_aligned_are_left_to_the_reference(operators) -> No
         call[name] = call[name][..., 3:19]  # of 24: every vector begins at 6 bytes beyond a multiple of 16
     operators.set()
     assert_same_bits(operators.op("attention_decode", call), reference("attention_decode", call))
+
+
+@pytest.mark.parametrize(
+    ("dim", "sentence"),
+    [
+        (59, "q has head dimension 59; only multiples of 8 are taken"),
+        (264, "q has head dimension 264; at most 256 is taken"),
+    ],
+)
+def test_head_dimensions_that_are_refused(dim: int, sentence: str) -> None:
+    assert CUDA["attention_decode"].refuse(**changed("24-slots", torch.float16, dim=dim).make()) == sentence
+
+
+def test_strides_and_lengths_that_are_refused() -> None:
+    call = changed("24-slots", torch.float16).make()
+    odd = call | {"v_cache": torch.zeros(2, 2, 24, 20).half()[..., :16]}
+    long = call | {"k_cache": call["k_cache"][:, :, :1].expand(-1, -1, 2**30, -1)}
+    refuse = CUDA["attention_decode"].refuse
+    assert refuse(**odd) == "v_cache has vectors 40 bytes apart; only multiples of 16 are taken"
+    assert refuse(**long) == "the cache has room for 1073741824 tokens of a sequence; at most 536870912 are taken"
