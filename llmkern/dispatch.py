@@ -7,9 +7,9 @@ guards on what it read, and keeps only the chosen implementation in the graph.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,7 @@ from llmkern.registry import (
     static_reason,
     wrong_device,
 )
+from llmkern.scoped import assigned
 
 __all__ = [
     "Backend",
@@ -237,38 +238,23 @@ def unwatched() -> bool:
     )
 
 
-@contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(recorder: Recorder) -> AbstractContextManager[None]:
     """Within the block, `recorder` hears of every dispatched call and of every fallback outside the dispatcher."""
-    before, _state.recorder = _state.recorder, recorder
-    try:
-        yield
-    finally:
-        _state.recorder = before
+    return assigned(_state, recorder=recorder)
 
 
-@contextlib.contextmanager
-def intercepting(interceptor: Callable[[str, dict[str, Any]], Any]) -> Iterator[None]:
+def intercepting(interceptor: Callable[[str, dict[str, Any]], Any]) -> AbstractContextManager[None]:
     """Within the block `interceptor(op, call)` answers every call, and no backend is asked."""
-    before, _state.interceptor = _state.interceptor, interceptor
-    try:
-        yield
-    finally:
-        _state.interceptor = before
+    return assigned(_state, interceptor=interceptor)
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Within the block every call is served by backend `name`, or raises `Refused` with the reason.
 
     The setting is process-wide, as torch.backends' flags are.  Unknown names raise `ValueError`.
     """
     backend_named(name)
-    before, _state.forced = _state.forced, name
-    try:
-        yield
-    finally:
-        _state.forced = before
+    return assigned(_state, forced=name)
 
 
 def forced_backend() -> str | None:

@@ -66,8 +66,8 @@ _OFFSET: Any = {"weight_offset": 0.0}
 _BARE: Any = {name: None for name in ("a_scale", "w_scale", "bias", "residual")}
 _X = meta(64, 4096)
 _CALLS: dict[str, list[Call]] = {
-    "rms_norm": [_norm(h, d, **_OFFSET) for h in (64, 4096, 16384) for d in (HALF, SINGLE)],
-    "layer_norm": [_norm(h) for h in (64, 4096, 16384)],
+    "rms_norm": [_norm(h, d, **_OFFSET) for h in (64, 16384) for d in (HALF, SINGLE)],
+    "layer_norm": [_norm(h) for h in (64, 16384)],
     "add_rms_norm": [_norm(4096, residual=meta(4096, 4096), **_OFFSET)],
     "add_layer_norm": [_norm(16384, residual=meta(4096, 16384))],
     "rms_norm_quant": [_norm(h, **_OFFSET) for h in (64, 16384)],
@@ -75,8 +75,8 @@ _CALLS: dict[str, list[Call]] = {
     "layer_norm_quant": [_norm(h) for h in (64, 16384)],
     "add_layer_norm_quant": [_norm(16384, residual=meta(4096, 16384))],
     "rms_norm_backward": [_norm(h, dy=meta(4096, h), **_OFFSET) for h in (64, 8192)],
-    "layer_norm_backward": [_norm(h, d, dy=meta(4096, h, dtype=d)) for h in (64, 1024, 8192) for d in (HALF, SINGLE)],
-    "quantize_int8": [{"x": meta(64, h, dtype=d)} for h in (300, 4096, 16384) for d in (HALF, SINGLE)],
+    "layer_norm_backward": [_norm(h, d, dy=meta(4096, h, dtype=d)) for h in (64, 8192) for d in (HALF, SINGLE)],
+    "quantize_int8": [{"x": meta(64, h)} for h in (300, 4096, 16384)] + [{"x": meta(64, 16384, dtype=SINGLE)}],
     "swiglu": [{"gate": _X, "up": _X}, {"gate": meta(64, 8192)[:, :4096], "up": meta(64, 8192)[:, 4096:]}],
     "swiglu_quant": [{"gate": meta(64, h), "up": meta(64, h)} for h in (300, 4096, 16384)],
     "swiglu_backward": [{"dy": _X, "gate": _X, "up": _X}],
@@ -93,14 +93,13 @@ _CALLS: dict[str, list[Call]] = {
 
 
 def _attention(op: str, target: str) -> list[Call]:
-    """Causal, and with everything at once, for each class of head dimensions; fp32 and gfx942 with less."""
-    found = []
-    for dim in (64, 128, 256):
-        for full in (False, True):
-            if target != "gfx942" or (full and dim == 128):
-                found.append((dim, full, HALF))
-    if target == "sm90":
-        found += [(dim, True, SINGLE) for dim in (64, 128, 256)]
+    """Everything at once, which needs the most registers, for each class of head dimensions; causal alone for one.
+
+    On gfx942 one class.
+    """
+    found = [(128, True, HALF)]
+    if target != "gfx942":
+        found = [(128, False, HALF), *[(dim, True, dtype) for dim in (64, 128, 256) for dtype in (HALF, SINGLE)]]
     build = {"attention": _forward, "attention_backward": _backward, "attention_decode": _decode}[op]
     return [build(dim, full, dtype) for dim, full, dtype in found]
 

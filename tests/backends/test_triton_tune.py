@@ -39,6 +39,8 @@ def test_an_entry_of_the_architecture_comes_before_the_general_one() -> None:
     table = DEFAULTS["int8_matmul"]["s8-many"]
     assert config("int8_matmul", "s8-many", TARGET) == table["sm90"]
     assert config("int8_matmul", "s8-many", Target("sm89", 72, "L4")) == table["*"]
+    assert config("int8_matmul", "s8-many", Target("gfx90a", 104, "AMD Instinct MI250X")) == table["gfx"]
+    assert config("rope", "any", Target("gfx942", 304, "AMD Instinct MI300X")) == DEFAULTS["rope"]["any"]["*"]
 
 
 @pytest.mark.parametrize("op", DEFAULTS)

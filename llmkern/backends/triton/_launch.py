@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmkern.scoped import assigned
 
 __all__ = [
     "Kernel",
@@ -69,28 +71,17 @@ _thread = _Thread()
 _targets: dict[torch.device, Target] = {}
 
 
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
+def tracing() -> AbstractContextManager[None]:
     """Within the block kernels are launched so that make_fx and torch.compile see them."""
-    before, _thread.tracing = _thread.tracing, True
-    try:
-        yield
-    finally:
-        _thread.tracing = before
+    return assigned(_thread, tracing=True)
 
 
-@contextlib.contextmanager
-def assume(target: Target, recorder: Callable[..., None]) -> Iterator[None]:
+def assume(target: Target, recorder: Callable[..., None]) -> AbstractContextManager[None]:
     """Within the block launchers run as if on `target`, and `recorder(kernel, grid, arguments)` gets what they launch.
 
     Nothing is run, so meta tensors will do: this is how kernels are compiled, and measured, without a GPU.
     """
-    before = _thread.assumed, _thread.recorder
-    _thread.assumed, _thread.recorder = target, recorder
-    try:
-        yield
-    finally:
-        _thread.assumed, _thread.recorder = before
+    return assigned(_thread, assumed=target, recorder=recorder)
 
 
 def target_of(tensor: Tensor) -> Target:
