@@ -11,6 +11,8 @@ from torch import Tensor
 from llmkern.backends.triton._launch import next_power_of_2
 
 MAX_DIM = 256
+WIDEST = 2**30
+"""Keys that a window sees to one side: it hides nothing then, and added to a position it stays within 32 bits."""
 
 
 def refuse_dims(k: Tensor, v: Tensor) -> str | None:
@@ -58,7 +60,7 @@ def features(
     attn_mask: Tensor | None, causal: bool, window: Sequence[int], softcap: float
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """((left, right), the kernels' switches); causality is a window that ends at the query's own key."""
-    left, right = window[0], 0 if causal else window[1]
+    left, right = min(window[0], WIDEST), 0 if causal else min(window[1], WIDEST)
     return (left, right), {
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkern.backends.triton._attention import head_dims, refuse_dims, shape_class, with_strides
+from llmkern.backends.triton._attention import WIDEST, head_dims, refuse_dims, shape_class, with_strides
 from llmkern.backends.triton._configs import config
 from llmkern.backends.triton._declare import serves
 from llmkern.backends.triton._launch import Kernel, launch, next_power_of_2, target_of
@@ -87,7 +87,7 @@ def attention_decode(
         *((0, 0) if block_table is None else block_table.stride()),
         sm_scale,
         softcap,
-        window[0],
+        min(window[0], WIDEST),
         HAS_LEFT=window[0] >= 0,
         SOFTCAP=softcap > 0,
         BLOCK_M=block_m,

@@ -168,6 +168,7 @@ CASES = [
     *_in_each_dtype("1x40-window", partial(_call, queries=1, keys=40, heads=(4, 2), causal=True, window=[6, 0])),
     *_in_each_dtype("7x30-window-both-sides", partial(_call, queries=7, keys=30, window=[4, 2])),
     *_in_each_dtype("12x5-window-right", partial(_call, queries=12, keys=5, window=[-1, 1])),
+    *_in_each_dtype("12x5-window-of-all", partial(_call, queries=12, keys=5, window=[2**31 - 1, 2**31 - 1])),
     *_in_fp32("9x11-window-of-one", partial(_call, queries=9, keys=11, window=[0, 0])),
     # masks
     *_in_each_dtype("9x11-mask-11qk", lambda make: _masked(make, 1, 1, 9, 11, queries=9, keys=11)),

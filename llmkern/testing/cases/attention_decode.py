@@ -122,6 +122,7 @@ CASES = [
     *each_dtype(_OP, "mqa-d128", partial(_call, lengths=(33, 3), slots=64, heads=(4, 1), dim=128, queries=2)),
     *each_dtype(_OP, "int64-lengths", partial(_call, lengths=(7, 3), slots=8, index=torch.int64)),
     *each_dtype(_OP, "window", partial(_call, lengths=(21, 3), slots=24, queries=2, window=[5, 0])),
+    *each_dtype(_OP, "window-of-all", partial(_call, lengths=(0, 5, 2), slots=8, queries=3, window=[2**31 - 1, 0])),
     *each_dtype(_OP, "softcap", partial(_call, lengths=(21, 3), slots=24, softcap=2.0)),
     *each_dtype(_OP, "sinks", partial(_call, lengths=(21, 3), slots=24, queries=2, sinks=True, window=[7, 0])),
     # Longer than a task of the CPU's kernel, and dimensions that fill no register

@@ -45,7 +45,7 @@ def _rotate(
     head = (row // length % heads)[:, None]
     batch = (row // length // heads)[:, None]
     valid = (row < rows)[:, None]
-    i = tl.arange(0, PAIRS)
+    i = tl.arange(0, PAIRS).to(tl.int64)  # times a stride, which may be that of a whole sequence
     if INTERLEAVED:
         a, b = 2 * i, 2 * i + 1
     else:
@@ -70,7 +70,7 @@ def _rotate(
     tl.store(out_row + a[None, :], narrow(xa * cos_a - xb * sin_a, out_type), mask)
     tl.store(out_row + b[None, :], narrow(xb * cos_b + xa * sin_b, out_type), mask)
     if REST:  # the dimensions behind the rotated ones
-        rest = ROTARY + tl.arange(0, REST)[None, :]
+        rest = ROTARY + tl.arange(0, REST).to(tl.int64)[None, :]
         mask = valid & (rest < dim)
         tl.store(out_row + rest, tl.load(x_row + rest * x_dim_stride, mask), mask)
 
