@@ -56,6 +56,16 @@ py::dict decode(const Shape& shape, int element_bytes, int sm_count) {
   return plan;
 }
 
+py::dict attention(const Shape& shape, int sm_count) {
+  of_length(shape, 8, "batch, heads, kv_heads, queries, keys, dim, value_dim, masked");
+  const AttentionPlan p =
+      plan_attention(shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7] != 0, sm_count);
+  const AttentionTile& tile = p.tile;
+  py::dict plan = launched("attention", p.blocks, tile.threads(), tile.shared_bytes(), tile.residency());
+  plan["queries"] = tile.block_m, plan["keys"] = tile.block_n, plan["dim"] = tile.dim, plan["stages"] = tile.stages;
+  return plan;
+}
+
 py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   const int vector = aligned ? 16 / element_bytes : 1;
   if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
@@ -70,10 +80,11 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
     const RopePlan p = plan_rope(shape[0], shape[1], shape[2], shape[3], vector);
     return launched("rope", p.blocks, p.threads, 0, kRope);
   }
+  if (kernel == "attention") return attention(shape, sm_count);
   if (kernel == "attention_decode") return decode(shape, element_bytes, sm_count);
   throw std::invalid_argument(
       "plan: " + kernel +
-      " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul, attention_decode");
+      " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul, attention, attention_decode");
 }
 
 // function: what profilers and cuobjdump call it, with * for what differs between instantiations.
@@ -121,6 +132,15 @@ py::list kernels() {
             kAny);
       }
   add("attention_decode_combine", "combine_kernel<*>", "a query of a head", kCombine, kCombineSharedBytes, 1, kAny);
+  for (const int dim : {64, 128, 256})
+    for (const bool large : {true, false}) {
+      const AttentionTile tile = attention_tile(dim, large);
+      if (dim == 256 && !large) continue;  // the same
+      const std::string function = "attention_kernel<*, " + std::to_string(dim) + (large ? ", true>" : ", false>");
+      const std::string text =
+          std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) + "x" + std::to_string(dim);
+      add("attention", function.c_str(), text.c_str(), tile.residency(), tile.shared_bytes(), tile.stages, kAny);
+    }
   return table;
 }
 
@@ -133,7 +153,8 @@ void define_plans(py::module_& m) {
         "the blocks fit onto an SM of compute capability 8.0.\n\n"
         "shape: rows, hidden of norm, quantize_int8, activate and activate_codes; positions, heads, dim, rotary_dim of "
         "rope; m, n, k of "
-        "int8_matmul; batch, kv_heads, rows (packed queries of a key head), keys, dim of "
+        "int8_matmul; batch, heads, kv_heads, queries, keys, dim, value_dim, masked (by attn_mask: 1, else 0) of "
+        "attention; batch, kv_heads, rows (packed queries of a key head), keys, dim of "
         "attention_decode.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
   m.def(
       "kernels", &kernels,

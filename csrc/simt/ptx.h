@@ -217,6 +217,11 @@ inline float ex2_approx_ftz(float x) {
   return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
 }
 
+inline float rcp_approx_ftz(float x) {
+  const float y = 1.0f / (std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x);
+  return std::fpclassify(y) == FP_SUBNORMAL ? std::copysign(0.0f, y) : y;
+}
+
 inline float tanh_approx(float x) {
   return std::tanh(x);
 }

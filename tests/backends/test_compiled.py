@@ -35,6 +35,7 @@ WANTED = {
     r"int8_decode_kernel<.*, \d, true>": ["LDG.E.NA.128", "LDG.E.128"],
     r"sum_parts_kernel<\w+, 4>": ["LDG.E.128", "STG.E.128"],
     r"sum_parts_kernel<\w+, 1>": [],
+    r"attention_kernel<": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.*128", "STG.E.128"],
     r"attention_decode_kernel<": ["HMMA.16816.F32", "LDGSTS.E.*128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "STG.E.128"],
     r"combine_kernel<": ["LDG.E.128"],
 }

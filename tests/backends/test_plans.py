@@ -72,6 +72,29 @@ def test_few_blocks_share_out_k() -> None:
         assert plan["parts"] == 1 or tiles * plan["parts"] <= sms
 
 
+@pytest.mark.parametrize(
+    ("shape", "tile", "blocks"),
+    [
+        ((1, 32, 8, 4096, 4096, 128, 128, 0), (128, 64, 128), 32 * 32),
+        ((1, 32, 8, 4096, 4096, 128, 128, 1), (64, 64, 128), 32 * 64),  # a mask needs registers
+        ((2, 32, 8, 4096, 4096, 64, 64, 1), (128, 64, 64), 2 * 32 * 32),
+        ((1, 4, 4, 500, 4096, 128, 128, 0), (64, 64, 128), 4 * 8),  # too few blocks for large tiles
+        ((1, 12, 12, 300, 300, 64, 64, 0), (64, 64, 64), 12 * 5),
+        ((4, 16, 16, 1000, 1000, 64, 72, 0), (128, 64, 128), 4 * 16 * 8),
+        ((1, 16, 2, 2048, 2048, 256, 256, 0), (64, 32, 256), 16 * 32),
+        ((3, 2, 1, 1, 0, 16, 16, 0), (64, 64, 64), 6),
+    ],
+)
+def test_attention(shape: tuple[int, ...], tile: tuple[int, int, int], blocks: int) -> None:
+    plan = _C.plan("attention", list(shape))
+    assert (plan["queries"], plan["keys"], plan["dim"]) == tile
+    assert plan["blocks"] == blocks
+    assert plan["blocks_per_sm"] >= 2
+    assert plan["shared_bytes"] <= 99 * 1024  # of a block on compute capability 8.6
+    (entry,) = [e for e in _C.kernels() if (e["name"], e["tile"]) == ("attention", "x".join(map(str, tile)))]
+    assert (plan["threads"], plan["blocks_per_sm"]) == (entry["threads"], entry["blocks_per_sm"])
+
+
 def test_every_kernel_that_is_planned_is_in_the_table() -> None:
     table = {(kernel["name"], kernel["tile"]) for kernel in _C.kernels()}
     asked = {"norm", "quantize_int8", "activate", "activate_codes", "rope", "int8_matmul", "int8_decode"}
@@ -127,6 +150,12 @@ def test_bad_questions_are_refused() -> None:
             (1, 32, 8, 1, 8192, 128),
             "attention_decode: 208 blocks of 128 threads, 16 packed queries by 64 keys a step, 26 splits of the keys",
         ),
+        (
+            "attention",
+            (1, 32, 8, 4096, 4096, 128),
+            "attention: 1024 blocks of 128 threads, 128 queries of a head each, by 64 keys of 128 dimensions, ",
+        ),
+        ("attention", (2, 4, 4, 0, 70, 64), "nothing is launched: there are no elements"),
         ("int8_matmul", (1, 4096, 4096), "int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
         ("gelu", (4096, 8192), "activate: 4096 blocks of 256 threads, 3 of them on an SM at a time (on 108 SMs)"),
     ],

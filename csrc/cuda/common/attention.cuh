@@ -54,15 +54,28 @@ struct Tile {
 // column `dim`, a multiple of 8, on.  All of the block's kThreads threads take part; who calls it commits the group.
 template <int kDim, int kRows, int kThreads, class Row>
 __device__ __forceinline__ void copy_tile(uint32_t tile, int dim, const Row& row) {
-  constexpr int kChunks = Tile<kDim>::kChunks, kEach = kRows * kChunks / kThreads;
-  static_assert(kEach * kThreads == kRows * kChunks && kThreads % kChunks == 0);
+  constexpr int kChunks = Tile<kDim>::kChunks, kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
   const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int r = first + i * (kThreads / kChunks);
+  for (int r = first; r < first + kRows; r += kStep) {
     const auto* from = row(r);
-    const bool read = from != nullptr && chunk * 8 < dim;
-    ptx::cp_async_cg_16(tile + Tile<kDim>::offset(r, chunk), read ? from + chunk * 8 : nullptr, read ? 16 : 0);
+    ptx::cp_async_cg_16(tile + Tile<kDim>::offset(r, chunk), from + chunk * 8, from && chunk * 8 < dim ? 16 : 0);
+  }
+}
+
+// The same of rows that are `stride` elements apart, of which there are `rows`, perhaps fewer than kRows.
+template <int kDim, int kRows, int kThreads, class T>
+__device__ __forceinline__ void copy_tile(uint32_t tile, int dim, const T* from, int64_t stride, int rows) {
+  constexpr int kChunks = Tile<kDim>::kChunks, kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
+  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+  from += first * stride + chunk * 8;
+  if (chunk * 8 >= dim) rows = 0;
+#pragma unroll
+  for (int r = 0; r < kRows; r += kStep) {
+    ptx::cp_async_cg_16(tile + Tile<kDim>::offset(first + r, chunk), from, first + r < rows ? 16 : 0);
+    from += kStep * stride;
   }
 }
 
@@ -122,40 +135,42 @@ __device__ __forceinline__ float exp_approx(float x) {
 
 // Within 2e-7: tanh.approx.f32 is a thousand times less precise, and a cap of 50 would magnify that.
 __device__ __forceinline__ float tanh_by_exp(float x) {
-  return 1.0f - 2.0f / (1.0f + exp_approx(2.0f * x));
+  return 1.0f - 2.0f * ptx::rcp_approx_ftz(1.0f + exp_approx(2.0f * x));
 }
 
 // What becomes of products q·k.  Where a positive factor is all they need they stay as they are ("raw"), and the factor
 // is part of the exponential's; else scores are logits, scaled and capped.  Either way exp(logit - other logit) is
 // ex2((score - other score) · log2_unit).
 struct ScoreScale {
-  float sm_scale, softcap;
+  float sm_scale, softcap, inverse_cap;
   bool raw;
   float unit, log2_unit;  // logit = score · unit
 
   // additive: numbers are added to logits.
-  __device__ __forceinline__ ScoreScale(float sm_scale, float softcap, bool additive)
-      : sm_scale(sm_scale), softcap(softcap), raw(sm_scale > 0.0f && softcap == 0.0f && !additive) {
+  LLMKERN_HOST_DEVICE ScoreScale(float sm_scale, float softcap, bool additive)
+      : sm_scale(sm_scale),
+        softcap(softcap),
+        inverse_cap(softcap > 0.0f ? 1.0f / softcap : 0.0f),
+        raw(sm_scale > 0.0f && softcap == 0.0f && !additive) {
     unit = raw ? sm_scale : 1.0f;
     log2_unit = unit * kLog2e;
   }
 
   __device__ __forceinline__ float logit(float product) const {
     const float scaled = product * sm_scale;
-    return softcap > 0.0f ? softcap * tanh_by_exp(scaled / softcap) : scaled;
+    return softcap > 0.0f ? softcap * tanh_by_exp(scaled * inverse_cap) : scaled;
   }
   __device__ __forceinline__ float score(float product) const { return raw ? product : logit(product); }
 };
 
 // Which keys a query sees by its position alone: query i stands at i + keys - queries and sees `left` keys back and
-// `right` on.  All numbers are at most kMaxLength, so that no sum of them overflows.
-constexpr int kMaxLength = 1 << 29;
+// `right` on.  All numbers are at most kGpuMaxLength, so that no sum of them overflows.
 
 struct Band {
   int queries, keys, left, right;
 
   // Of an op's window, -1 for no limit; causality is a window that ends at the query's own key.
-  __device__ __forceinline__ Band(int64_t queries, int64_t keys, int64_t window_left, int64_t window_right, bool causal)
+  LLMKERN_HOST_DEVICE Band(int64_t queries, int64_t keys, int64_t window_left, int64_t window_right, bool causal)
       : queries(static_cast<int>(queries)),
         keys(static_cast<int>(keys)),
         left(limit(window_left)),
@@ -172,8 +187,8 @@ struct Band {
   }
 
  private:
-  __device__ static __forceinline__ int limit(int64_t window) {
-    return window < 0 || window > kMaxLength ? kMaxLength : static_cast<int>(window);
+  LLMKERN_HOST_DEVICE static int limit(int64_t window) {
+    return static_cast<int>(window < 0 || window > kGpuMaxLength ? kGpuMaxLength : window);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "llmkern/dtype.h"
+#include "llmkern/gpu.h"
 #include "llmkern/heads.h"
 #include "llmkern/threads.h"
 
@@ -43,7 +44,10 @@ int64_t attention_workspace_bytes(const AttentionParams& p);
 
 void launch_attention(const AttentionParams& p, const Threads& threads);
 
-// On a GPU.
+// On a GPU q, k and v are bf16 or fp16; keys, and queries of all heads and batches, are at most kGpuMaxLength; dim,
+// value_dim and strides are multiples of kGpuDimUnit, pointers of 16 bytes.  There is no workspace.
 constexpr int64_t kGpuMaxLength = 1 << 29, kGpuDimUnit = 8;
+
+void launch_attention(const AttentionParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

@@ -259,4 +259,62 @@ constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_he
   return plan;
 }
 
+constexpr int kAttentionPlaceBytes = 48;  // of shared memory, for what a block works on
+
+// For attention: a block takes block_m queries of a head, and walks the keys that one of them sees by block_n.
+struct AttentionTile {
+  int dim;  // of queries, keys and values, which are padded with zeros up to it
+  int block_m, block_n, warps;
+  int stages;    // pairs of blocks of keys and of values in shared memory or on their way
+  int held;      // steps of 16 dimensions whose queries stay in registers
+  bool masks;    // there are registers for attn_mask
+  int resident;  // such blocks share an SM
+
+  LLMKERN_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
+  LLMKERN_HOST_DEVICE constexpr int shared_bytes() const {
+    return (block_m + 2 * stages * block_n) * 2 * dim + kAttentionPlaceBytes;
+  }
+  LLMKERN_HOST_DEVICE constexpr Residency residency() const { return {threads(), resident}; }
+};
+
+// 32 queries for each warp halve what it reads of keys and values in shared memory; with 128 dimensions their sums then
+// leave no registers for the queries too, nor for masks.
+LLMKERN_HOST_DEVICE constexpr AttentionTile attention_tile(int dim, bool large) {
+  if (dim <= 64)
+    return large ? AttentionTile{64, 128, 64, 4, 2, 4, true, 2} : AttentionTile{64, 64, 64, 4, 2, 4, true, 3};
+  if (dim <= 128)
+    return large ? AttentionTile{128, 128, 64, 4, 1, 0, false, 2} : AttentionTile{128, 64, 64, 4, 2, 8, true, 2};
+  return {256, 64, 32, 4, 1, 12, true, 2};
+}
+
+struct AttentionPlan {
+  AttentionTile tile;
+  bool large;
+  int query_blocks;
+  int64_t blocks;
+  int heads_at_once;  // of all batches: blocks of so many heads run side by side, those of the last queries first
+};
+
+constexpr int64_t kAttentionCacheBytes = 16 << 20;  // of keys and values, to be read by blocks that run at a time
+
+// Large tiles, unless there are too few of them for the SMs.  masked: by attn_mask.  The last queries see most keys
+// under causality, so that they begin; across as many heads as have their keys and values in L2 together.
+constexpr AttentionPlan plan_attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
+                                       int64_t dim, int64_t value_dim, bool masked, int sm_count) {
+  AttentionPlan plan{};
+  const int widest = static_cast<int>(std::max(dim, value_dim));
+  auto take = [&](bool large) {
+    plan.tile = attention_tile(widest, large);
+    plan.large = large;
+    plan.query_blocks = static_cast<int>((queries + plan.tile.block_m - 1) / plan.tile.block_m);
+    plan.blocks = plan.query_blocks * heads * batch;
+  };
+  take(true);
+  if (plan.blocks < sm_count || (masked && !plan.tile.masks)) take(false);
+  const int64_t group = heads / kv_heads, head_bytes = 2 * std::max<int64_t>(keys, 1) * (dim + value_dim);
+  plan.heads_at_once =
+      static_cast<int>(std::min(std::max<int64_t>(kAttentionCacheBytes / head_bytes, 1) * group, batch * heads));
+  return plan;
+}
+
 }  // namespace llmkern

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["activate", "attention_decode", "int8_linear", "norm", "product", "quantize", "quantized_activation", "rope"]
+__all__ = [
+    "activate",
+    "attention",
+    "attention_decode",
+    "int8_linear",
+    "norm",
+    "product",
+    "quantize",
+    "quantized_activation",
+    "rope",
+]
 
+NOTHING = "nothing is launched: there are no elements"
 _SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
 """Of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
 
@@ -28,7 +39,7 @@ def _plan(
     """One line; empty without `llmkern._C`.  Nothing is launched for empty tensors."""
     sm_count = _sm_count(capability, lead.device)
     if 0 in shape[:2]:
-        return "nothing is launched: there are no elements"
+        return NOTHING
     try:
         plan = importlib.import_module("llmkern._C").plan(kernel, list(shape), lead.element_size(), aligned, sm_count)
     except ImportError:
@@ -38,6 +49,8 @@ def _plan(
         parts.append(f"{plan['tile'][0]}x{plan['tile'][1]} of the result each")
     if plan.get("parts", 1) > 1:
         parts.append(f"{plan['parts']} parts of K")
+    if "queries" in plan:
+        parts.append(f"{plan['queries']} queries of a head each, by {plan['keys']} keys of {plan['dim']} dimensions")
     if "splits" in plan:
         parts.append(f"{plan['rows']} packed queries by {plan['keys']} keys a step")
         parts.append(f"{plan['splits']} splits of the keys")
@@ -126,3 +139,13 @@ def attention_decode(
         keys = min(window[0] + queries, keys)
     shape = (batch, kv_heads, heads // kv_heads * queries, keys, max(dim, v_cache.shape[3]))
     return _plan("attention_decode", shape, k_cache, capability)
+
+
+def attention(
+    capability: tuple[int, int] | None, *, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **_: object
+) -> str:
+    batch, heads, queries, dim = q.shape
+    if queries == 0:
+        return NOTHING
+    shape = (batch, heads, k.shape[1], queries, k.shape[2], dim, v.shape[3], int(attn_mask is not None))
+    return _plan("attention", shape, q, capability)

@@ -2,13 +2,18 @@
 
 #include <vector>
 
-#include "../heads.h"
-#include "threads.h"
+#include "heads.h"
 
 namespace llmkern {
 namespace {
 
 constexpr const char* kOp = "attention";
+
+#if defined(LLMKERN_CUDA) || defined(LLMKERN_SIMT)
+constexpr int64_t kMaxLength = kGpuMaxLength;
+#else
+constexpr int64_t kMaxLength = INT32_MAX;
+#endif
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& attn_mask,
@@ -17,9 +22,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      bool return_lse) {
   check_heads(kOp, q, k, v);
   const bool is_bool = attn_mask && attn_mask->scalar_type() == ScalarType::Bool;
-  if (!kernel_types(q, sinks) || (attn_mask && !is_bool && !dtype_of(*attn_mask)) ||
-      k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type() || !plain_vectors(q) ||
-      !plain_vectors(k) || !plain_vectors(v) || k.size(3) > kMaxHeadDim || v.size(3) > kMaxHeadDim)
+  const int64_t longest = std::max(q.size(0) * q.size(1) * q.size(2), k.size(2));
+  if (!served_dtype(q) || !served_vectors(q) || !served_vectors(k) || !served_vectors(v) || !kernel_types(q, sinks) ||
+      (attn_mask && !is_bool && !dtype_of(*attn_mask)) || k.scalar_type() != q.scalar_type() ||
+      v.scalar_type() != q.scalar_type() || longest > kMaxLength)
     return call_reference<std::tuple<Tensor, Tensor>>(kOp, q, k, v, attn_mask, key_padding_mask, sinks, causal,
                                                       sm_scale, window, softcap, return_lse);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
@@ -82,13 +88,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     p.key_padding = static_cast<const bool*>(key_padding_mask->const_data_ptr());
     p.padding_strides = {key_padding_mask->stride(0), key_padding_mask->stride(1)};
   }
-  launch_attention(p, kTorchThreads);
+  launch_attention(p, Place(q));
   return {out, lse};
 }
 
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("attention", TORCH_BOX(&llmkern::attention));
 }
