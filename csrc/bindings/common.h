@@ -98,6 +98,15 @@ inline int64_t hidden_of(const Tensor& t) {
   return t.dim() > 0 ? t.size(t.dim() - 1) : 1;
 }
 
+// Of a norm: one element for each of x's last dimension, or no tensor.
+inline void check_parameter(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& t) {
+  if (!t) return;
+  const int64_t hidden = hidden_of(x);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == hidden && t->is_contiguous(), op, ": ", name,
+                  " must be contiguous with shape [", hidden, "], x's last dimension");
+  STD_TORCH_CHECK(on_device(*t), op, ": ", name, " must be on x's device");
+}
+
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), others = b.sizes();
   return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());

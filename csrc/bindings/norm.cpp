@@ -26,12 +26,8 @@ struct Normed {
 };
 
 const void* parameter(const Call& call, const char* name, const Optional& t) {
-  if (!t.has_value()) return nullptr;
-  const int64_t hidden = hidden_of(call.x);
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == hidden && t->is_contiguous(), call.op, ": ", name,
-                  " must be contiguous with shape [", hidden, "], x's last dimension");
-  STD_TORCH_CHECK(on_device(*t), call.op, ": ", name, " must be on x's device");
-  return t->const_data_ptr();
+  check_parameter(call.op, name, call.x, t);
+  return t ? t->const_data_ptr() : nullptr;
 }
 
 Normed run(const Call& call) {

@@ -8,8 +8,8 @@
 #include "llmkern/activate.h"
 
 #include "common/activation.cuh"
+#include "common/elementwise.cuh"
 #include "common/quantize.cuh"
-#include "common/row.cuh"
 
 namespace llmkern {
 namespace {
@@ -17,14 +17,11 @@ namespace {
 template <class T, int kVector, Activation kActivation>
 __global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks) activate_kernel(const ActivateParams p) {
   using Vector = Packed<T, kVector>;
-  const int64_t chunks = elementwise_chunks(p.hidden, kVector);
-  for (int64_t chunk = blockIdx.x; chunk < p.x_rows.count * chunks; chunk += gridDim.x) {
-    const int64_t row = chunk / chunks, first = chunk % chunks * kElementwiseVectors * kElementwiseThreads;
+  each_chunk<kVector>(p.x_rows.count, p.hidden, [&](int64_t row, const auto& column) {
     const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
     const T* up = p.up ? static_cast<const T*>(p.up) + p.up_rows.offset(row) : nullptr;
     T* out = static_cast<T*>(p.out) + p.out_rows.offset(row);
     Vector left[kElementwiseVectors], right[kElementwiseVectors];
-    auto column = [&](int i) { return (first + i * kElementwiseThreads + threadIdx.x) * kVector; };
 #pragma unroll
     for (int i = 0; i < kElementwiseVectors; ++i) {
       if (column(i) >= p.hidden) break;
@@ -45,11 +42,11 @@ __global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks) act
       left[i].pack(y);
       left[i].store(out + column(i));
     }
-  }
+  });
 }
 
 template <class T, int kVector, int kHeld>
-__global__ void __launch_bounds__(kMaxRowThreads, norm_residency(kHeld).blocks)
+__global__ void __launch_bounds__(kMaxRowThreads, codes_residency(kHeld).blocks)
     activate_codes_kernel(const ActivateParams p) {
   RowReduce reduce(dynamic_shared_memory());
   // Warps beyond the last row go on with none, since barriers and shuffles are for all.
@@ -91,8 +88,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, norm_residency(kHeld).blocks)
 template <class T>
 void launch_codes(const ActivateParams& p, const Gpu& gpu) {
   constexpr int kV = kPerVector<T>;
-  const bool vectors = aligned(p.x, sizeof(T), kV) && aligned(p.x_rows, kV) && aligned(p.up, sizeof(T), kV) &&
-                       aligned(p.up_rows, kV) && aligned(p.codes, 1, kV);
+  const bool vectors = aligned_rows<T>(p.x, p.x_rows) && aligned_rows<T>(p.up, p.up_rows) && aligned(p.codes, 1, kV);
   const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu.sm_count);
   with_row_plan<T>(plan, [&]<int kVector, int kHeld>() {
     launch("activate_codes", activate_codes_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
@@ -102,8 +98,7 @@ void launch_codes(const ActivateParams& p, const Gpu& gpu) {
 // The activations that ops have: gelu both ways, and silu for swiglu.
 template <class T, int kVector>
 void launch_elements(const ActivateParams& p, const Gpu& gpu) {
-  const LaunchConfig config = {static_cast<unsigned>(elementwise_blocks(p.x_rows.count, p.hidden, kVector)),
-                               kElementwiseThreads};
+  const LaunchConfig config = elementwise_launch(p.x_rows.count, p.hidden, kVector);
   if (p.activation == Activation::silu)
     launch("activate", activate_kernel<T, kVector, Activation::silu>, config, gpu, p);
   else if (p.activation == Activation::gelu_tanh)
@@ -126,9 +121,8 @@ void launch_activate(const ActivateParams& given, const Gpu& gpu) {
   }
   with_type(p.dtype, [&]<class T>() {
     constexpr int kV = kPerVector<T>;
-    const bool vectors = p.hidden % kV == 0 && aligned(p.x, sizeof(T), kV) && aligned(p.x_rows, kV) &&
-                         aligned(p.up, sizeof(T), kV) && aligned(p.up_rows, kV) && aligned(p.out, sizeof(T), kV) &&
-                         aligned(p.out_rows, kV);
+    const bool vectors = p.hidden % kV == 0 && aligned_rows<T>(p.x, p.x_rows) && aligned_rows<T>(p.up, p.up_rows) &&
+                         aligned_rows<T>(p.out, p.out_rows);
     vectors ? launch_elements<T, kV>(p, gpu) : launch_elements<T, 1>(p, gpu);
   });
 }

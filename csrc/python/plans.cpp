@@ -26,12 +26,13 @@ py::dict launched(const char* kernel, int64_t blocks, int threads, int shared_by
   return plan;
 }
 
-py::dict rows(const char* kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
+py::dict rows(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   of_length(shape, 2, "rows, hidden");
   const RowPlan p = plan_rows(shape[0], shape[1], element_bytes, aligned, sm_count);
-  const bool quantize = std::string("quantize_int8") == kernel;
-  py::dict plan = launched(kernel, p.blocks, p.row_threads * p.rows_per_block, kRowSharedBytes,
-                           quantize ? quantize_residency(p.held) : norm_residency(p.held));
+  const Residency residency = kernel == "norm"             ? norm_residency(p.held)
+                              : kernel == "activate_codes" ? codes_residency(p.held)
+                                                           : quantize_residency(p.held);
+  py::dict plan = launched(kernel.c_str(), p.blocks, p.row_threads * p.rows_per_block, kRowSharedBytes, residency);
   plan["rows_per_block"] = p.rows_per_block, plan["vector"] = p.vector, plan["held"] = p.held;
   return plan;
 }
@@ -69,7 +70,7 @@ py::dict attention(const Shape& shape, int sm_count) {
 py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   const int vector = aligned ? 16 / element_bytes : 1;
   if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
-    return rows(kernel.c_str(), shape, element_bytes, aligned, sm_count);
+    return rows(kernel, shape, element_bytes, aligned, sm_count);
   if (kernel == "int8_matmul") return product(shape, sm_count);
   if (kernel == "activate") {
     of_length(shape, 2, "rows, hidden");
@@ -110,8 +111,9 @@ py::list kernels() {
   add("quantize_int8", "quantize_int8_kernel<*, [14]>", kRow, quantize_residency(4), kRowSharedBytes, 1, kAny);
   add("quantize_int8", "quantize_int8_kernel<*, 8>", kRow, quantize_residency(8), kRowSharedBytes, 1, kAny);
   add("activate", "activate_kernel<*>", "1024 vectors of a row", kElementwise, 0, 1, kAny);
-  add("activate_codes", "activate_codes_kernel<*, [14]>", kRow, norm_residency(4), kRowSharedBytes, 1, kAny);
-  add("activate_codes", "activate_codes_kernel<*, 8>", kRow, norm_residency(8), kRowSharedBytes, 1, kAny);
+  add("activate_backward", "activate_backward_kernel<*>", "1024 vectors of a row", kElementwise, 0, 1, kAny);
+  add("activate_codes", "activate_codes_kernel<*, 1>", kRow, codes_residency(1), kRowSharedBytes, 1, kAny);
+  add("activate_codes", "activate_codes_kernel<*, [48]>", kRow, codes_residency(8), kRowSharedBytes, 1, kAny);
   add("rope", "rope_kernel<*>", "the heads of a position", kRope, 0, 1, kAny);
   add("int8_matmul", "int8_matmul_kernel<true, *>", "128x128", kLargeTile.residency(), kLargeTile.shared_bytes(),
       kLargeTile.stages, kAny);

@@ -24,6 +24,7 @@ WANTED = {
     r"sum_blocks_kernel": [],  # columns of floats, one for each lane
     r"quantize_int8_kernel<.*, [48], \d>": ["LDG.E.128"],
     r"activate_codes_kernel<.*, [48], \d>": ["LDG.E.128"],
+    r"activate_backward_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"activate_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"rope_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"int8_matmul_kernel<\w+, true, \w+>": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.*128"],

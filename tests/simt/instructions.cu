@@ -83,6 +83,7 @@ __global__ void exchanges(const int* in, int argument, int* out) {
   st_global(out + 160 + lane, __reduce_max_sync(0xffffffffu, value));
   st_global(out + 192 + lane, __reduce_min_sync(0xffffffffu, value));
   st_global(out + 224 + lane, __reduce_add_sync(0xffffffffu, value));
+  st_global(out + 256 + lane, static_cast<int>(__byte_perm(value, ~value, 0x4152)));
 }
 
 __global__ void arithmetic(const float* in, float* out) {

@@ -167,11 +167,14 @@ def test_cp_async_wait_group_waits_for_all_but_the_newest(instructions) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_exchanges(instructions, seed: int) -> None:
     values = torch.randint(-1000, 1000, (32,), dtype=torch.int32)
-    out = torch.zeros(8, 32, dtype=torch.int32)
+    out = torch.zeros(9, 32, dtype=torch.int32)
     instructions.set(seed=seed)
     assert instructions.run("run_exchanges", values, 5, out) == ""
     lane = torch.arange(32)
     ballot = sum(1 << i for i in range(32) if values[i] > 0)
+    # prmt's bytes 0 to 3 are the first operand's, 4 to 7 the second's; the selector's lowest digit is for byte 0.
+    operands = torch.stack([values, ~values], -1).view(torch.uint8)
+    permuted = operands[:, [2, 5, 1, 4]]
     expected = [
         values[lane ^ 5],
         torch.where(lane >= 5, values[lane - 5], values),
@@ -181,6 +184,7 @@ def test_exchanges(instructions, seed: int) -> None:
         values.max().expand(32),
         values.min().expand(32),
         values.sum().expand(32),
+        permuted.view(32, 4).contiguous().view(torch.int32).flatten(),
     ]
     assert torch.equal(out, torch.stack([row.to(torch.int32) for row in expected]))
 

@@ -123,6 +123,32 @@ def test_every_code_is_converted_exactly(operators) -> None:
             assert out.flatten().tolist() == list(range(first - 128, first - 112))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "strided"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (5, 300), (2, 3, 64), (3, 2056)], ids=str)
+@pytest.mark.parametrize(
+    ("op", "extra"),
+    [
+        ("swiglu_backward", {}),
+        ("gelu_backward", {"approximate": "none"}),
+        ("gelu_backward", {"approximate": "tanh"}),
+    ],
+    ids=["swiglu", "gelu", "gelu-tanh"],
+)
+def test_backward_of_activations(operators, op: str, extra: dict, shape: tuple, dense: bool, dtype) -> None:
+    """Around zero, in the tails and far beyond them."""
+    make, hidden = Make(dtype, "cpu", seed=0), shape[-1]
+    names = ("dy", "gate", "up") if op == "swiglu_backward" else ("dy", "x")
+    call = {name: make.randn(*shape) if dense else make.randn(*shape[:-1], 2 * hidden)[..., :hidden] for name in names}
+    call[names[1]].mul_(torch.logspace(-2, 3, hidden))
+    results = []
+    for seed in SEEDS:
+        operators.set(seed=seed)
+        results.append(operators.op(op, call | extra))
+    assert_same_bits(results[1], results[0])
+    assert_as_accurate(results[0], baseline=baseline(op, call | extra), exact=reference(op, upcast(call | extra)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parameters", [True, False], ids=["parameters", "none"])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (199, 300), (30, 577), (9, 4096), (9, 20000), (2, 20001)])

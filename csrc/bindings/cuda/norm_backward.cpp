@@ -12,9 +12,7 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 // Like the parameter; with 0 elements where there is none.
 Tensor new_gradient(const char* op, const char* name, const Tensor& x, const Optional& parameter) {
   if (!parameter) return new_tensor(x, {0}, x.scalar_type());
-  STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == hidden_of(x) && parameter->is_contiguous() &&
-                      on_device(*parameter),
-                  op, ": ", name, " must be contiguous with shape [", hidden_of(x), "], on x's device");
+  check_parameter(op, name, x, parameter);
   return new_tensor(x, {hidden_of(x)}, parameter->scalar_type());
 }
 

@@ -38,9 +38,13 @@ struct RowPlan {
 constexpr int kMaxRowThreads = 512;
 constexpr int kRowSharedBytes = 256;  // for reductions over a block's warps: two buffers of 32 words
 
-// Of norms and quantized activations, and of quantize_int8, which keeps less; by the vectors of a thread.
+// Of norms, quantized activations, and quantize_int8, by the vectors that a thread holds.
 LLMKERN_HOST_DEVICE constexpr Residency norm_residency(int held) {
   return {kMaxRowThreads, held == 8 ? 1 : 2};
+}
+
+LLMKERN_HOST_DEVICE constexpr Residency codes_residency(int held) {
+  return {kMaxRowThreads, held == 1 ? 2 : 1};
 }
 
 LLMKERN_HOST_DEVICE constexpr Residency quantize_residency(int held) {
@@ -91,7 +95,7 @@ constexpr int kSumBlocksSharedBytes = 2 * 4 * kSumBlocks.threads;
 
 // For elementwise kernels: a block takes kElementwiseVectors vectors for each of its threads, all of one row.
 constexpr int kElementwiseThreads = 256, kElementwiseVectors = 4;
-constexpr Residency kElementwise{kElementwiseThreads, 3};
+constexpr Residency kElementwise{kElementwiseThreads, 2};
 
 LLMKERN_HOST_DEVICE constexpr int64_t elementwise_chunks(int64_t hidden, int vector) {
   const int64_t chunk = int64_t{kElementwiseThreads} * kElementwiseVectors * vector;

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llmkern.backends.cpu._rows import DTYPES, refuse_strided
+from llmkern.backends.cpu._weights import refuse_vectors
 from llmkern.backends.cuda import CUDA, _plan
 from llmkern.dispatch import implements
 from llmkern.library import native
@@ -24,13 +25,9 @@ def _refuse(
     )
     if reason is not None:
         return reason
-    for name, parameter in (("a_scale", a_scale), ("w_scale", w_scale), ("bias", bias)):
-        if parameter is not None and not parameter.is_contiguous():
-            return f"{name} is not contiguous"
-    for name, parameter in (("bias", bias), ("residual", residual)):
-        if parameter is not None and parameter.dtype not in DTYPES:
-            return f"{name} is {parameter.dtype}; float32, bfloat16 and float16 are taken"
-    return None
+    if residual is not None and residual.dtype not in DTYPES:
+        return f"residual is {residual.dtype}; float32, bfloat16 and float16 are taken"
+    return refuse_vectors(a_scale=a_scale, w_scale=w_scale, bias=bias)
 
 
 implements("int8_matmul", CUDA, min_capability=(8, 0), refuse=_refuse, describe=_plan.product)(native("int8_matmul"))
