@@ -56,6 +56,7 @@ ROW_OPS += ["swiglu", "swiglu_quant", "gelu", "quantize_int8"]
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_rows_of_any_length_that_lie_anywhere(op, hidden, dtype) -> None:
     """Longer, too, than what kernels keep on the stack; apart and unaligned; one with an infinity, one of zeros."""
+    torch.manual_seed(0)  # of few values PyTorch may happen to hit each
     case = next(case for case in cases(op) if case.dtype == dtype)
     call = case.make()
     for name, value in call.items():
