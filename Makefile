@@ -3,6 +3,7 @@
 # make test      lint and the whole test suite
 # make bench     ops and models against every peer at hand, on a CPU with nothing else to do; benchmarks/README.md
 # make gpu       on a GPU, from the source tree, with the PYTHON of your choice: its tests, then the ops, in 9 minutes
+# make wheel     dist/llmkern-*.whl, for any Python and any torch from 2.11 on
 # make lint, make format, make clean
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -15,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m
 PYTHON ?= python3
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
 
-.PHONY: install test demo bench gpu lint format clean
+.PHONY: install test demo bench gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 install: $(STAMPS)/build
@@ -38,6 +39,10 @@ gpu:
 	-@$(PYTHON) setup.py -q build_ext --inplace
 	@$(PYTHON) -m pytest -m gpu tests/ops/test_contract.py
 	@PYTHONPATH=. $(PYTHON) -m llmkern bench ops --device cuda --quick --record benchmarks
+
+wheel: install
+	@echo "Building the wheel"
+	@$(BIN)/python tools/wheel.py
 
 lint: install
 	@echo "Checking style and types"

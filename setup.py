@@ -16,6 +16,11 @@ from pathlib import Path
 import setuptools
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # an older setuptools: it can build in place all the same
+    bdist_wheel = object
+
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc"))
 from toolchain import ABI, CSRC, RULES, Unavailable, build, find_compiler, find_ninja, find_nvcc, folder_of  # noqa: E402
@@ -112,5 +117,13 @@ class BuildNative(build_ext):
         (package / "_build.json").write_text(json.dumps({"library": no_library, "cuda": no_cuda, "_C": no_info}))
 
 
+class AnyPython(bdist_wheel):
+    """The library knows nothing of Python; another Python than this one just goes without llmkern._C."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 # The Extension has build_ext called and makes the wheel a platform's own; BuildNative finds the sources itself.
-setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass={"build_ext": BuildNative})
+COMMANDS = {"build_ext": BuildNative, "bdist_wheel": AnyPython}
+setuptools.setup(ext_modules=[setuptools.Extension("llmkern._ops", [])], cmdclass=COMMANDS)

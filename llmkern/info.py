@@ -54,6 +54,8 @@ class Info:
 
     def __str__(self) -> str:
         def text(value: Any) -> str:
+            if isinstance(value, float):
+                return f"{value:.0%}"
             return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value or "-")
 
         tables = [
@@ -63,9 +65,9 @@ class Info:
         rows = [(name, b["missing"] or "available", b["ops"]) for name, b in self.backends.items()]
         tables.append(render("Backends, best first", ("backend", "state", "ops"), rows))
         if self.kernels:
-            headers = list(self.kernels[0])
-            cells = [[f"{v:.0%}" if isinstance(v, float) else v for v in kernel.values()] for kernel in self.kernels]
-            tables.append(render("CUDA kernels", [header.replace("_", " ") for header in headers], cells))
+            shown = ("function", "tile", "threads", "registers", "shared_bytes", "blocks_per_sm", "occupancy", "needs")
+            cells = [[text(kernel[name]) for name in shown] for kernel in self.kernels]
+            tables.append(render("CUDA kernels", [name.replace("_", " ") for name in shown], cells))
         return "\n\n".join(tables)
 
 

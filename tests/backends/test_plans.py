@@ -157,7 +157,7 @@ def test_bad_questions_are_refused() -> None:
         ),
         ("attention", (2, 4, 4, 0, 70, 64), "nothing is launched: there are no elements"),
         ("int8_matmul", (1, 4096, 4096), "int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),
-        ("gelu", (4096, 8192), "activate: 4096 blocks of 256 threads, 2 of them on an SM at a time (on 108 SMs)"),
+        ("gelu", (4096, 8192), "activate: 4096 blocks of 256 threads, 2 blocks on an SM at a time (on 108 SMs)"),
     ],
 )
 def test_why_names_the_kernel_that_would_run(op: str, shape: tuple[int, ...], said: str) -> None:

@@ -61,7 +61,7 @@ def _plan(
         parts.append(f"{plan['vector']} elements per access, {plan['held']} of these held per thread")
     if plan["shared_bytes"]:
         parts.append(f"{plan['shared_bytes']} bytes of shared memory")
-    parts.append(f"{plan['blocks_per_sm']} of them on an SM at a time")
+    parts.append(f"{plan['blocks_per_sm']} blocks on an SM at a time")
     return ", ".join(parts) + f" (on {sm_count} SMs)"
 
 
