@@ -167,30 +167,31 @@ class Decode {
   __device__ __forceinline__ int first_key(int step) const { return begin_ + (step * kTeams + team_) * kKeys; }
   __device__ __forceinline__ int own_key(int step) const { return first_key(step) + team_warp_ * 16 + lane_ % 16; }
 
-  // What says where this lane's key of a step is: the block that holds it, or the sequence.
-  __device__ __forceinline__ int64_t cell(int step) const {
-    if (!p_.block_table) return batch_;
+  // Where this lane's key of a step is: the block that holds it, or the sequence, and the slot therein.
+  struct Cell {
+    int64_t block, slot;
+  };
+
+  __device__ __forceinline__ Cell cell(int step) const {
     const int key = own_key(step);
-    if (key >= end_) return 0;
-    const int64_t at = static_cast<unsigned>(key) / static_cast<unsigned>(p_.slots);
+    if (!p_.block_table || key >= end_) return {batch_, key};
+    const unsigned slots = static_cast<unsigned>(p_.slots), at = static_cast<unsigned>(key) / slots;
     const int64_t entry = ld_global(p_.block_table + batch_ * p_.table_batch_stride + at * p_.table_block_stride);
-    return entry < 0 ? 0 : entry >= p_.blocks ? p_.blocks - 1 : entry;
+    return {entry < 0 ? 0 : entry >= p_.blocks ? p_.blocks - 1 : entry, key - at * slots};
   }
 
-  // This lane's key (lanes 16-31: value) of a step, in elements from the beginning of its cache and of its scales; -1
-  // where there is none.
+  // The same from the beginnings: in bytes of the keys (lanes 16-31: of the values), and in elements of their scales; 0
+  // for no key.
   struct Place {
     int64_t vector, scale;
   };
 
-  __device__ __forceinline__ Place place(int step, int64_t cell) const {
-    const int key = own_key(step);
-    if (key >= end_) return {-1, -1};
+  __device__ __forceinline__ Place place(int step, const Cell& cell) const {
+    if (own_key(step) >= end_) return {0, 0};
     const bool value = lane_ >= 16;
-    const unsigned slot = p_.block_table ? static_cast<unsigned>(key) % static_cast<unsigned>(p_.slots) : key;
     const HeadStrides& scales = value ? p_.v_scale_strides : p_.k_scale_strides;
-    return {(value ? p_.v_strides : p_.k_strides).offset(cell, kv_head_, slot),
-            kCodes ? scales.offset(cell, kv_head_, slot) : 0};
+    return {(value ? p_.v_strides : p_.k_strides).offset(cell.block, kv_head_, cell.slot) * int64_t{sizeof(C)},
+            kCodes ? scales.offset(cell.block, kv_head_, cell.slot) : 0};
   }
 
   __device__ __forceinline__ uint32_t tile(int step, bool values) const {
@@ -202,33 +203,29 @@ class Decode {
     return reinterpret_cast<float*>(shared_ + kTile.ring_bytes()) + (team_ * kAhead + step % kAhead) * 2 * kKeys;
   }
 
-  // Starts this warp's 16 vectors of a step's tile, as one group of copies.
+  // Starts this warp's 16 vectors of a step's tile, as one group of copies: zeros for keys, and steps, that do not
+  // exist.
   __device__ __forceinline__ void copy(int step, bool values, const Place& place) const {
-    if (step < steps_) {
-      constexpr int kPerCopy = 32 / Cells::kChunks, kPerChunk = 16 / sizeof(C);
-      const C* from = static_cast<const C*>(values ? p_.v_cache : p_.k_cache);
-      const int chunk = lane_ % Cells::kChunks, column = chunk * kPerChunk;
-      const int left = (static_cast<int>(values ? p_.value_dim : p_.dim) - column) * static_cast<int>(sizeof(C));
-      const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
-      const uint32_t to = tile(step, values);
+    constexpr int kPerCopy = 32 / Cells::kChunks;
+    const int exist = end_ - first_key(step) - team_warp_ * 16;
+    const int chunk = lane_ % Cells::kChunks, first = lane_ / Cells::kChunks;
+    const int left = static_cast<int>(values ? p_.value_dim : p_.dim) * static_cast<int>(sizeof(C)) - chunk * 16;
+    const int bytes = max(0, min(left, 16));
+    const char* from = static_cast<const char*>(values ? p_.v_cache : p_.k_cache) + (bytes > 0 ? chunk * 16 : 0);
+    const uint32_t to = tile(step, values);
 #pragma unroll
-      for (int i = 0; i < 16 / kPerCopy; ++i) {
-        const int row = i * kPerCopy + lane_ / Cells::kChunks;
-        const int64_t vector = __shfl_sync(0xffffffffu, place.vector, row + 16 * values);
-        const bool read = vector >= 0 && bytes > 0;
-        ptx::cp_async_cg_16(to + Cells::offset(team_warp_ * 16 + row, chunk), read ? from + vector + column : from,
-                            read ? bytes : 0);
-      }
-      if constexpr (kCodes) {
-        if (!values) {
-          const float* scale = lane_ < 16 ? p_.k_scale : p_.v_scale;
-          const bool read = place.scale >= 0;
-          ptx::cp_async_ca_4(ptx::cvta_to_shared(scales(step) + lane_ / 16 * kKeys + team_warp_ * 16 + lane_ % 16),
-                             read ? scale + place.scale : scale, read ? 4 : 0);
-        }
+    for (int row = first; row < first + 16; row += kPerCopy) {
+      const int64_t vector = __shfl_sync(0xffffffffu, place.vector, row + 16 * values);
+      ptx::cp_async_cg_16(to + Cells::offset(team_warp_ * 16 + row, chunk), from + vector, row < exist ? bytes : 0);
+    }
+    if constexpr (kCodes) {
+      if (!values) {
+        const float* scale = lane_ < 16 ? p_.k_scale : p_.v_scale;
+        float* scale_to = scales(step) + lane_ / 16 * kKeys + team_warp_ * 16 + lane_ % 16;
+        ptx::cp_async_ca_4(ptx::cvta_to_shared(scale_to), scale + place.scale, lane_ % 16 < exist ? 4 : 0);
       }
     }
-    ptx::cp_async_commit_group();  // an empty group too, so that the count of groups is that of tiles
+    ptx::cp_async_commit_group();
   }
 
   // The next tile has landed for all of the team, and the team has read the one before it.
@@ -253,7 +250,7 @@ class Decode {
       else
         place_of_values = here;
     }
-    int64_t next_cell = cell(kAhead);
+    Cell next_cell = cell(kAhead);
     for (int step = 0; step < steps_; ++step) {
       wait();
       copy(step + kAhead - 1, true, place_of_values);
@@ -306,7 +303,7 @@ class Decode {
   // Where this lane has its operands of 16 columns; nobody else reads them.
   __device__ __forceinline__ uint4* queries(int k) const {
     return reinterpret_cast<uint4*>(shared_ + kTile.ring_bytes() + kTile.scales_bytes()) +
-           (team_warp_ * (kDim / 16) + k) * 32 + lane_;
+           (threadIdx.x / 32 * (kDim / 16) + k) * 32 + lane_;
   }
 
   __device__ __forceinline__ void operands_of_queries(int k, uint32_t (&q)[4]) const {
