@@ -1,7 +1,8 @@
 // attention_decode: attention of each sequence's last queries against its cache (llmkern/attention_decode.h)
 //
 // rows     The queries of the heads that share a key head: row r is head kv_head · group + r / queries of the group,
-//          query r % queries.  16 rows are the m16 operand of mma.m16n8k16, held in registers by every warp.
+//          query r % queries.  16 rows are the m16 operand of mma.m16n8k16, held by every warp: in registers,
+//          with 256 dimensions in shared memory.
 // block    One key head, one tile of rows, and one of `splits` equal parts of the keys that the sequence's queries see,
 //          by its own length; parts without keys are not computed.  Parts go to the workspace, and combine_kernel puts
 //          them together in their order; with one split a block writes the result itself.
@@ -10,7 +11,7 @@
 //          steps in turn, each keeps an online softmax, and they are put together through shared memory at the end.
 // smem     For each team a ring of tiles of 16 · warps keys: keys and values in turn (common/attention.cuh's Tile), and
 //          one tile is read while all others are on their way.  A lane knows the place of one key (lanes 16-31: of its
-//          value), so that a block table is read once per key, two steps before its copies start.
+//          value), so that a block table is read once per key, a step before its copies start.
 // int8     Codes stay codes in shared memory; a 32-bit register of ldmatrix has four, and becomes the elements 0, 2 and
 //          1, 3 of the operands.  For keys that permutes the dimensions of each 16, which q does too; for values
 //          the columns of the result.  Scales multiply scores and weights.

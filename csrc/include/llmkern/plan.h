@@ -218,9 +218,7 @@ struct AttentionDecodeTile {
   LLMKERN_HOST_DEVICE constexpr int ring_bytes() const { return stages() * keys() * dim * element_bytes; }
   LLMKERN_HOST_DEVICE constexpr int scales_bytes() const { return element_bytes == 1 ? stages() * keys() * 4 : 0; }
   // Of each warp's operands, where registers cannot hold them.
-  LLMKERN_HOST_DEVICE constexpr int queries_bytes() const {
-    return dim > 128 && (one_team || element_bytes == 1) ? 16 * warps() * dim * 2 : 0;
-  }
+  LLMKERN_HOST_DEVICE constexpr int queries_bytes() const { return dim > 128 ? 16 * warps() * dim * 2 : 0; }
   LLMKERN_HOST_DEVICE constexpr int shared_bytes() const { return ring_bytes() + scales_bytes() + queries_bytes(); }
   LLMKERN_HOST_DEVICE constexpr Residency residency() const {
     return {threads(), dim > 128 ? 4 : dim > 64 ? (one_team ? 2 : 3) : (one_team ? 3 : 4)};
