@@ -117,6 +117,21 @@ def test_strides_beyond_32_bits(operators) -> None:
     assert_same_bits(spread, operators.op("attention", call | {"q": near, "k": near, "v": near}))
 
 
+def test_heads_in_sections(operators) -> None:
+    """With keys and values beyond L2, a section of heads after the other: the bits of the few keys that are seen."""
+    make = Make(torch.bfloat16, "cpu", seed=0)
+    call = call_of(make, 130, 256, 16, batch=3, heads=(4, 2), causal=True, window=[40, -1])
+    keys = 64 * 5000
+    for name in ("k", "v"):
+        long = torch.zeros(1, 1, keys, 16, dtype=torch.bfloat16)
+        long[:, :, -256:] = call[name][:1, :1]
+        call[name] = long.expand(3, 2, keys, 16)
+    near = call | {name: call[name][:, :, -256:] for name in ("k", "v")}
+    for seed, late_copies, sm_count in MACHINES:
+        operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
+        assert_same_bits(operators.op("attention", call), operators.op("attention", near))
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_what_no_query_sees(operators, dim: int) -> None:
     """Unseeing rows are 0 and −inf; NaN in keys beyond a window or causality reaches nobody in blocks not visited."""
