@@ -7,8 +7,12 @@
 //          (common/attention.cuh).  At the end a warp's queries give way to its results, for stores of 16 bytes
 // copies   cp.async, in the order keys, values, keys, values, ...: when one has landed, the one that takes the place of
 //          what was used last is started, so that one or three are on their way
-// bands    blocks of keys that no query of the tile sees are not visited; those that all see come first, in a loop
-//          without masks; the others (the band's edges, or all if there is a mask) in a loop of their own
+// bands    blocks of keys that no query of the tile sees are not visited; those that all see have a loop without masks,
+//          the others (the band's edges, or all if there is a mask) one of their own
+// regs     the queries as operands, as far as there is room; sums of values, and the scores of a block of keys.  What
+// is
+//          needed once in a block of keys is in shared memory
+// padding  dimensions are zeros up to 64, 128 or 256; up to three quarters of that, the last quarter is not multiplied
 // numbers  scores, maxima and sums in fp32, exponentials in base 2, weights rounded to T for the product with v
 // threads  lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of each 16x8
 // needs    sm_80; bf16 or fp16; dims that are multiples of 8, at most 256; rows aligned to 16 bytes
@@ -24,8 +28,6 @@ namespace {
 template <class T, int kDim, int kTilesM, int kTilesN, int kHeld>
 struct WarpRows {
   using Rows = Tile<kDim>;
-  static constexpr int kSteps = kDim / 16;
-
   uint32_t queries;                              // in shared memory: this lane's row of the first matrices
   uint32_t held[kTilesM][kHeld ? kHeld : 1][4];  // the first steps' queries as operands
   float out[kTilesM][kDim / 8][4] = {};
@@ -40,7 +42,8 @@ struct WarpRows {
       for (int k = 0; k < kHeld; ++k) ptx::ldmatrix_x4(held[i][k], Rows::at(queries, i * 16, k * 16));
   }
 
-  // s = q · kᵀ; keys: this lane's row of the first matrices.
+  // s = q · kᵀ in kSteps of 16 dimensions; keys: this lane's row of the first matrices.
+  template <int kSteps>
   __device__ __forceinline__ void products(uint32_t keys, float (&s)[kTilesM][kTilesN][4]) const {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
@@ -103,7 +106,8 @@ struct WarpRows {
       }
   }
 
-  // out += weights · v; values: this lane's row of the first matrices.
+  // out += weights · v, in its first kDims dimensions; values: this lane's row of the first matrices.
+  template <int kDims>
   __device__ __forceinline__ void add_values(uint32_t values, const float (&s)[kTilesM][kTilesN][4]) {
 #pragma unroll
     for (int k = 0; k < kTilesN; k += 2) {
@@ -111,7 +115,7 @@ struct WarpRows {
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) as_operand<T>(s[i][k], s[i][k + 1], weights[i]);
 #pragma unroll
-      for (int d = 0; d < kDim / 8; d += 2) {
+      for (int d = 0; d < kDims / 8; d += 2) {
         uint32_t two[4];
         ptx::ldmatrix_x4_trans(two, Rows::at(values, k * 8, d * 8));
 #pragma unroll
@@ -199,6 +203,7 @@ __global__ void __launch_bounds__(attention_tile(kDim, kLarge).threads(), attent
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads(), kStages = kTile.stages;
   constexpr int kTilesM = kBlockM / kTile.warps / 16, kTilesN = kBlockN / 8;
   constexpr int kAhead = 2 * kStages - 1;  // copies on their way
+  constexpr int kNarrow = kDim * 3 / 4;    // dimensions: up to so many have loops of their own
   using Rows = Tile<kDim>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -245,7 +250,11 @@ __global__ void __launch_bounds__(attention_tile(kDim, kLarge).threads(), attent
     ptx::cp_async_wait_group<kAhead - 1>();
     __syncthreads();  // the keys have landed, and nobody reads the values that are overwritten next
     copy(block + kStages - 1, true, ld_shared(&kept->v));
-    rows.products(Rows::columns_first(stage(block, false), lane), s);
+    const uint32_t keys = Rows::columns_first(stage(block, false), lane);
+    if (p.dim <= kNarrow)
+      rows.template products<kNarrow / 16>(keys, s);
+    else
+      rows.template products<kDim / 16>(keys, s);
     if (!scale.raw) {
 #pragma unroll
       for (int i = 0; i < kTilesM * kTilesN * 4; ++i) {
@@ -261,7 +270,11 @@ __global__ void __launch_bounds__(attention_tile(kDim, kLarge).threads(), attent
     ptx::cp_async_wait_group<kAhead - 1>();
     __syncthreads();  // the same for values and keys
     copy(block + kStages, false, ld_shared(&kept->k));
-    rows.add_values(Rows::rows_first(stage(block, true), lane), s);
+    const uint32_t values = Rows::rows_first(stage(block, true), lane);
+    if (p.value_dim <= kNarrow)
+      rows.template add_values<kNarrow>(values, s);
+    else
+      rows.template add_values<kDim>(values, s);
   };
   for (int block = low; block < high;) {
     const int inner = ld_shared(&kept->inner), outer = ld_shared(&kept->outer);

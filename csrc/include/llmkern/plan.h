@@ -301,8 +301,9 @@ struct AttentionPlan {
 
 constexpr int64_t kAttentionCacheBytes = 16 << 20;  // of keys and values, to be read by blocks that run at a time
 
-// Large tiles, unless there are too few of them for the SMs.  masked: by attn_mask.  The last queries see most keys
-// under causality, so that they begin; across as many heads as have their keys and values in L2 together.
+// Large tiles, unless there are too few of them for the SMs or queries for half a tile.  masked: by attn_mask.  The
+// last queries see most keys under causality, so that they begin; across as many heads as have their keys and values in
+// L2 together.
 constexpr AttentionPlan plan_attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
                                        int64_t dim, int64_t value_dim, bool masked, int sm_count) {
   AttentionPlan plan{};
@@ -314,7 +315,8 @@ constexpr AttentionPlan plan_attention(int64_t batch, int64_t heads, int64_t kv_
     plan.blocks = plan.query_blocks * heads * batch;
   };
   take(true);
-  if (plan.blocks < sm_count || (masked && !plan.tile.masks)) take(false);
+  if (plan.blocks < sm_count || queries <= attention_tile(widest, false).block_m || (masked && !plan.tile.masks))
+    take(false);
   const int64_t group = heads / kv_heads, head_bytes = 2 * std::max<int64_t>(keys, 1) * (dim + value_dim);
   plan.heads_at_once =
       static_cast<int>(std::min(std::max<int64_t>(kAttentionCacheBytes / head_bytes, 1) * group, batch * heads));
