@@ -83,12 +83,19 @@ __global__ void exchanges(const int* in, int argument, int* out) {
   st_global(out + 160 + lane, __reduce_max_sync(0xffffffffu, value));
   st_global(out + 192 + lane, __reduce_min_sync(0xffffffffu, value));
   st_global(out + 224 + lane, __reduce_add_sync(0xffffffffu, value));
+  st_global(out + 288 + lane, __any_sync(0xffffffffu, value == 7) + 2 * __all_sync(0xffffffffu, value < 1000));
   st_global(out + 256 + lane, static_cast<int>(__byte_perm(value, ~value, 0x4152)));
 }
 
 __global__ void arithmetic(const float* in, float* out) {
-  st_global(out + 2 * threadIdx.x, ptx::ex2_approx_ftz(ld_global(in + threadIdx.x)));
-  st_global(out + 2 * threadIdx.x + 1, ptx::tanh_approx(ld_global(in + threadIdx.x)));
+  const float x = ld_global(in + threadIdx.x);
+  const float results[] = {ptx::ex2_approx_ftz(x),
+                           ptx::tanh_approx(x),
+                           ptx::rcp_approx_ftz(x),
+                           rsqrtf(x),
+                           __uint_as_float(__float_as_uint(x) ^ 0x80000000u),
+                           static_cast<float>(__float2int_rn(fabsf(x) < 1e6f ? x : 0.0f))};
+  for (int i = 0; i < 6; ++i) st_global(out + 6 * threadIdx.x + i, results[i]);
 }
 
 // The second warp produces and goes on at once; the first waits for it.

@@ -6,9 +6,11 @@ Fragment layouts are spelled out here as the PTX ISA's section "Matrix fragments
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
+from machine import ROOT
 from torch import Tensor
 
 SEEDS = (0, 1, 7)
@@ -167,7 +169,8 @@ def test_cp_async_wait_group_waits_for_all_but_the_newest(instructions) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_exchanges(instructions, seed: int) -> None:
     values = torch.randint(-1000, 1000, (32,), dtype=torch.int32)
-    out = torch.zeros(9, 32, dtype=torch.int32)
+    values[7] = 7
+    out = torch.zeros(10, 32, dtype=torch.int32)
     instructions.set(seed=seed)
     assert instructions.run("run_exchanges", values, 5, out) == ""
     lane = torch.arange(32)
@@ -185,18 +188,39 @@ def test_exchanges(instructions, seed: int) -> None:
         values.min().expand(32),
         values.sum().expand(32),
         permuted.view(32, 4).contiguous().view(torch.int32).flatten(),
+        torch.full((32,), 1 + 2),
     ]
     assert torch.equal(out, torch.stack([row.to(torch.int32) for row in expected]))
 
 
 def test_arithmetic(instructions) -> None:
-    x = torch.cat([torch.linspace(-130, 120, 28), torch.tensor([1e-40, float("inf"), float("-inf"), float("nan")])])
-    out = torch.zeros(32, 2)
+    special = [1e-40, -1e-40, 3e38, 0.5, 1.5, -2.5, 0.0, float("inf"), float("-inf"), float("nan")]
+    x = torch.cat([torch.linspace(-130, 120, 22), torch.tensor(special)])
+    out = torch.zeros(32, 6)
     assert instructions.run("run_arithmetic", x, out) == ""
     power = torch.exp2(x.double()).float()
     power[power.abs() < 2.0**-126] = 0  # ftz
     torch.testing.assert_close(out[:, 0], power, equal_nan=True)
     torch.testing.assert_close(out[:, 1], torch.tanh(x), equal_nan=True)
+    inverse = 1 / torch.where(x.abs() < 2.0**-126, x * 0, x)
+    inverse[inverse.abs() < 2.0**-126] *= 0
+    torch.testing.assert_close(out[:, 2], inverse, equal_nan=True)
+    torch.testing.assert_close(out[:, 3], torch.rsqrt(x), equal_nan=True)
+    assert torch.equal(out[:, 4].view(torch.int32), (-x).view(torch.int32))
+    assert torch.equal(out[:, 5], torch.where(x.abs() < 1e6, x, 0).round())  # to even
+
+
+# Every function of ptx.cuh, and every one that cuda.h stands in for, is called by instructions.cu.
+WITHOUT_EFFECT = {"__threadfence"}  # blocks and threads run one at a time
+DECLARED = re.compile(r"^(?:LLMKERN_PTX|(?:__device__ __forceinline__|inline) [\w ]+?) ?(\w+)\(", re.MULTILINE)
+
+
+@pytest.mark.parametrize("header", ["cuda/common/ptx.cuh", "simt/cuda.h"])
+def test_every_instruction_is_tested(header: str) -> None:
+    names = set(DECLARED.findall((ROOT / "csrc" / header).read_text())) - WITHOUT_EFFECT
+    assert len(names) > 15
+    kernels = (ROOT / "tests" / "simt" / "instructions.cu").read_text()
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", kernels)] == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
