@@ -95,16 +95,12 @@ void launch_codes(const ActivateParams& p, const Gpu& gpu) {
   });
 }
 
-// The activations that ops have: gelu both ways, and silu for swiglu.
 template <class T, int kVector>
 void launch_elements(const ActivateParams& p, const Gpu& gpu) {
   const LaunchConfig config = elementwise_launch(p.x_rows.count, p.hidden, kVector);
-  if (p.activation == Activation::silu)
-    launch("activate", activate_kernel<T, kVector, Activation::silu>, config, gpu, p);
-  else if (p.activation == Activation::gelu_tanh)
-    launch("activate", activate_kernel<T, kVector, Activation::gelu_tanh>, config, gpu, p);
-  else
-    launch("activate", activate_kernel<T, kVector, Activation::gelu>, config, gpu, p);
+  with_op_activation(p.activation, [&]<Activation kActivation>() {
+    launch("activate", activate_kernel<T, kVector, kActivation>, config, gpu, p);
+  });
 }
 
 }  // namespace

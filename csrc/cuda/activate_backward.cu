@@ -55,12 +55,9 @@ __global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks)
 template <class T, int kVector>
 void launch_elements(const ActivateBackwardParams& p, const Gpu& gpu) {
   const LaunchConfig config = elementwise_launch(p.x_rows.count, p.hidden, kVector);
-  if (p.activation == Activation::silu)
-    launch("activate_backward", activate_backward_kernel<T, kVector, Activation::silu>, config, gpu, p);
-  else if (p.activation == Activation::gelu_tanh)
-    launch("activate_backward", activate_backward_kernel<T, kVector, Activation::gelu_tanh>, config, gpu, p);
-  else
-    launch("activate_backward", activate_backward_kernel<T, kVector, Activation::gelu>, config, gpu, p);
+  with_op_activation(p.activation, [&]<Activation kActivation>() {
+    launch("activate_backward", activate_backward_kernel<T, kVector, kActivation>, config, gpu, p);
+  });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // threads, all of one row.
 #pragma once
 
+#include "llmkern/activation.h"
 #include "llmkern/plan.h"
 #include "row.cuh"
 
@@ -20,6 +21,14 @@ __device__ __forceinline__ void each_chunk(int64_t rows, int64_t hidden, const F
 
 inline LaunchConfig elementwise_launch(int64_t rows, int64_t hidden, int vector) {
   return {static_cast<unsigned>(elementwise_blocks(rows, hidden, vector)), kElementwiseThreads};
+}
+
+// f.template operator()<activation>() for those that elementwise ops have: gelu both ways, and silu for swiglu.
+template <class F>
+inline void with_op_activation(Activation activation, const F& f) {
+  if (activation == Activation::silu) return f.template operator()<Activation::silu>();
+  if (activation == Activation::gelu_tanh) return f.template operator()<Activation::gelu_tanh>();
+  f.template operator()<Activation::gelu>();
 }
 
 // True where a tensor of T can be accessed by vectors of 16 bytes.

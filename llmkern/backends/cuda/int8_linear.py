@@ -3,11 +3,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkern.backends.cpu._rows import DTYPES, refuse_strided
+from llmkern.backends.cpu._rows import refuse_strided
 from llmkern.backends.cpu._weights import refuse_vectors, refuse_weight
-from llmkern.backends.cuda import CUDA, _plan
-from llmkern.dispatch import implements
-from llmkern.library import native
+from llmkern.backends.cuda import _plan
+from llmkern.backends.cuda._declare import serves
 
 FEW_ROWS = 16
 """Weight-only; with more, a product that converts each code for every 16 rows loses to one that converts it once."""
@@ -23,12 +22,4 @@ def _refuse(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activa
     return refuse_strided(x=x) or refuse_weight("w_q", w_q) or refuse_vectors(w_scale=w_scale, bias=bias)
 
 
-implements(
-    "int8_linear",
-    CUDA,
-    dtypes=DTYPES,
-    min_capability=(8, 0),
-    has_backward=True,
-    refuse=_refuse,
-    describe=_plan.int8_linear,
-)(native("int8_linear"))
+serves("int8_linear", refuse=_refuse, describe=_plan.int8_linear, has_backward=True)

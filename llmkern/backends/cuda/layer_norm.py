@@ -1,29 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from llmkern.backends.cuda._declare import serves_norm, serves_norm_backward
 
-from torch import Tensor
-
-from llmkern.backends.cpu._rows import DTYPES, refuse_norm, refuse_strided
-from llmkern.backends.cuda import CUDA, _plan
-from llmkern.dispatch import implements
-from llmkern.library import native
-
-implements(
-    "layer_norm",
-    CUDA,
-    dtypes=DTYPES,
-    min_capability=(8, 0),
-    has_backward=True,
-    refuse=refuse_norm,
-    describe=_plan.norm,
-)(native("layer_norm"))
-
-
-def _refuse_backward(dy: Tensor, **call: Any) -> str | None:
-    return refuse_strided(dy=dy) or refuse_norm(**call)
-
-
-implements("layer_norm_backward", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=_refuse_backward)(
-    native("layer_norm_backward")
-)
+serves_norm("layer_norm", has_backward=True)
+serves_norm_backward("layer_norm_backward")

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from llmkern.backends.cpu._rows import DTYPES, refuse_strided
-from llmkern.backends.cuda import CUDA, _plan
-from llmkern.dispatch import implements
-from llmkern.library import native
+from llmkern.backends.cpu._rows import refuse_strided
+from llmkern.backends.cuda import _plan
+from llmkern.backends.cuda._declare import serves
 
-implements("quantize_int8", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=refuse_strided, describe=_plan.quantize)(
-    native("quantize_int8")
-)
+serves("quantize_int8", refuse=refuse_strided, describe=_plan.quantize)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from llmkern.backends.cpu._rows import DTYPES
 from llmkern.backends.cpu.rope import refuse
-from llmkern.backends.cuda import CUDA, _plan
-from llmkern.dispatch import implements
-from llmkern.library import native
+from llmkern.backends.cuda import _plan
+from llmkern.backends.cuda._declare import serves
 
-implements("rope", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=refuse, describe=_plan.rope)(native("rope"))
+serves("rope", refuse=refuse, describe=_plan.rope)

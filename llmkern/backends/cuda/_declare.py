@@ -1,0 +1,50 @@
+"""How ops with a native kernel for CUDA are declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.cpu._rows import DTYPES, refuse_norm, refuse_strided
+from llmkern.backends.cuda import CUDA, _plan
+from llmkern.dispatch import implements
+from llmkern.library import native
+
+__all__ = ["serves", "serves_norm", "serves_norm_backward"]
+
+
+def serves(
+    op: str,
+    *,
+    refuse: Callable[..., str | None],
+    describe: Callable[..., str] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = DTYPES,
+    has_backward: bool = False,
+) -> None:
+    """`torch.ops.llmkern.<op>` as CUDA's implementation, from Ampere on."""
+    declare = implements(
+        op,
+        CUDA,
+        dtypes=dtypes,
+        min_capability=(8, 0),
+        has_backward=has_backward,
+        refuse=refuse,
+        describe=describe,
+    )
+    declare(native(op))
+
+
+def serves_norm(op: str, *, has_backward: bool = False) -> None:
+    """Any of the normalisations."""
+    serves(op, refuse=refuse_norm, describe=_plan.norm, has_backward=has_backward)
+
+
+def serves_norm_backward(op: str) -> None:
+    serves(op, refuse=_refuse_norm_backward)
+
+
+def _refuse_norm_backward(dy: Tensor, **call: Any) -> str | None:
+    return refuse_strided(dy=dy) or refuse_norm(**call)
