@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def test_the_fastest_is_kept_and_used(op: str) -> None:
         seen.append(tuned)
         assert (tuned.best, tuned.best_time) == (best, 1.0)
     path = _configs.tuned_path(TARGET)
-    assert path.name.startswith("nvidia-h100-80gb-hbm3_triton-")
+    versions = [f"{package}-{importlib.metadata.version(package)}" for package in ("triton", "llmkern")]
+    assert path.name == "_".join(["nvidia-h100-80gb-hbm3", *versions]) + ".json"
     assert json.loads(path.read_text()) == {op: dict.fromkeys(_configs.classes(op), best)}
     for shape_class in _configs.classes(op):
         assert config(op, shape_class, TARGET) == best
