@@ -62,7 +62,7 @@ def choose(
     """The variants to run; the first is the untouched model, which all others are compared with.
 
     names: "sdpa,llmkern-int8@bf16,…".  dtype: in place of each variant's own.  int8: the untouched model and the int8
-    variants.  compiled: torch.compile too, which compiles for minutes.
+    variants.  compiled: torch.compile too, which compiles for minutes.  quick: fewer, and int8 beside one dtype only.
     """
     if names is not None:
         found = [_named(known, kind, name, dtype) for name in names.split(",")]
@@ -72,7 +72,8 @@ def choose(
             wanted = variant.default and (variant.quick or not quick) or (compiled and variant.name == "compile")
             if kind not in variant.kinds or not wanted or (int8 and not (variant.int8 or variant.name == "sdpa")):
                 continue
-            own = variant.dtypes[:1] if dtype is not None or not variant.dtypes else variant.dtypes
+            one = dtype is not None or not variant.dtypes or (quick and variant.int8)
+            own = variant.dtypes[:1] if one else variant.dtypes
             found += [Chosen(variant, dtype or name) for name in own or ("float32",)]
     base = Chosen(known["sdpa"], dtype or "float32")
     if names is not None and found and found[0].variant.name in ("sdpa", "eager"):

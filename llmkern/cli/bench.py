@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import torch
@@ -379,14 +381,29 @@ class _Outputs:
                 write(path, result)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what `timeout` and job schedulers send in place of Ctrl-C."""
+
+
 @contextmanager
 def _kept_on_interrupt(result: Result, outputs: _Outputs) -> Iterator[None]:
-    """Ctrl-C ends the measuring, not the run: what there is goes where it was to go, with exit status 130."""
+    """Ctrl-C and SIGTERM end the measuring, not the run: what there is goes where it was to go.
+
+    The exit status is 128 and the signal's number, as a shell has it: 130 or 143.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         result.environment["interrupted"] = True
         say(f"interrupted: {len(result.rows)} rows were measured")
         outputs.write(result)
-        raise typer.Exit(130) from None
+        number = signal.SIGTERM if isinstance(interruption, _Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     outputs.write(result)

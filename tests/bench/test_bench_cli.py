@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -68,19 +70,24 @@ def test_a_recorded_run_lies_where_the_readme_looks(quick_ceilings, tmp_path, mo
     assert sorted(names) == ["gelu-float32-backward.png", "gelu-float32-forward.png"]
 
 
-def test_an_interruption_keeps_what_was_measured(quick_ceilings, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_keeps_what_was_measured(
+    quick_ceilings, tmp_path, capsys, monkeypatch, number: int, status: int
+) -> None:
     original, done = run_ops.run_point, []
+    before = signal.getsignal(signal.SIGTERM)
 
     def second_is_interrupted(*arguments, **options):
         if done:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         done.append(1)
         return original(*arguments, **options)
 
     monkeypatch.setattr(run_ops, "run_point", second_is_interrupted)
     path = tmp_path / "ops.json"
     command = ["bench", "ops", "--op", "gelu", "--shape", "4,32", "--peers", "none", "--dtype", "float32"]
-    assert run([*command, "--device", "cpu", "--json", str(path)]) == 130
+    assert run([*command, "--device", "cpu", "--json", str(path)]) == status
+    assert signal.getsignal(signal.SIGTERM) is before
     result = Result.load(path)
     assert result.environment["interrupted"]
     assert [(row.provider, row.x["mode"]) for row in result.rows] == [("llmkern", "forward")]

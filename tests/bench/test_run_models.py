@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from llmkern.bench.peer import Peer, variants
 from llmkern.bench.run_models import Chosen, Plan, at_once, choose, run_models
 from llmkern.bench.schema import Result, Row
 from llmkern.bench.variants import Spec, config_names, kind_of, loaded_model, published_config
+from llmkern.bench.worker import Worker
 from llmkern.bench.workers import Failed, WorkerProcess
 from llmkern.cli import run
 
@@ -173,6 +175,30 @@ def test_choosing_variants_by_name(options: dict[str, Any], expected: list[str])
     assert [chosen.name for chosen in choose(variants(), "causal", **options)] == expected
 
 
+@pytest.mark.parametrize(("tokens", "forwards"), [(0, 1), (1024, 2), (100, 2)])
+def test_a_worker_reads_no_window_twice(tmp_path, tokens: int, forwards: int) -> None:
+    """The window that is compared with the untouched model's is the first of the perplexity's too."""
+    table = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    read: list[int] = []
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        read.append(len(ids))
+        return table[ids]
+
+    worker = Worker()
+    worker.spec = Spec(None, None, "causal", "float32", "cpu", 1, 8, 8, 1)
+    worker.runner = SimpleNamespace(logits=logits)
+    ids = torch.arange(1024).mul(7).remainder(64)
+    found = worker.accuracy(ids.tolist(), str(tmp_path / "reference.npy"), True, tokens)
+    assert len(read) == forwards
+    assert (found["max_abs"], found["top1"]) == (0.0, 1.0)
+    if tokens:
+        context = min(tokens, 512)
+        windows = ids[:tokens].view(-1, context)
+        loss = torch.nn.functional.cross_entropy(table[windows[:, :-1]].flatten(0, 1), windows[:, 1:].flatten())
+        assert found["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
 def test_the_usual_variants() -> None:
     names = [chosen.name for chosen in choose(variants(), "causal")]
     assert names[0] == "sdpa fp32"
@@ -184,7 +210,14 @@ def test_the_usual_variants() -> None:
     assert int8[0] == "sdpa fp32"
     assert all("int8" in name or "Q8" in name or "quantize" in name for name in int8 if not name.startswith("sdpa"))
     assert "onnxruntime-int8" in [chosen.name for chosen in choose(variants(), "encoder")]
-    assert {c.name for c in choose(variants(), "causal", quick=True)} < set(names)
+    quick = [chosen.name for chosen in choose(variants(), "causal", quick=True)]
+    assert [name for name in quick if name.startswith("llmkern")] == [
+        "llmkern fp32",
+        "llmkern bf16",
+        "llmkern-int8 fp32",
+    ]
+    peers = ["sdpa fp32", "sdpa bf16", "quantize_dynamic fp32", "llama.cpp-Q8_0", "torchao-int8 fp32"]
+    assert sorted(name for name in quick if not name.startswith("llmkern")) == sorted(peers)
 
 
 def test_kinds() -> None:

@@ -99,7 +99,7 @@ class LlamaCppRunner:
 
 
 def _register(kind: str) -> None:
-    @PEER.variant(f"llama.cpp-{kind}", kinds=("causal",), dtypes=(), int8=kind == "Q8_0", quick=kind != "F32")
+    @PEER.variant(f"llama.cpp-{kind}", kinds=("causal",), dtypes=(), int8=kind == "Q8_0", quick=kind == "Q8_0")
     def build(spec: Any) -> Any:
         return LlamaCppRunner(spec, _file(spec, kind))
 
