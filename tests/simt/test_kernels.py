@@ -80,6 +80,15 @@ def test_every_number_of_rows_of_a_product(operators, size: tuple[int, int, int]
     judge(operators, product(size, dtype), sm_count=sm_count)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sm_count", [1, 1000])
+@pytest.mark.parametrize("size", [(17, 136, 96), (129, 136, 96), (129, 131, 70)], ids=str)
+def test_epilogues_of_tiles(operators, size: tuple[int, int, int], sm_count: int, dtype: torch.dtype) -> None:
+    """Bias, activation and residual, eight columns at a time and one by one, behind large and small tiles."""
+    own = next(c for c in cases("int8_matmul") if c.name.startswith("fused-gelu_tanh") and c.dtype == dtype)
+    judge(operators, of_size(own, size), sm_count=sm_count)
+
+
 # Parts of K by the decode kernels and by small tiles, the last of them shorter; N and K with and without remainders.
 PARTS = [(m, n, k) for m in (5, 16) for n, k in ((33, 8300), (48, 12288))]
 PARTS += [(m, n, k) for m in (17, 70) for n, k in ((66, 2100), (72, 3136))]
