@@ -16,7 +16,7 @@
 //            instructions of codes (m16n8k32), or four of floats (m16n8k16), for which codes are converted exactly
 //   caches   weights pass by L1, which a stays in for the SM's other blocks
 // Parts of K, where the blocks would leave SMs idle: blockIdx.y is one part, whose sums go to the workspace, and
-// sum_parts_kernel adds them up: exactly, in s32, so that the result is the same to the bit
+// sum_parts_kernel adds them up: of codes exactly, of floats in the parts' order, so that bits never change
 // needs      sm_80; any M, N, K; rows that are not aligned to 16 bytes are copied byte by byte
 #include "llmkern/int8_matmul.h"
 
