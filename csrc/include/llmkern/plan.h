@@ -240,24 +240,26 @@ constexpr int kCombineSharedBytes = 16 * kCombine.threads;
 // long sequences are.  dim: the larger of keys' and values'.
 //
 // The number of splits is the one that takes the least time, counted in steps of a block: waves of blocks, each with a
-// step's time to start, and one more where splits must be put together.
+// step's time to start, and one more where splits must be put together.  For each number of waves only the fewest
+// splits that have as few steps as any come into question.
 constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_heads, int64_t rows, int64_t keys,
                                                     int64_t dim, int element_bytes, int sm_count) {
+  constexpr auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AttentionDecodePlan plan{};
   plan.tile = {dim <= 64 ? 64 : dim <= 128 ? 128 : 256, element_bytes, rows > 16};
   const AttentionDecodeTile& tile = plan.tile;
-  plan.row_tiles = static_cast<int>((rows + tile.rows() - 1) / tile.rows());
-  const int64_t tasks = batch * kv_heads * plan.row_tiles;
+  plan.row_tiles = static_cast<int>(quotient(rows, tile.rows()));
+  const int64_t tasks = std::max<int64_t>(batch * kv_heads * plan.row_tiles, 1);
   const int64_t at_a_time =
       int64_t{sm_count} * resident_blocks(tile.residency().registers(), tile.threads(), tile.shared_bytes());
   const int64_t most = std::clamp<int64_t>(keys / kDecodeLeastKeys, 1, kMaxDecodeSplits);
-  int64_t least_time = 0;
-  for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t waves = (tasks * splits + at_a_time - 1) / at_a_time;
-    const int64_t steps = (keys + splits * tile.keys() - 1) / (splits * tile.keys());
-    const int64_t time = waves * (steps + 1) + (splits > 1);
-    if (splits == 1 || time < least_time) least_time = time, plan.splits = static_cast<int>(splits);
-    if (waves > 2 && splits > 1) break;  // more splits only add waves
+  const int64_t all_steps = std::max<int64_t>(quotient(keys, tile.keys()), 1), least_waves = quotient(tasks, at_a_time);
+  plan.splits = 1;
+  int64_t least_time = least_waves * (all_steps + 1);
+  for (int64_t waves = least_waves; waves < least_waves + 3; ++waves) {
+    const int64_t steps = quotient(all_steps, std::clamp<int64_t>(waves * at_a_time / tasks, 1, most));
+    const int64_t time = waves * (steps + 1) + 1;
+    if (time < least_time) least_time = time, plan.splits = static_cast<int>(quotient(all_steps, steps));
   }
   plan.blocks = tasks * plan.splits;
   return plan;
