@@ -128,6 +128,25 @@ def test_int8_linear_takes_rows_that_lie_anywhere(isa, scheme) -> None:
             assert torch.equal(out, expected)
 
 
+@each_isa
+@pytest.mark.parametrize("rows", [FEW, FEW + 1, 40])
+@pytest.mark.parametrize("k", [5, 31, 64, 1000])
+def test_weight_only_int8_has_all_bits_of_fp32(isa, rows, k) -> None:
+    """Numbers from 2⁻³⁰ to 2³⁰ with full mantissas, infinities, and NaNs that are but one low bit from infinity."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(rows, k, generator=generator) * torch.exp2(torch.randint(-30, 31, (rows, k), generator=generator))
+    w_q, w_scale = torch.randint(1, 128, (9, k), dtype=torch.int8, generator=generator), torch.ones(9, 1)
+    x[1, 0] = torch.inf
+    x[2, k - 1] = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)
+    out = torch.ops.llmkern.int8_linear(x, w_q, w_scale, None, "none", "w8a16")
+    exact = x.double() @ w_q.double().T
+    bound = x.double().abs() @ w_q.double().T * 2**-21
+    assert out[1].eq(torch.inf).all()
+    assert out[2].isnan().all()
+    kept = [r for r in range(rows) if r not in (1, 2)]
+    assert ((out.double() - exact).abs() <= bound)[kept].all()
+
+
 @pytest.mark.parametrize(
     ("reason", "change"),
     [

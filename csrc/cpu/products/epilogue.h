@@ -31,9 +31,9 @@ void prepare(const LinearParams& p, const T* x, const Threads& threads) {
   threads.parallel_for(p.rows.count, kElementsPerThread / (p.k + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       typename Scheme::Code* row = prepared_row<Scheme>(p, r);
+      std::memset(reinterpret_cast<char*>(row) + used, 0, (used + 63) / 64 * 64 - used);
       Scheme::prepare(x + p.rows.offset(r), p.k, headers(p)[r], row);
       if (std::is_same_v<T, int8_t>) headers(p)[r].scale = p.x_scale ? p.x_scale[r] : 1.0f;
-      std::memset(reinterpret_cast<char*>(row) + used, 0, (used + 63) / 64 * 64 - used);
     }
   });
 }

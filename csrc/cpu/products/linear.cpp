@@ -53,6 +53,10 @@ void floats(const LinearParams& p, const Threads& threads) {
     if (p.weight_type == WeightType::bf16) return blocks<TileBf16, BFloat16, Tiles>(p, threads);
     return blocks<TileBf16, int8_t, Tiles>(p, threads);
   }
+  if (p.rows.count > kFewRows && p.weight_type == WeightType::s8) {
+    with_type(p.dtype, [&]<class T>() { prepare<TileFloats>(p, static_cast<const T*>(p.x), threads); });
+    return blocks<TileFloats, int8_t, Tiles>(p, threads);
+  }
 #endif
   with_type(p.dtype, [&]<class T>() { prepare<Floats>(p, static_cast<const T*>(p.x), threads); });
   with_weight(p.weight_type, [&]<class W>() {

@@ -13,6 +13,8 @@ namespace {
 
 // Tiles multiply signed by signed: nothing is shifted.
 struct TileIntegers : Integers {
+  static constexpr int kParts = 1;
+
   static Bytes load(const int8_t* w) { return load_bytes(w); }
 
   template <class T>
@@ -36,6 +38,7 @@ struct TileIntegers : Integers {
 };
 
 struct TileBf16 {
+  static constexpr int kParts = 1;
   using Code = BFloat16;
   using Sum = float;
   using Sums = F32;
@@ -62,6 +65,39 @@ struct TileBf16 {
   }
 };
 
+// fp32 is the sum of three bf16, exactly: 24 bits of it are 8 and 8 and 8.  The weight's codes are bf16, so that three
+// products are one of fp32, in a fifth of the time.  A row has the parts by turns, 64 bytes of each.
+struct TileFloats : TileBf16 {
+  static constexpr int kParts = 3;
+  struct Code {
+    BFloat16 parts[kParts];
+  };
+
+  template <class T>
+  static void prepare(const T* x, int64_t k, Header&, Code* row) {
+    auto* to = reinterpret_cast<BFloat16*>(row);
+    for (int64_t i = 0; i < k; i += kStep, to += kParts * kStep)
+      for (int half = 0; half < kStep; half += kLanes) {
+        const int64_t left = k - i - half;
+        F32 rest = left > 0 ? load_at_most(x + i + half, left) : F32{};
+        for (int part = 0; part < kParts; ++part) rest = split(rest, to + part * kStep + half);
+      }
+  }
+
+ private:
+  // The upper half of each number goes to `upper`; what it lacks is returned, nothing for NaN and infinity.
+  static F32 split(F32 x, BFloat16* upper) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const auto bits = bits_as<U32>(x);
+    const auto is_nan = bits_as<U32>(x != x);
+    const U32 kept = (bits & 0xffff0000u) | (is_nan & 0x400000u);  // a NaN with nothing up there stays one
+    const Halves halves = __builtin_convertvector(kept >> 16, Halves);
+    std::memcpy(upper, &halves, sizeof(halves));
+    const auto finite = bits_as<U32>((bits & 0x7f800000u) != 0x7f800000u);
+    return bits_as<F32>(bits_as<U32>(x - bits_as<F32>(kept)) & finite);
+  }
+};
+
 // Eight tiles of 16 rows of 64 bytes, until _tile_release().
 inline void configure_tiles() {
   struct alignas(64) {
@@ -82,41 +118,68 @@ struct Tiles {
     Session(const Session&) = delete;
   };
 
-  // Tiles 0 to 3 hold the sums, 4 and 5 x, 6 and 7 the panel.
+  // Tiles 0 to 3 hold the sums, 4 and 5 x, 6 and 7 the panel.  Of a row in parts the small ones are added up first, and
+  // those of a panel apart from the others: each sum is rounded less often beside a large one.
   template <class Scheme>
   static void rows(const char* x, int64_t stride, int rows, const Bytes* panel, int64_t groups, bool add,
                    typename Scheme::Sum* sums) {
-    constexpr int64_t kSumsStride = 2 * kVectorBytes, kPanelStride = 2 * kVectorBytes;
-    typename Scheme::Sum* const lower = sums + 16 * kSumsStride / 4;
-    const char* const x_lower = x + 16 * stride;
+    constexpr bool kApart = Scheme::kParts > 1;
+    alignas(64) typename Scheme::Sum apart[kApart ? kRowsAtOnce * kColumns : 1];
+    typename Scheme::Sum* const to = kApart && add ? apart : sums;
     std::atomic_signal_fence(std::memory_order_seq_cst);  // the intrinsics do not say that they read memory
-    if (add) {
-      _tile_loadd(0, sums, kSumsStride);
-      _tile_loadd(1, sums + 16, kSumsStride);
-      _tile_loadd(2, lower, kSumsStride);
-      _tile_loadd(3, lower + 16, kSumsStride);
+    if (add && !kApart) {
+      load_sums(sums);
     } else {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
     }
+    for (int part = Scheme::kParts - 1; part >= 0; --part)
+      add_products<Scheme>(x + part * kTileBytes, stride, rows, panel, groups);
+    store_sums(to);
+    if constexpr (kApart) {
+      if (!add) return;
+      for (int i = 0; i < rows * kColumns; i += kLanes) store(sums + i, load(sums + i) + load(apart + i));
+    }
+  }
+
+ private:
+  static constexpr int kColumns = 2 * kLanes;
+  static constexpr int64_t kTileBytes = 64, kSumsStride = kColumns * 4, kPanelStride = 2 * kVectorBytes;
+
+  template <class Scheme>
+  static void add_products(const char* x, int64_t stride, int rows, const Bytes* panel, int64_t groups) {
+    const char* const lower = x + 16 * stride;
     for (int64_t g = 0; g < groups; g += kGroupsPerTile) {
+      const int64_t at = Scheme::kParts * 4 * g;
       _tile_loadd(6, panel + 2 * g, kPanelStride);
-      _tile_loadd(4, x + 4 * g, stride);
+      _tile_loadd(4, x + at, stride);
       Scheme::template multiply_tiles<0>();
       _tile_loadd(7, panel + 2 * g + 1, kPanelStride);
       Scheme::template multiply_tiles<1>();
       if (rows > 16) {
-        _tile_loadd(5, x_lower + 4 * g, stride);
+        _tile_loadd(5, lower + at, stride);
         Scheme::template multiply_tiles<2>();
         Scheme::template multiply_tiles<3>();
       }
     }
+  }
+
+  template <class Sum>
+  static void load_sums(const Sum* sums) {
+    _tile_loadd(0, sums, kSumsStride);
+    _tile_loadd(1, sums + 16, kSumsStride);
+    _tile_loadd(2, sums + 16 * kColumns, kSumsStride);
+    _tile_loadd(3, sums + 16 * kColumns + 16, kSumsStride);
+  }
+
+  template <class Sum>
+  static void store_sums(Sum* sums) {
     _tile_stored(0, sums, kSumsStride);
     _tile_stored(1, sums + 16, kSumsStride);
-    _tile_stored(2, lower, kSumsStride);
-    _tile_stored(3, lower + 16, kSumsStride);
+    _tile_stored(2, sums + 16 * kColumns, kSumsStride);
+    _tile_stored(3, sums + 16 * kColumns + 16, kSumsStride);
   }
 };
 

@@ -2,7 +2,8 @@
 // share x, such as q, k, v or gate, up: x is prepared once and the threads are woken once.
 //
 // Weights are read as they are stored, fp32, bf16, fp16 or int8.  Floating x is multiplied in fp32 (bf16 with bf16 or
-// int8 also by instructions that multiply bf16 and add in fp32); under w8a8 each row of x is rounded to int8 first, as
+// int8, and the three bf16 that an fp32 is the sum of with int8, also by instructions that multiply bf16 and add in
+// fp32); under w8a8 each row of x is rounded to int8 first, as
 // the op quantize_int8 does, or given as codes (x_q), and the sum of integer products is exact.
 #pragma once
 
@@ -46,9 +47,10 @@ struct LinearParams {
 };
 
 // Bytes from one row of x to the next in the workspace, where it is padded with zeros to whole vectors of any
-// instruction set.  An odd number of cache lines: rows 4096 bytes apart would share a few lines of the L1 cache.
+// instruction set, with room for int16 codes or three bf16 for each fp32.  An odd number of cache lines: rows 4096
+// bytes apart would share a few lines of the L1 cache.
 constexpr int64_t linear_row_bytes(int64_t k, bool w8a8) {
-  return ((k + 63) / 64 * (w8a8 ? 2 : 4) | 1) * 64;
+  return ((k + 63) / 64 * (w8a8 ? 2 : 6) | 1) * 64;
 }
 
 // Rows are prepared in blocks of 32, each row with its scale and a correction of its sums.
