@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.backends.cuda import CUDA, _plan
+from llmkern.backends.cuda import _plan
+from llmkern.backends.cuda._declare import serves
 from llmkern.backends.cuda._heads import DTYPES, MAX_LENGTH, refuse_heads
-from llmkern.dispatch import implements
-from llmkern.library import native
 
 
 def _refuse(
@@ -19,11 +18,4 @@ def _refuse(
     return refuse_heads(sinks, q=q, k_cache=k_cache, v_cache=v_cache)
 
 
-implements(
-    "attention_decode",
-    CUDA,
-    dtypes=DTYPES,
-    min_capability=(8, 0),
-    refuse=_refuse,
-    describe=_plan.attention_decode,
-)(native("attention_decode"))
+serves("attention_decode", dtypes=DTYPES, refuse=_refuse, describe=_plan.attention_decode)
