@@ -67,6 +67,31 @@ py::dict attention(const Shape& shape, int sm_count) {
   return plan;
 }
 
+constexpr std::pair<GradientPart, const char*> kGradientParts[] = {{GradientPart::row_sums, "attention_row_sums"},
+                                                                   {GradientPart::dq, "attention_dq"},
+                                                                   {GradientPart::dkv, "attention_dkv"},
+                                                                   {GradientPart::dk, "attention_dk"},
+                                                                   {GradientPart::dv, "attention_dv"},
+                                                                   {GradientPart::dmask, "attention_dmask"}};
+
+constexpr bool has_gradient_part(int dim, GradientPart part) {
+  const bool apart = part == GradientPart::dk || part == GradientPart::dv;
+  return dim == 256 ? part != GradientPart::dkv : !apart;
+}
+
+py::dict gradient(GradientPart part, const char* name, const Shape& shape) {
+  of_length(shape, 6, "batch, heads, kv_heads, queries, keys, head_dim");
+  const AttentionBackwardPlan p = plan_attention_backward(shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]);
+  if (!has_gradient_part(p.dim, part))
+    throw std::invalid_argument("plan: " + std::to_string(shape[5]) + " dimensions need no " + name);
+  const bool of_queries = part == GradientPart::row_sums || part == GradientPart::dq;
+  const GradientTile tile = gradient_tile(p.dim, part);
+  py::dict plan =
+      launched(name, of_queries ? p.query_blocks : p.key_blocks, tile.threads(), tile.shared_bytes, tile.residency());
+  plan["tile"] = py::make_tuple(tile.own, tile.step), plan["stages"] = 2;
+  return plan;
+}
+
 py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
   const int vector = aligned ? 16 / element_bytes : 1;
   if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
@@ -83,9 +108,12 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
   }
   if (kernel == "attention") return attention(shape, sm_count);
   if (kernel == "attention_decode") return decode(shape, element_bytes, sm_count);
+  for (const auto& [part, name] : kGradientParts)
+    if (kernel == name && part != GradientPart::dmask) return gradient(part, name, shape);
   throw std::invalid_argument(
       "plan: " + kernel +
-      " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul, attention, attention_decode");
+      " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul, attention, "
+      "attention_decode, attention_row_sums, attention_dq, attention_dkv, attention_dk, attention_dv");
 }
 
 // function: what profilers and cuobjdump call it, with * for what differs between instantiations.
@@ -143,6 +171,20 @@ py::list kernels() {
           std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) + "x" + std::to_string(dim);
       add("attention", function.c_str(), text.c_str(), tile.residency(), tile.shared_bytes(), tile.stages, kAny);
     }
+  for (const int dim : {64, 128, 256})
+    for (const auto& [part, name] : kGradientParts) {
+      if (!has_gradient_part(dim, part)) continue;
+      const GradientTile tile = gradient_tile(dim, part);
+      const std::string arguments = "<*, " + std::to_string(dim), number = std::to_string(static_cast<int>(part));
+      const std::string function = part == GradientPart::dmask ? "attention_dmask_kernel" + arguments + ">"
+                                                               : "attention_gradient_kernel" + arguments +
+                                                                     ", (llmkern::GradientPart)" + number + ">";
+      const std::string text = std::to_string(tile.own) + "x" + std::to_string(tile.step) + "x" + std::to_string(dim);
+      const int stages = part == GradientPart::dmask ? 1 : 2;
+      add(name, function.c_str(), text.c_str(), tile.residency(), tile.shared_bytes, stages, kAny);
+    }
+  add("attention_prepare", "attention_prepare_kernel<*>", "8 queries", kGradientRows, 0, 1, kAny);
+  add("attention_sink", "attention_sink_kernel", "a head", kGradientRows, kRowSharedBytes, 1, kAny);
   return table;
 }
 
@@ -154,10 +196,10 @@ void define_plans(py::module_& m) {
         "What the launcher of a CUDA kernel would launch: the kernel, blocks, threads, shared memory, and how many of\n"
         "the blocks fit onto an SM of compute capability 8.0.\n\n"
         "shape: rows, hidden of norm, quantize_int8, activate and activate_codes; positions, heads, dim, rotary_dim of "
-        "rope; m, n, k of "
-        "int8_matmul; batch, heads, kv_heads, queries, keys, dim, value_dim, masked (by attn_mask: 1, else 0) of "
-        "attention; batch, kv_heads, rows (packed queries of a key head), keys, dim of "
-        "attention_decode.\nelement_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
+        "rope; m, n, k of int8_matmul; batch, heads, kv_heads, queries, keys, dim, value_dim, masked (by attn_mask: 1, "
+        "else 0) of attention; batch, kv_heads, rows (packed queries of a key head), keys, dim of attention_decode; "
+        "batch, heads, kv_heads, queries, keys, head_dim of attention_dq and the other parts of attention's backward.\n"
+        "element_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
   m.def(
       "kernels", &kernels,
       "The CUDA kernels: tile, most threads, shared memory, stages and what they need; the registers that a thread may "

@@ -21,6 +21,10 @@ inline uint32_t cvta_to_shared(const void* p) {
   return simt::to_shared_address(p);
 }
 
+inline int laneid() {
+  return simt::lane();
+}
+
 // ---- barriers
 
 inline void bar_sync(int barrier, int threads) {

@@ -39,6 +39,12 @@ WANTED = {
     r"attention_kernel<": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.*128", "STG.E.128"],
     r"attention_decode_kernel<": ["HMMA.16816.F32", "LDGSTS.E.*128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "STG.E.128"],
     r"combine_kernel<": ["LDG.E.128"],
+    r"attention_gradient_kernel<.*\)0>": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.*128"],
+    r"attention_gradient_kernel<.*\)[1-4]>": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.*128"]
+    + ["STG.E.128"],
+    r"attention_dmask_kernel": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.*128"],
+    r"attention_prepare_kernel": ["LDG.E.128"],
+    r"attention_sink_kernel": [],  # a float for each query
 }
 
 

@@ -97,6 +97,24 @@ def test_attention(shape: tuple[int, ...], tile: tuple[int, int, int], blocks: i
     assert (plan["threads"], plan["blocks_per_sm"]) == (entry["threads"], entry["blocks_per_sm"])
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 136, 256])
+def test_the_backward_of_attention(head_dim: int) -> None:
+    """Each query and key is in one block; shared memory is enough of every GPU since sm_80: 99 KiB."""
+    wide = head_dim > 128
+    of_keys = ["attention_dk", "attention_dv"] if wide else ["attention_dkv"]
+    for kernel in ("attention_row_sums", "attention_dq", *of_keys):
+        plan = _C.plan(kernel, [2, 12, 4, 1000, 3000, head_dim])
+        own, step = plan["tile"]
+        assert plan["blocks"] == (-(-3000 // own) * 2 * 4 if kernel in of_keys else -(-1000 // own) * 2 * 12)
+        assert plan["shared_bytes"] <= 99 * 1024
+        assert own % (plan["threads"] // 2) == 0  # 16 rows for each warp, or 32
+        padded = 64 if head_dim <= 64 else 256 if wide else 128
+        (entry,) = [e for e in _C.kernels() if (e["name"], e["tile"]) == (kernel, f"{own}x{step}x{padded}")]
+        assert plan["blocks_per_sm"] == entry["blocks_per_sm"]
+    with pytest.raises(ValueError, match=f"{head_dim} dimensions need no attention_d"):
+        _C.plan("attention_dkv" if wide else "attention_dk", [1, 1, 1, 1, 1, head_dim])
+
+
 def test_every_kernel_that_is_planned_is_in_the_table() -> None:
     table = {(kernel["name"], kernel["tile"]) for kernel in _C.kernels()}
     asked = {"norm", "quantize_int8", "activate", "activate_codes", "rope", "int8_matmul", "int8_decode"}

@@ -186,6 +186,16 @@ struct Band {
     return query >= queries ? 0 : last < keys ? last + 1 : keys;
   }
 
+  // The other way round: key j is seen by queries first_query(j) to last_query(j).
+  __device__ __forceinline__ int first_query(int key) const {
+    const int first = key - right - (keys - queries);
+    return first > 0 ? first : 0;
+  }
+  __device__ __forceinline__ int last_query(int key) const {
+    const int last = key + left - (keys - queries);
+    return last < queries ? last : queries - 1;
+  }
+
  private:
   LLMKERN_HOST_DEVICE static int limit(int64_t window) {
     return static_cast<int>(window < 0 || window > kGpuMaxLength ? kGpuMaxLength : window);

@@ -17,6 +17,13 @@ __device__ __forceinline__ uint32_t cvta_to_shared(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Read anew at each call: nothing that is computed from it outlives a loop's step in registers.
+__device__ __forceinline__ int laneid() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // ---- barriers of `threads` of the block's threads, a multiple of 32
 
 LLMKERN_PTX bar_sync(int barrier, int threads) {

@@ -200,6 +200,11 @@ constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, int s
   return in_parts(enough ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile), k, kLeast, sm_count);
 }
 
+// The instantiated head dimensions, to which others are padded with zeros.
+constexpr int padded_head_dim(int64_t dim) {
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
 // For attention_decode: a block has packed queries of one key head (those of all its query heads), 16 for each warp,
 // and takes 16 keys for each warp in a step.  With up to 16 queries each warp is a team of its own, which has these
 // queries and 16 of the keys; with more, all warps are one team.
@@ -246,7 +251,7 @@ constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_he
                                                     int64_t dim, int element_bytes, int sm_count) {
   constexpr auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AttentionDecodePlan plan{};
-  plan.tile = {dim <= 64 ? 64 : dim <= 128 ? 128 : 256, element_bytes, rows > 16};
+  plan.tile = {padded_head_dim(dim), element_bytes, rows > 16};
   const AttentionDecodeTile& tile = plan.tile;
   plan.row_tiles = static_cast<int>(quotient(rows, tile.rows()));
   const int64_t tasks = std::max<int64_t>(batch * kv_heads * plan.row_tiles, 1);
@@ -323,6 +328,52 @@ constexpr AttentionPlan plan_attention(int64_t batch, int64_t heads, int64_t kv_
   plan.heads_at_once =
       static_cast<int>(std::min(std::max<int64_t>(kAttentionCacheBytes / head_bytes, 1) * group, batch * heads));
   return plan;
+}
+
+// attention_backward's kernels: a block keeps `own` rows of queries (row_sums, dq) or of keys (dkv, dk, dv) and walks
+// the others in steps, of which two are in shared memory.
+enum class GradientPart : int8_t { row_sums, dq, dkv, dk, dv, dmask };
+
+struct GradientTile {
+  int own, step, warps, resident, shared_bytes;
+
+  LLMKERN_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
+  LLMKERN_HOST_DEVICE constexpr Residency residency() const { return {threads(), resident}; }
+};
+
+// Every tile fits into the 99 KiB of GeForce and RTX cards.  A warp takes 32 rows where its sums, in fp32 registers,
+// are small enough, since then each operand that it reads from shared memory serves two products; else 16.  For 256
+// dimensions the sums for k and for v are beyond the registers together, so that each has a kernel.
+LLMKERN_HOST_DEVICE constexpr GradientTile gradient_tile(int dim, GradientPart part) {
+  const bool row_sums = part == GradientPart::row_sums, dq = part == GradientPart::dq;
+  GradientTile tile{
+      .own = dim == 256 ? 64 : 128, .step = 32, .warps = dim == 128 ? 8 : 4, .resident = 1, .shared_bytes = 0};
+  if (dim == 256 && (dq || part == GradientPart::dk)) tile.step = 16;
+  if (part == GradientPart::dmask) {  // of 64 queries and 32 keys, which both change with each step
+    tile = {.own = 64, .step = 32, .warps = 4, .resident = dim == 256 ? 1 : 3, .shared_bytes = 0};
+    tile.shared_bytes = 2 * dim * 2 * (tile.own + tile.step);
+    return tile;
+  }
+  if (dim == 64) tile.resident = row_sums ? 5 : 2;
+  if (dim > 64 && row_sums) tile.resident = dim == 128 ? 3 : 2;
+  const int kept = row_sums || part == GradientPart::dv ? 1 : 2, walked = row_sums ? 1 : 2;
+  tile.shared_bytes = 2 * dim * (kept * tile.own + 2 * walked * tile.step);
+  if (!row_sums) tile.shared_bytes += 3 * 4 * (dq ? tile.own : 2 * tile.step);  // three numbers of each query
+  return tile;
+}
+
+constexpr Residency kGradientRows{256, 8};  // of what is done once for each query
+
+struct AttentionBackwardPlan {
+  int dim;                           // of the kernels
+  int64_t query_blocks, key_blocks;  // of the kernels that own queries, and of those that own keys
+};
+
+constexpr AttentionBackwardPlan plan_attention_backward(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries,
+                                                        int64_t keys, int64_t head_dim) {
+  const int dim = padded_head_dim(head_dim);
+  const int own = gradient_tile(dim, GradientPart::dq).own;
+  return {dim, (queries + own - 1) / own * batch * heads, (keys + own - 1) / own * batch * kv_heads};
 }
 
 }  // namespace llmkern
