@@ -1,8 +1,4 @@
-#include "llmkern/attention.h"
-
-#include <vector>
-
-#include "heads.h"
+#include "attention.h"
 
 namespace llmkern {
 namespace {
@@ -20,74 +16,19 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& sinks,
                                      bool causal, double sm_scale, std::vector<int64_t> window, double softcap,
                                      bool return_lse) {
+  const AttentionCall call{q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap};
   check_heads(kOp, q, k, v);
-  const bool is_bool = attn_mask && attn_mask->scalar_type() == ScalarType::Bool;
   const int64_t longest = std::max(q.size(0) * q.size(1) * q.size(2), k.size(2));
-  if (!served_dtype(q) || !served_vectors(q) || !served_vectors(k) || !served_vectors(v) || !kernel_types(q, sinks) ||
-      (attn_mask && !is_bool && !dtype_of(*attn_mask)) || k.scalar_type() != q.scalar_type() ||
-      v.scalar_type() != q.scalar_type() || longest > kMaxLength)
+  if (!call.has_served_types() || !served_vectors(q) || !served_vectors(k) || !served_vectors(v) ||
+      longest > kMaxLength)
     return call_reference<std::tuple<Tensor, Tensor>>(kOp, q, k, v, attn_mask, key_padding_mask, sinks, causal,
                                                       sm_scale, window, softcap, return_lse);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  STD_TORCH_CHECK(k.size(0) == batch, kOp, ": k has batch size ", k.size(0), ", q has ", batch);
-  STD_TORCH_CHECK(window.size() == 2, kOp, ": window must have two elements");
+  AttentionParams p = attention_params(kOp, call);
   Tensor out = out_like(q, v.size(3));
   Tensor lse = lse_like(q, return_lse);
-  AttentionParams p{
-      .q = q.const_data_ptr(),
-      .k = k.const_data_ptr(),
-      .v = v.const_data_ptr(),
-      .out = out.mutable_data_ptr(),
-      .lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr,
-      .mask = nullptr,
-      .key_padding = nullptr,
-      .sinks = sinks_of(kOp, q, sinks),
-      .workspace = nullptr,
-      .q_strides = head_strides(q),
-      .k_strides = head_strides(k),
-      .v_strides = head_strides(v),
-      .out_strides = head_strides(out),
-      .mask_strides = {},
-      .padding_strides = {},
-      .batch = batch,
-      .heads = heads,
-      .kv_heads = k.size(1),
-      .queries = queries,
-      .keys = keys,
-      .dim = q.size(3),
-      .value_dim = v.size(3),
-      .window_left = window[0],
-      .window_right = window[1],
-      .dtype = *dtype_of(q),
-      .mask_dtype = attn_mask && !is_bool ? *dtype_of(*attn_mask) : DType::f32,
-      .sinks_dtype = sinks ? *dtype_of(*sinks) : DType::f32,
-      .mask_is_bool = is_bool,
-      .causal = causal,
-      .sm_scale = static_cast<float>(sm_scale),
-      .softcap = static_cast<float>(softcap),
-  };
-  if (attn_mask) {
-    const int64_t full[] = {batch, heads, queries, keys};
-    check_device(kOp, "attn_mask", *attn_mask);
-    STD_TORCH_CHECK(attn_mask->dim() == 4, kOp, ": attn_mask must have 4 dimensions");
-    int64_t strides[4];
-    for (int d = 0; d < 4; ++d) {
-      const int64_t size = attn_mask->size(d);
-      STD_TORCH_CHECK(size == full[d] || size == 1, kOp, ": attn_mask has size ", size, " in dimension ", d,
-                      ", expected 1 or ", full[d]);
-      strides[d] = size == 1 ? 0 : attn_mask->stride(d);
-    }
-    p.mask = attn_mask->const_data_ptr();
-    p.mask_strides = {strides[0], strides[1], strides[2], strides[3]};
-  }
-  if (key_padding_mask) {
-    check_device(kOp, "key_padding_mask", *key_padding_mask);
-    STD_TORCH_CHECK(key_padding_mask->scalar_type() == ScalarType::Bool && key_padding_mask->dim() == 2 &&
-                        key_padding_mask->size(0) == batch && key_padding_mask->size(1) == keys,
-                    kOp, ": key_padding_mask must be bool of shape [", batch, ", ", keys, "]");
-    p.key_padding = static_cast<const bool*>(key_padding_mask->const_data_ptr());
-    p.padding_strides = {key_padding_mask->stride(0), key_padding_mask->stride(1)};
-  }
+  p.out = out.mutable_data_ptr();
+  p.out_strides = head_strides(out);
+  if (return_lse) p.lse = static_cast<float*>(lse.mutable_data_ptr());
   launch_attention(p, Place(q));
   return {out, lse};
 }

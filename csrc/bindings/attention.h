@@ -18,9 +18,9 @@ struct AttentionCall {
 
   bool mask_is_bool() const { return attn_mask && attn_mask->scalar_type() == ScalarType::Bool; }
 
-  // Whether every element type is one that kernels have.
-  bool has_kernel_types() const {
-    return kernel_types(q, sinks) && (!attn_mask || mask_is_bool() || dtype_of(*attn_mask)) &&
+  // Whether kernels of this device take the element types.
+  bool has_served_types() const {
+    return served_dtype(q) && kernel_types(q, sinks) && (!attn_mask || mask_is_bool() || dtype_of(*attn_mask)) &&
            k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type();
   }
 };

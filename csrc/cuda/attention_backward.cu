@@ -108,7 +108,7 @@ template <bool kCapped, bool kHidden>
 __device__ __forceinline__ float logit_of(float product, const ScoreScale& scale, const Band& band,
                                           const ScoreMask& mask, int query, int key, float& slope) {
   float logit = kCapped ? scale.logit(product) : product * scale.sm_scale;
-  slope = kCapped ? 1.0f - (logit / scale.softcap) * (logit / scale.softcap) : 1.0f;
+  slope = kCapped ? 1.0f - (logit * scale.inverse_cap) * (logit * scale.inverse_cap) : 1.0f;
   if constexpr (kHidden) {
     const bool real = key < band.keys && !(mask.padding && mask.is_padding(key));
     if (!real || key < band.begin(query) || key >= band.end(query)) return minus_infinity();
@@ -142,7 +142,7 @@ __device__ __forceinline__ void store(T* out, int rows, int dim, const float (&s
 
 template <class T, int kDim, GradientPart kPart>
 __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient_tile(kDim, kPart).resident)
-    attention_gradient_kernel(const AttentionBackwardParams p) {
+    attention_gradient_kernel(const AttentionBackwardParams p, const Band band, const ScoreScale scale) {
   constexpr GradientTile kTile = gradient_tile(kDim, kPart);
   constexpr bool kOfKeys = kPart == GradientPart::dkv || kPart == GradientPart::dk || kPart == GradientPart::dv;
   constexpr bool kSumsOnly = kPart == GradientPart::row_sums;
@@ -154,7 +154,6 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
 
   const AttentionParams& f = p.forward;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = static_cast<int>(f.heads / f.kv_heads);
-  const Band band(f.queries, f.keys, f.window_left, f.window_right, f.causal);
 
   // The block's own rows, the longest walks of causal attention first: of the last queries, and of the first keys.
   const int own_length = kOfKeys ? band.keys : band.queries;
@@ -232,11 +231,12 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
   }
   ptx::cp_async_commit_group();
 
-  // This lane's own rows are own_row(i, h); of each step it has the walked rows column(j, c), as element 2 * h + c.
+  // A lane's own rows are own_row(lane, i, h); of each step it has the walked rows column(lane, j, c), as element
+  // 2 * h + c.
   const int warp_row = warp * 16 * kTiles;
-  auto own_row = [&](int i, int h) { return own_first + warp_row + 16 * i + 8 * h + lane / 4; };
-  auto column = [&](int j, int c) { return 8 * j + lane % 4 * 2 + c; };
-  const ScoreScale scale(f.sm_scale, f.softcap, true);
+  auto own_row = [&](int lane, int i, int h) { return own_first + warp_row + 16 * i + 8 * h + lane / 4; };
+  auto column = [](int lane, int j, int c) { return 8 * j + lane % 4 * 2 + c; };
+
   float sums[2][kTiles][kDim / 8][4] = {};  // one of them, or both, are not used and cost nothing
   float maxima[kTiles][2], totals[kTiles][2] = {};
 #pragma unroll
@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
     if (const Cursor following = next(at); following.member < members) copy_walked((step + 1) % 2, following);
     ptx::cp_async_commit_group();
 
+    const int lane = ptx::laneid();  // what depends on it is not kept in registers from step to step
     const uint32_t tiles = walked(step % 2), own_offset = warp_row * Tile<kDim>::kRowBytes;
     float s[kTiles][kColumns][4] = {};
     multiply<T, kDim>(s, own[0] + own_offset, tiles, lane);
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
     const bool all_visible = !mask.any() && band.begin(last_query) <= first_key && end_key <= band.end(first_query);
     const float* numbers = row_numbers + (kOfKeys ? step % 2 * kRowNumbers * kTile.step : 0);
     auto number = [&](RowNumber which, int i, int h, int j, int c) {
-      return kOfKeys ? ld_shared(numbers + which * kTile.step + column(j, c))
+      return kOfKeys ? ld_shared(numbers + which * kTile.step + column(lane, j, c))
                      : ld_shared(numbers + which * kTile.own + warp_row + 16 * i + 8 * h + lane / 4);
     };
     auto each = [&](const auto& f) {  // f(i, h, j) for each pair, c = 0 and 1, of this lane's scores
@@ -275,13 +276,12 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
     // P as an operand, and in `s` what of dS's factors does not depend on dP: P times the slope.
     uint32_t operands[kTiles][kColumns / 2][4];
     auto weigh = [&]<bool kCapped, bool kHidden>() {
-      const int fresh = kHidden ? ptx::laneid() : lane;
       each([&](int i, int h, int j) {
         [[maybe_unused]] float weights[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& score = s[i][j][2 * h + c];
-          const int own = own_first + warp_row + 16 * i + 8 * h + fresh / 4, other = at.first + column(j, c);
+          const int own = own_row(lane, i, h), other = at.first + column(lane, j, c);
           [[maybe_unused]] float slope;
           const float logit =
               logit_of<kCapped, kHidden>(score, scale, band, mask, kOfKeys ? other : own, kOfKeys ? own : other, slope);
@@ -327,8 +327,8 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
       for (int h = 0; h < 2; ++h) {
         const float maximum = fmaxf(quad_max(maxima[i][h]), sink[0]), shift = finite_shift(maximum);
         const float total = quad_sum(totals[i][h] * exp_approx(maxima[i][h] - shift)) + exp_approx(sink[0] - shift);
-        if (lane % 4 != 0 || own_row(i, h) >= band.queries) continue;
-        const int64_t row = rows_of(0) + own_row(i, h);
+        if (lane % 4 != 0 || own_row(lane, i, h) >= band.queries) continue;
+        const int64_t row = rows_of(0) + own_row(lane, i, h);
         st_global(row_number(p, kShift) + row, additive || total == 0.0f ? shift : shift + logf(total));
         st_global(row_number(p, kFactor) + row, additive && total != 0.0f ? 1.0f / total : 1.0f);
       }
@@ -353,14 +353,13 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
 template <class T, int kDim>
 __global__ void __launch_bounds__(gradient_tile(kDim, GradientPart::dmask).threads(),
                                   gradient_tile(kDim, GradientPart::dmask).resident)
-    attention_dmask_kernel(const AttentionBackwardParams p) {
+    attention_dmask_kernel(const AttentionBackwardParams p, const Band band, const ScoreScale scale) {
   constexpr GradientTile kTile = gradient_tile(kDim, GradientPart::dmask);
   constexpr int kRows = kTile.own, kColumns = kTile.step, kThreads = kTile.threads();
   constexpr int kRowBytes = Tile<kDim>::kRowBytes;
   static_assert(kRows == 16 * kTile.warps);
   const AttentionParams& f = p.forward;
   const auto& sizes = p.mask_sizes;
-  const Band band(f.queries, f.keys, f.window_left, f.window_right, f.causal);
   const bool one_row = sizes.query == 1, one_column = sizes.key == 1;
   const int row_tiles = one_row ? 1 : (band.queries + kRows - 1) / kRows;
   const int column_tiles = one_column ? 1 : (band.keys + kColumns - 1) / kColumns;
@@ -375,7 +374,6 @@ __global__ void __launch_bounds__(gradient_tile(kDim, GradientPart::dmask).threa
   const uint32_t q_tile = tiles, dout_tile = tiles + kRows * kRowBytes;
   const uint32_t k_tile = tiles + 2 * kRows * kRowBytes, v_tile = k_tile + kColumns * kRowBytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const ScoreScale scale(f.sm_scale, f.softcap, true);
 
   float sums[kColumns / 8][4] = {};
   auto add = [&](int batch, int head, int row, int column) {
@@ -501,41 +499,40 @@ __global__ void __launch_bounds__(kRowThreads, kGradientRows.blocks)
   if (threadIdx.x == 0) store_as(p.dsinks, f.sinks_dtype, head, total);
 }
 
-template <class T, int kDim, GradientPart kPart>
-void launch_part(const char* name, const AttentionBackwardParams& p, int64_t blocks, const Gpu& gpu) {
-  constexpr GradientTile kTile = gradient_tile(kDim, kPart);
-  if (blocks == 0) return;  // an empty grid is a launch error
-  const LaunchConfig config = {static_cast<unsigned>(blocks), kTile.threads(), kTile.shared_bytes};
-  launch(name, attention_gradient_kernel<T, kDim, kPart>, config, gpu, p);
-}
-
 template <class T, int kDim>
 void launch_parts(const AttentionBackwardParams& p, const AttentionBackwardPlan& plan, const Gpu& gpu) {
   const AttentionParams& f = p.forward;
-  const int64_t rows = f.batch * f.heads * f.queries;
+  const Band band(f.queries, f.keys, f.window_left, f.window_right, f.causal);
+  const ScoreScale scale(f.sm_scale, f.softcap, true);  // weights come from logits
+  auto start = [&]<GradientPart kPart>(const char* name, auto* kernel, int64_t blocks) {
+    constexpr GradientTile kTile = gradient_tile(kDim, kPart);
+    const LaunchConfig config = {static_cast<unsigned>(blocks), kTile.threads(), kTile.shared_bytes};
+    if (blocks > 0) launch(name, kernel, config, gpu, p, band, scale);  // an empty grid is a launch error
+  };
+  auto start_part = [&]<GradientPart kPart>(const char* name, int64_t blocks) {
+    start.template operator()<kPart>(name, attention_gradient_kernel<T, kDim, kPart>, blocks);
+  };
   if (!f.lse || is_additive(f))
-    launch_part<T, kDim, GradientPart::row_sums>("attention_row_sums", p, plan.query_blocks, gpu);
-  if (rows > 0) {
-    constexpr int kRows = kRowThreads / kLanes;
+    start_part.template operator()<GradientPart::row_sums>("attention_row_sums", plan.query_blocks);
+  constexpr int kRows = kRowThreads / kLanes;
+  if (const int64_t rows = f.batch * f.heads * f.queries; rows > 0)
     launch("attention_prepare", attention_prepare_kernel<T>,
            {static_cast<unsigned>((rows + kRows - 1) / kRows), kRowThreads}, gpu, p);
-  }
   if (p.dsinks)
     launch("attention_sink", attention_sink_kernel, {static_cast<unsigned>(f.heads), kRowThreads, kRowSharedBytes}, gpu,
            p);
   if constexpr (kDim == 256) {
-    launch_part<T, kDim, GradientPart::dk>("attention_dk", p, plan.key_blocks, gpu);
-    launch_part<T, kDim, GradientPart::dv>("attention_dv", p, plan.key_blocks, gpu);
+    start_part.template operator()<GradientPart::dk>("attention_dk", plan.key_blocks);
+    start_part.template operator()<GradientPart::dv>("attention_dv", plan.key_blocks);
   } else {
-    launch_part<T, kDim, GradientPart::dkv>("attention_dkv", p, plan.key_blocks, gpu);
+    start_part.template operator()<GradientPart::dkv>("attention_dkv", plan.key_blocks);
   }
-  launch_part<T, kDim, GradientPart::dq>("attention_dq", p, plan.query_blocks, gpu);
+  start_part.template operator()<GradientPart::dq>("attention_dq", plan.query_blocks);
   if (const auto& sizes = p.mask_sizes; p.dmask) {
     constexpr GradientTile kTile = gradient_tile(kDim, GradientPart::dmask);
     auto tiles = [](int64_t size, int tile) { return size == 1 ? 1 : (size + tile - 1) / tile; };
     const int64_t blocks = sizes.batch * sizes.head * tiles(sizes.query, kTile.own) * tiles(sizes.key, kTile.step);
-    const LaunchConfig config = {static_cast<unsigned>(blocks), kTile.threads(), kTile.shared_bytes};
-    if (blocks > 0) launch("attention_dmask", attention_dmask_kernel<T, kDim>, config, gpu, p);
+    start.template operator()<GradientPart::dmask>("attention_dmask", attention_dmask_kernel<T, kDim>, blocks);
   }
 }
 

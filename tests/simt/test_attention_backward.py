@@ -190,8 +190,11 @@ def test_rows_that_see_nothing_give_nothing(operators) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"q": torch.zeros(1, 1, 3, 59), "v": torch.zeros(1, 1, 3, 64)}, "q has head dimension 59; multiples of 8"),
-        ({"v": torch.zeros(1, 1, 3, 264)}, "v has head dimension 264; multiples of 8 up to 256 are taken"),
+        (
+            {"q": torch.zeros(1, 1, 3, 59), "v": torch.zeros(1, 1, 3, 64)},
+            "q has head dimension 59; only multiples of 8",
+        ),
+        ({"v": torch.zeros(1, 1, 3, 264)}, "v has head dimension 264; at most 256 is taken"),
         ({"sinks": torch.zeros(1, dtype=torch.float64)}, "sinks is torch.float64"),
         ({"sinks": torch.zeros(4, 2)[:, 0]}, "sinks is not contiguous"),
     ],

@@ -6,15 +6,12 @@ namespace llmkern {
 namespace {
 
 constexpr const char* kOp = "attention_backward";
-constexpr int64_t kUnit = 8, kMaxLength = int64_t{1} << 29;
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// t, or a copy where its vectors are not contiguous or do not begin at multiples of 16 bytes.
-Tensor aligned_vectors(const Tensor& t) {
-  bool fits = plain_vectors(t) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) fits &= t.size(d) == 1 || t.stride(d) % kUnit == 0;
-  if (fits) return t;
+// t, or a copy where kernels cannot read its vectors as they lie.
+Tensor readable(const Tensor& t) {
+  if (served_vectors(t)) return t;
   Tensor copy = new_tensor(t, t.sizes(), t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
@@ -42,15 +39,15 @@ Five attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
                         double sm_scale, std::vector<int64_t> window, double softcap, bool mask_grad) {
   const AttentionCall asked{q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap};
   check_heads(kOp, q, k, v);
-  auto takes = [](int64_t dim) { return dim > 0 && dim <= kMaxHeadDim && dim % kUnit == 0; };
-  if (!asked.has_kernel_types() || dtype_of(q) == DType::f32 || !takes(q.size(3)) || !takes(v.size(3)) ||
-      q.size(2) > kMaxLength || k.size(2) > kMaxLength)
+  auto takes = [](int64_t dim) { return dim > 0 && dim <= kMaxHeadDim && dim % kGpuDimUnit == 0; };
+  const int64_t longest = std::max(q.size(0) * q.size(1) * q.size(2), k.size(2));
+  if (!asked.has_served_types() || !takes(q.size(3)) || !takes(v.size(3)) || longest > kGpuMaxLength)
     return call_reference<Five>(kOp, dout, dlse, q, k, v, attn_mask, key_padding_mask, sinks, out, lse, causal,
                                 sm_scale, window, softcap, mask_grad);
   check_like_out("dout", dout, q, v);
   check_like_out("out", out, q, v);
-  const Tensor q_ = aligned_vectors(q), k_ = aligned_vectors(k), v_ = aligned_vectors(v);
-  const Tensor dout_ = aligned_vectors(dout), out_ = aligned_vectors(out);
+  const Tensor q_ = readable(q), k_ = readable(k), v_ = readable(v);
+  const Tensor dout_ = readable(dout), out_ = readable(out);
   const Tensor dlse_ = torch::stable::contiguous(dlse), lse_ = torch::stable::contiguous(lse);
   AttentionParams forward =
       attention_params(kOp, {q_, k_, v_, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap});

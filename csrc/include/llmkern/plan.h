@@ -348,6 +348,7 @@ LLMKERN_HOST_DEVICE constexpr GradientTile gradient_tile(int dim, GradientPart p
   const bool row_sums = part == GradientPart::row_sums, dq = part == GradientPart::dq;
   GradientTile tile{
       .own = dim == 256 ? 64 : 128, .step = 32, .warps = dim == 128 ? 8 : 4, .resident = 1, .shared_bytes = 0};
+  if (dim == 64 && part == GradientPart::dkv) tile.step = 16;  // 32 would spill registers
   if (dim == 256 && (dq || part == GradientPart::dk)) tile.step = 16;
   if (part == GradientPart::dmask) {  // of 64 queries and 32 keys, which both change with each step
     tile = {.own = 64, .step = 32, .warps = 4, .resident = dim == 256 ? 1 : 3, .shared_bytes = 0};

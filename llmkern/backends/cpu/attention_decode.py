@@ -16,16 +16,26 @@ MAX_ROWS_BF16 = 32
 heads 53/138, 48 rows 190/193; 64 rows by 2048 keys of 128 dimensions and 8 heads 22378/14886."""
 
 
-def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
-    """What both attention kernels refuse: vectors that are long or not contiguous, and sinks of other dtypes."""
+def refuse_long(**vectors: Tensor) -> str | None:
+    """None where every vector has a head dimension that the attention kernels hold."""
     for name, tensor in vectors.items():
         if tensor.shape[3] > MAX_HEAD_DIM:
             return f"{name} has head dimension {tensor.shape[3]}; at most {MAX_HEAD_DIM} is taken"
+    return None
+
+
+def refuse_sinks(sinks: Tensor | None) -> str | None:
+    """None where the attention kernels read these sinks."""
     if sinks is not None and sinks.dtype not in DTYPES:
         return f"sinks is {sinks.dtype}; float32, bfloat16 and float16 are taken"
     if sinks is not None and not sinks.is_contiguous():
         return "sinks is not contiguous"
-    return refuse_strided(**vectors)
+    return None
+
+
+def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
+    """What both attention kernels refuse: vectors that are long or not contiguous, and sinks of other dtypes."""
+    return refuse_long(**vectors) or refuse_sinks(sinks) or refuse_strided(**vectors)
 
 
 def _refuse(

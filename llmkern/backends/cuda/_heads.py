@@ -5,13 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkern.backends.cpu.attention_decode import refuse_heads as refuse_vectors
+from llmkern.backends.cpu._rows import refuse_strided
+from llmkern.backends.cpu.attention_decode import refuse_long, refuse_sinks
 
-__all__ = ["DTYPES", "MAX_LENGTH", "refuse_heads"]
+__all__ = ["DTYPES", "MAX_LENGTH", "refuse_dims", "refuse_heads", "refuse_lengths"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_LENGTH = 2**29
 """Keys and queries of a sequence are counted in 32 bits."""
+
+
+def refuse_lengths(q: Tensor, k: Tensor) -> str | None:
+    """None where `attention` and its backward can count keys, and queries of all heads."""
+    if k.shape[2] > MAX_LENGTH or q.shape[:3].numel() > MAX_LENGTH:
+        return f"{k.shape[2]} keys, {q.shape[:3].numel()} queries of all heads; at most {MAX_LENGTH} of each are taken"
+    return None
+
+
+def refuse_dims(**vectors: Tensor) -> str | None:
+    """None where head dimensions are in the units of tensor cores, and not too long."""
+    if reason := refuse_long(**vectors):
+        return reason
+    for name, tensor in vectors.items():
+        if tensor.shape[3] == 0 or tensor.shape[3] % 8:
+            return f"{name} has head dimension {tensor.shape[3]}; only multiples of 8 are taken"
+    return None
 
 
 def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
@@ -20,12 +38,10 @@ def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
     A tensor whose first element is elsewhere cannot be told from its form: the operator itself leaves it to the
     reference.
     """
-    reason = refuse_vectors(sinks, **vectors)
+    reason = refuse_dims(**vectors) or refuse_sinks(sinks) or refuse_strided(**vectors)
     if reason is not None:
         return reason
     for name, tensor in vectors.items():
-        if tensor.shape[3] == 0 or tensor.shape[3] % 8:
-            return f"{name} has head dimension {tensor.shape[3]}; only multiples of 8 are taken"
         for size, stride in zip(tensor.shape[:3], tensor.stride(), strict=False):
             if size > 1 and stride * tensor.element_size() % 16:
                 return (

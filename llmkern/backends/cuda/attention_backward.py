@@ -1,25 +1,21 @@
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from llmkern.backends.cpu._rows import DTYPES
+from llmkern.backends.cpu.attention_decode import refuse_sinks
 from llmkern.backends.cuda import CUDA
+from llmkern.backends.cuda._heads import DTYPES, refuse_dims, refuse_lengths
 from llmkern.dispatch import implements
 from llmkern.library import native
 
 
-def _refuse(q: Tensor, v: Tensor, sinks: Tensor | None, **_: object) -> str | None:
-    for name, tensor in (("q", q), ("v", v)):
-        if tensor.shape[3] % 8 or not 8 <= tensor.shape[3] <= 256:
-            return f"{name} has head dimension {tensor.shape[3]}; multiples of 8 up to 256 are taken"
-    if sinks is not None and sinks.dtype not in DTYPES:
-        return f"sinks is {sinks.dtype}; float32, bfloat16 and float16 are taken"
-    if sinks is not None and not sinks.is_contiguous():
-        return "sinks is not contiguous"
-    return None
+def _refuse(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **_: Any) -> str | None:
+    """Vectors that do not lie as the kernels want them are copied: a gradient comes as autograd makes it."""
+    return refuse_lengths(q, k) or refuse_dims(q=q, v=v) or refuse_sinks(sinks)
 
 
-implements("attention_backward", CUDA, dtypes=(torch.bfloat16, torch.float16), min_capability=(8, 0), refuse=_refuse)(
+implements("attention_backward", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=_refuse)(
     native("attention_backward")
 )
