@@ -18,6 +18,7 @@ from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn.int8_linear import is_conv1d, weight_out_in
 from llmkern.quantization.layers import find_layers, places_of, replace
 from llmkern.quantization.undo import undoing
+from llmkern.swap.derive import original_class
 
 __all__ = ["describe_in_config", "forget_in_config", "load_"]
 
@@ -32,7 +33,7 @@ def describe_in_config(model: nn.Module) -> None:
         return
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Int8Linear)]
     tables = [path for path, module in model.named_modules() if isinstance(module, Int8Embedding)]
-    left = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    left = [path for path, module in model.named_modules() if original_class(module) is nn.Linear]
     both = [path for path, module in layers if module.scheme != "w8a16"]
     weight_only = [path for path, module in layers if module.scheme == "w8a16"] + tables
     # Without a format of its own, a group that is weight-only would be read as packed into int32.

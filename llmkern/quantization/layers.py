@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmkern.checks import FLOATING
 from llmkern.nn.int8_linear import is_conv1d, weight_out_in
 from llmkern.ops.int8_matmul import MAX_K
+from llmkern.swap.derive import original_class
 
 __all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace", "why_not_plain_embedding", "why_skipped"]
 
@@ -120,7 +121,7 @@ def why_not_plain_embedding(module: nn.Embedding) -> str:
 
 
 def _why_not_plain(module: nn.Module) -> str:
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if original_class(module) is not nn.Linear and not is_conv1d(module):
         return f"a {type(module).__name__} may do more than nn.Linear does"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance, as accelerate's offloading does"

@@ -18,7 +18,7 @@ from llmkern.integrations.transformers.attention import register_once
 from llmkern.integrations.transformers.config_view import is_view, original_of, view_of
 from llmkern.memory import move_to_huge_pages_
 from llmkern.swap import derive
-from llmkern.swap.found import Found
+from llmkern.swap.found import Found, linear_like
 from llmkern.swap.report import SwapReport, SwapRow
 from llmkern.swap.rules import RULES
 
@@ -44,6 +44,7 @@ def optimize_(
     norms: bool = True,
     mlp: bool = True,
     rope: bool = True,
+    linear: bool = True,
     kv_cache: Literal["auto", "int8"] | None = "auto",
     huge_pages: bool = True,
     filter_fn: FilterFn | None = None,
@@ -51,7 +52,8 @@ def optimize_(
 ) -> SwapReport:
     """Swap llmkern's ops into `model`, in place and in this instance only.
 
-    attention, norms, mlp, rope: which kinds of modules to swap (mlp includes GELU modules).
+    attention, norms, mlp, rope, linear: which kinds of modules to swap (mlp includes GELU modules; linear are large
+        layers on the CPU that belong to none of the others, output heads above all).
     kv_cache: the cache that the model makes where the caller gives and chooses none.  "auto": on the CPU an
         `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; transformers' own for
         encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
@@ -68,7 +70,14 @@ def optimize_(
     the model as it was.
     """
     _check(model, filter_fn, kv_cache, on_unsupported)
-    switches = {"attention": attention, "norms": norms, "mlp": mlp, "rope": rope, "kv_cache": kv_cache}
+    switches = {
+        "attention": attention,
+        "norms": norms,
+        "mlp": mlp,
+        "rope": rope,
+        "linear": linear,
+        "kv_cache": kv_cache,
+    }
     sites = _without_partial(list(_sites(model, switches, filter_fn)))
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
@@ -162,6 +171,8 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
                     excluded = excluded or found.reason  # nobody has asked for what it cannot have
             if found.kind == "mlp" and not found.reason and not excluded:
                 absorbed |= {id(child) for child in module.children()}  # its activation is no longer called
+            if found.is_whole and not excluded:
+                absorbed |= {id(child) for child in module.modules() if linear_like(child)}  # nor are these
             yield _Site(path, module, found, excluded)
 
 
