@@ -85,6 +85,7 @@ __global__ void exchanges(const int* in, int argument, int* out) {
   st_global(out + 224 + lane, __reduce_add_sync(0xffffffffu, value));
   st_global(out + 288 + lane, __any_sync(0xffffffffu, value == 7) + 2 * __all_sync(0xffffffffu, value < 1000));
   st_global(out + 256 + lane, static_cast<int>(__byte_perm(value, ~value, 0x4152)));
+  st_global(out + 320 + lane, ptx::laneid());
 }
 
 __global__ void arithmetic(const float* in, float* out) {

@@ -170,7 +170,7 @@ def test_cp_async_wait_group_waits_for_all_but_the_newest(instructions) -> None:
 def test_exchanges(instructions, seed: int) -> None:
     values = torch.randint(-1000, 1000, (32,), dtype=torch.int32)
     values[7] = 7
-    out = torch.zeros(10, 32, dtype=torch.int32)
+    out = torch.zeros(11, 32, dtype=torch.int32)
     instructions.set(seed=seed)
     assert instructions.run("run_exchanges", values, 5, out) == ""
     lane = torch.arange(32)
@@ -189,6 +189,7 @@ def test_exchanges(instructions, seed: int) -> None:
         values.sum().expand(32),
         permuted.view(32, 4).contiguous().view(torch.int32).flatten(),
         torch.full((32,), 1 + 2),
+        lane,
     ]
     assert torch.equal(out, torch.stack([row.to(torch.int32) for row in expected]))
 
