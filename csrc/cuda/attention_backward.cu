@@ -6,16 +6,16 @@
 //           dkv        own rows are keys: K, V are kept, Q, dO of the group's heads walked   dK += dSᵀ·Q, dV += Pᵀ·dO
 //           dk, dv     the same apart, for 256 dimensions
 //           dq         own rows are queries: Q, dO are kept, K, V walked                     dQ += dS·K
-//           dmask      own is a tile of the mask
-//           Row sums and the gradients of q, k and v are one kernel, for whose two pairs of operands, own[0] and
-//           own[1], walked[0] and walked[1]:  S = own[0] · walked[0]ᵀ,  dP = own[1] · walked[1]ᵀ  and then sums[0] +=
-//           dS · walked[0],  sums[1] += P · walked[1]
-// tiles     a GradientTile (llmkern/plan.h): own rows x steps of walked rows; mma.m16n8k16, a warp for 16 or 32 own
-// rows.
-//           S and dP come out of the tensor cores where the next products want their left operands: in registers
-// smem      own tiles | 2 stages of walked tiles (common/attention.cuh's Tile) and, for keys, of three numbers per
-// query steps     what the own rows cannot see is not visited; steps that nothing hides take a path without masks needs
-// sm_80; head dimensions in multiples of 8 up to 256, rows of 16-byte aligned vectors
+//           dmask      own is a tile of the mask                                             dmask += dS
+//           Row sums and the gradients of q, k and v are one kernel, for whose two pairs of operands
+//             S = own[0] · walked[0]ᵀ,  dP = own[1] · walked[1]ᵀ
+//             sums[0] += dS · walked[0],  sums[1] += P · walked[1]
+// tiles     a GradientTile (llmkern/plan.h): own rows x steps of walked rows; mma.m16n8k16, a warp for 16 or 32 of
+//           the own rows.  S and dP come out of the tensor cores where the next products want their left operands
+// smem      own tiles | 2 stages of walked tiles (common/attention.cuh's Tile) | three numbers of each query that is
+//           kept, or of each in both stages
+// steps     what the own rows cannot see is not visited; steps that nothing hides take a path without masks
+// needs     sm_80; head dimensions in multiples of 8 up to 256, vectors aligned to 16 bytes
 #include "llmkern/attention_backward.h"
 
 #include "common/attention.cuh"

@@ -331,7 +331,7 @@ constexpr AttentionPlan plan_attention(int64_t batch, int64_t heads, int64_t kv_
 }
 
 // attention_backward's kernels: a block keeps `own` rows of queries (row_sums, dq) or of keys (dkv, dk, dv) and walks
-// the others in steps, of which two are in shared memory.
+// the others in steps, of which two are in shared memory; or a tile of the mask (dmask).
 enum class GradientPart : int8_t { row_sums, dq, dkv, dk, dv, dmask };
 
 struct GradientTile {
