@@ -157,6 +157,7 @@ def linear_arguments(
     found: list[Tensor | None] = []
     dtype = like.dtype
     schemes: list[str | None] = []  # None for a floating-point weight
+    resolved: dict[str, str] = {}
     for path, rows in linears:
         layer = _at(module, path)
         cls, state = type(layer), layer.__dict__
@@ -167,7 +168,9 @@ def linear_arguments(
         parameters = state["_parameters"]
         weight, bias, scale, scheme = parameters["weight"], parameters["bias"], None, None
         if cls is Int8Linear:
-            scale, scheme = layer._buffers["weight_scale"], resolve_scheme(layer._scheme, like)
+            scale, scheme = layer._buffers["weight_scale"], resolved.get(layer._scheme)
+            if scheme is None:
+                scheme = resolved[layer._scheme] = resolve_scheme(layer._scheme, like)
         elif weight.dtype is not dtype:
             raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
         if type(weight) not in _PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
