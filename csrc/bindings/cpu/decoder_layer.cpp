@@ -2,9 +2,7 @@
 //   norm → q, k, v → head norms → rope → cache → attention → o + residual → norm → gate, up → activation → down + sum
 // Rounding to int8 happens where a row is made, not where it is read; a step of decoding copies nothing of the past.
 #include "layer.h"
-#include "llmkern/activate.h"
 #include "llmkern/add.h"
-#include "llmkern/attention.h"
 #include "llmkern/attention_decode.h"
 #include "llmkern/kv_cache.h"
 #include "llmkern/rope.h"
@@ -39,48 +37,28 @@ HeadStrides strides_of(const Tensor& cache) {
   return {cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
-class DecoderLayer {
+class DecoderLayer : Layer {
  public:
   explicit DecoderLayer(const Call& call)
-      : c_(call),
-        dtype_(*dtype_of(call.hidden)),
-        batch_(call.hidden.size(0)),
-        length_(call.hidden.size(1)),
-        size_(call.hidden.size(2)),
-        rows_(batch_ * length_),
-        dim_(call.head_dim),
-        heads_(call.q.n() / dim_),
-        kv_heads_(call.k.n() / dim_),
-        end_(call.past + length_),
+      : Layer(kOp, call.hidden, call.mask, call.q.n() / call.head_dim, call.k.n() / call.head_dim, call.head_dim,
+              call.past + call.hidden.size(1)),
+        c_(call),
         cached_(call.k_cache.has_value()),
-        int8_cache_(call.k_cache_scale.has_value()),
-        mask_(mask_of(kOp, call.mask, {batch_, heads_, length_, end_})),
-        products_(call.hidden, rows_) {}
+        int8_cache_(call.k_cache_scale.has_value()) {}
 
   Tensor run() {
-    Tensor out = torch::stable::new_empty(c_.hidden, c_.hidden.sizes());
+    Tensor out = torch::stable::new_empty(hidden_, hidden_.sizes());
     if (rows_ == 0 || size_ == 0) return out;
-    Scratch counted;
-    place(counted);
-    Tensor block = torch::stable::new_empty(c_.hidden, {counted.used()}, ScalarType::Byte);
-    Scratch scratch(static_cast<char*>(block.mutable_data_ptr()));
-    place(scratch);
-    const Matrix hidden{.data = const_cast<void*>(c_.hidden.const_data_ptr()), .stride = size_};
-    attend(hidden);
-    return feed_forward(hidden, out);
+    allocate([this](Scratch& scratch) { place(scratch); });
+    attend();
+    return feed_forward(out);
   }
 
  private:
-  Matrix matrix(Scratch& scratch, int64_t columns) {
-    return {.data = scratch.take(rows_ * columns * element_bytes()), .stride = columns};
-  }
-
   Matrix numbers_or_codes(Scratch& scratch, int64_t columns, bool codes) {
     if (!codes) return matrix(scratch, columns);
     return {.codes = scratch.take<int8_t>(rows_ * columns), .scale = scratch.take<float>(rows_)};
   }
-
-  int64_t element_bytes() const { return dtype_ == DType::f32 ? 4 : 2; }
 
   void place(Scratch& scratch) {
     const int64_t q = c_.q.n(), kv = c_.k.n(), inner = c_.gate.n();
@@ -93,15 +71,15 @@ class DecoderLayer {
     gate_ = matrix(scratch, inner), up_ = matrix(scratch, inner);
     inner_ = products_.takes_codes({c_.down}) ? numbers_or_codes(scratch, inner, true) : gate_;
     if (reads_codes()) {
-      read_k_ = scratch.take(batch_ * kv_heads_ * end_ * dim_ * element_bytes());
-      read_v_ = scratch.take(batch_ * kv_heads_ * end_ * dim_ * element_bytes());
+      read_k_ = scratch.take(batch_ * kv_heads_ * keys_ * dim_ * element_bytes());
+      read_v_ = scratch.take(batch_ * kv_heads_ * keys_ * dim_ * element_bytes());
     }
     attention_workspace_ = scratch.take(decodes() ? attention_decode_workspace_bytes(decode_params())
                                                   : attention_workspace_bytes(attention_params()));
   }
 
-  void attend(const Matrix& hidden) {
-    norm(hidden, nullptr, c_.input_norm, x_, nullptr);
+  void attend() {
+    norm(norm_params(input(), c_.input_norm, x_));
     products_(x_, {c_.q, c_.k, c_.v}, {&q_, &k_, &v_});
     if (c_.q_norm) head_norm(q_, *c_.q_norm, heads_);
     if (c_.k_norm) head_norm(k_, *c_.k_norm, kv_heads_);
@@ -121,15 +99,18 @@ class DecoderLayer {
     }
   }
 
-  Tensor feed_forward(const Matrix& hidden, Tensor& out) {
+  Tensor feed_forward(Tensor& out) {
     if (products_.native(c_.o)) {
-      products_.add(attended_, c_.o, hidden, total_);
-      norm(total_, nullptr, c_.post_norm, normed_, nullptr);
+      products_.add(attended_, c_.o, input(), total_);
+      norm(norm_params(total_, c_.post_norm, normed_));
     } else {
-      norm(products_.dense(attended_, c_.o), &hidden, c_.post_norm, normed_, &total_);
+      NormParams p = norm_params(products_.dense(attended_, c_.o), c_.post_norm, normed_);
+      add_first(p, input(), total_);
+      norm(p);
     }
     products_(normed_, {c_.gate, c_.up}, {&gate_, &up_});
-    activate();
+    if (!inner_.codes) inner_ = gate_;  // which torch's operator may have moved
+    activate(c_.activation, gate_, &up_, inner_, c_.gate.n());
     const Matrix result{.data = out.mutable_data_ptr(), .stride = size_};
     if (products_.native(c_.down)) {
       products_.add(inner_, c_.down, total_, result);
@@ -140,62 +121,19 @@ class DecoderLayer {
     return out;
   }
 
-  // The norm of x, or of x + residual, which then goes to total.
-  void norm(const Matrix& x, const Matrix* residual, const Tensor& weight, const Matrix& out, const Matrix* total) {
-    launch_norm(
-        {
-            .x = x.data,
-            .residual = residual ? residual->data : nullptr,
-            .weight = weight.const_data_ptr(),
-            .bias = nullptr,
-            .total = total ? total->data : nullptr,
-            .out = out.data,
-            .codes = out.codes,
-            .scale = out.scale,
-            .x_rows = {.count = rows_, .stride0 = x.stride},
-            .residual_rows = {.count = rows_, .stride0 = residual ? residual->stride : 0},
-            .total_rows = {.count = rows_, .stride0 = total ? total->stride : 0},
-            .out_rows = {.count = rows_, .stride0 = out.stride},
-            .hidden = size_,
-            .dtype = dtype_,
-            .weight_dtype = *dtype_of(weight),
-            .bias_dtype = DType::f32,
-            .norm = Norm::rms,
-            .eps = c_.eps,
-            .weight_offset = c_.norm_offset,
-        },
-        kTorchThreads);
+  void norm(NormParams p) const {
+    p.eps = c_.eps;
+    p.weight_offset = c_.norm_offset;
+    launch_norm(p, kTorchThreads);
   }
 
   // Of every head, in place.
-  void head_norm(const Matrix& x, const Tensor& weight, int64_t heads) {
-    const Rows rows{.count = rows_ * heads, .size2 = heads, .stride0 = x.stride, .stride2 = dim_};
-    launch_norm(
-        {
-            .x = x.data,
-            .residual = nullptr,
-            .weight = weight.const_data_ptr(),
-            .bias = nullptr,
-            .total = nullptr,
-            .out = x.data,
-            .codes = nullptr,
-            .scale = nullptr,
-            .x_rows = rows,
-            .residual_rows = {},
-            .total_rows = {},
-            .out_rows = rows,
-            .hidden = dim_,
-            .dtype = dtype_,
-            .weight_dtype = *dtype_of(weight),
-            .bias_dtype = DType::f32,
-            .norm = Norm::rms,
-            .eps = c_.eps,
-            .weight_offset = c_.norm_offset,
-        },
-        kTorchThreads);
+  void head_norm(const Matrix& x, const Tensor& weight, int64_t heads) const {
+    NormParams p = norm_params(x, weight, x);
+    p.x_rows = p.out_rows = {.count = rows_ * heads, .size2 = heads, .stride0 = x.stride, .stride2 = dim_};
+    p.hidden = dim_;
+    norm(p);
   }
-
-  HeadStrides in_rows(const Matrix& x) const { return {length_ * x.stride, dim_, x.stride}; }
 
   // The first of the new tokens in a cache of `bytes` for each element.
   void* at_new(const Tensor& cache, int64_t bytes) const {
@@ -256,7 +194,7 @@ class DecoderLayer {
             .scale_strides = strides_of(*scale),
             .batch = batch_,
             .heads = kv_heads_,
-            .length = end_,
+            .length = keys_,
             .dim = dim_,
             .dtype = dtype_,
         },
@@ -269,7 +207,7 @@ class DecoderLayer {
   // Without a past the tokens see one another as they were projected, rounded by no int8 cache.
   bool reads_codes() const { return int8_cache_ && c_.past > 0 && !decodes(); }
 
-  HeadStrides read_strides() const { return {kv_heads_ * end_ * dim_, end_ * dim_, dim_}; }
+  HeadStrides read_strides() const { return {kv_heads_ * keys_ * dim_, keys_ * dim_, dim_}; }
 
   int64_t window_left() const { return c_.window < 0 || mask_.data ? -1 : c_.window - 1; }
 
@@ -292,7 +230,7 @@ class DecoderLayer {
     p.out_strides = in_rows(attended_);
     p.batch = batch_, p.heads = heads_, p.kv_heads = kv_heads_, p.queries = length_;
     p.dim = p.value_dim = dim_;
-    p.slots = end_;
+    p.slots = keys_;
     p.window_left = window_left();
     p.dtype = dtype_;
     p.sm_scale = c_.sm_scale;
@@ -301,65 +239,24 @@ class DecoderLayer {
   }
 
   AttentionParams attention_params() const {
-    AttentionParams p{};
-    p.q = q_.data;
-    p.q_strides = in_rows(q_);
+    AttentionParams p = Layer::attention_params(q_, k_, v_, attended_, c_.sm_scale);
     if (reads_codes()) {
       p.k = read_k_, p.v = read_v_;
       p.k_strides = p.v_strides = read_strides();
-    } else {
-      p.k = k_.data, p.v = v_.data;
-      p.k_strides = in_rows(k_), p.v_strides = in_rows(v_);
-      if (cached_ && !int8_cache_) {
-        p.k = c_.k_cache->const_data_ptr(), p.v = c_.v_cache->const_data_ptr();
-        p.k_strides = strides_of(*c_.k_cache), p.v_strides = strides_of(*c_.v_cache);
-      }
+    } else if (cached_ && !int8_cache_) {
+      p.k = c_.k_cache->const_data_ptr(), p.v = c_.v_cache->const_data_ptr();
+      p.k_strides = strides_of(*c_.k_cache), p.v_strides = strides_of(*c_.v_cache);
     }
-    p.out = attended_.data;
-    p.out_strides = in_rows(attended_);
-    p.workspace = attention_workspace_;
-    p.mask = mask_.data;
-    p.mask_strides = {mask_.stride[0], mask_.stride[1], mask_.stride[2], mask_.stride[3]};
-    p.mask_dtype = mask_.dtype;
-    p.mask_is_bool = mask_.is_bool;
-    p.batch = batch_, p.heads = heads_, p.kv_heads = kv_heads_, p.queries = length_, p.keys = end_;
-    p.dim = p.value_dim = dim_;
-    p.window_left = window_left(), p.window_right = -1;
-    p.dtype = dtype_;
+    p.window_left = window_left();
     p.causal = mask_.data == nullptr;
-    p.sm_scale = c_.sm_scale;
     p.softcap = c_.softcap;
     return p;
   }
 
-  void activate() {
-    const auto rows = [this](const Matrix& x) { return Rows{.count = rows_, .stride0 = x.stride}; };
-    launch_activate(
-        {
-            .x = gate_.data,
-            .up = up_.data,
-            .out = inner_.codes ? nullptr : gate_.data,
-            .codes = inner_.codes,
-            .scale = inner_.scale,
-            .x_rows = rows(gate_),
-            .up_rows = rows(up_),
-            .out_rows = rows(gate_),
-            .hidden = c_.gate.n(),
-            .dtype = dtype_,
-            .activation = c_.activation,
-        },
-        kTorchThreads);
-    if (!inner_.codes) inner_ = gate_;
-  }
-
   const Call& c_;
-  const DType dtype_;
-  const int64_t batch_, length_, size_, rows_, dim_, heads_, kv_heads_, end_;
   const bool cached_, int8_cache_;
-  const Mask mask_;
-  Products products_;
   Matrix x_, q_, k_, v_, attended_, total_, normed_, gate_, up_, inner_;
-  char *read_k_ = nullptr, *read_v_ = nullptr, *attention_workspace_ = nullptr;
+  char *read_k_ = nullptr, *read_v_ = nullptr;
 };
 
 // Whether the kernels have the types of everything that the call brings.
@@ -369,8 +266,7 @@ bool kernels_take(const Call& c) {
     if (!kernels_take(*l, type)) return false;
   const bool cache = !c.k_cache || (c.k_cache->scalar_type() == (c.k_cache_scale ? ScalarType::Char : type) &&
                                     c.v_cache->scalar_type() == c.k_cache->scalar_type());
-  const bool mask = !c.mask || c.mask->scalar_type() == ScalarType::Bool || dtype_of(*c.mask);
-  return cache && mask && kernel_types(c.hidden, Optional(c.cos), c.q_norm, c.k_norm) &&
+  return cache && kernels_take_mask(c.mask) && kernel_types(c.hidden, Optional(c.cos), c.q_norm, c.k_norm) &&
          kernel_types(c.input_norm, Optional(c.post_norm)) && c.cos.scalar_type() == c.sin.scalar_type();
 }
 
@@ -426,9 +322,7 @@ Tensor decoder_layer_(const Tensor& hidden, const Tensor& cos, const Tensor& sin
                       double norm_offset, bool interleaved, double sm_scale, int64_t window, double softcap,
                       std::string activation, std::string scheme) {
   const std::optional<Activation> gate = activation_of(activation);
-  const Schemes schemes(scheme);
-  STD_TORCH_CHECK(schemes.count() == 1 || schemes.count() == 7, kOp, ": scheme has ", schemes.count(),
-                  " parts, expected 1 or 7");
+  const Schemes schemes(kOp, scheme, 7);
   const Tensor rows = hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden);
   const Call call{
       .hidden = rows,

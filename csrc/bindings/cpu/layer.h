@@ -1,4 +1,5 @@
-// What the bindings of whole layers share: scratch memory, and linear layers of any kind of weight and number of rows.
+// What the bindings of whole layers share: scratch memory, linear layers of any kind of weight and number of rows, and
+// the parts that every kind of layer has.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,8 @@
 #include <vector>
 
 #include "../common.h"
+#include "llmkern/activate.h"
+#include "llmkern/attention.h"
 #include "llmkern/linear.h"
 #include "llmkern/norm.h"
 #include "threads.h"
@@ -34,17 +37,17 @@ struct Linear {
 // A layer's argument `scheme`, "w8a8" or "w8a16": one for all of its linear layers, or one for each, with commas.
 class Schemes {
  public:
-  explicit Schemes(const std::string& schemes) {
+  Schemes(const char* op, const std::string& schemes, size_t layers) {
     for (size_t begin = 0, end; begin <= schemes.size(); begin = end + 1) {
       end = std::min(schemes.find(',', begin), schemes.size());
       w8a8_.push_back(schemes.compare(begin, end - begin, "w8a8") == 0);
     }
+    STD_TORCH_CHECK(w8a8_.size() == 1 || w8a8_.size() == layers, op, ": scheme has ", w8a8_.size(),
+                    " parts, expected 1 or ", layers);
   }
 
   // Of the i-th linear layer in the order of the op's arguments.
   bool w8a8(size_t i) const { return w8a8_[w8a8_.size() == 1 ? 0 : i]; }
-
-  size_t count() const { return w8a8_.size(); }
 
  private:
   std::vector<bool> w8a8_;
@@ -81,6 +84,10 @@ struct Mask {
   DType dtype = DType::f32;
   bool is_bool = false;
 };
+
+inline bool kernels_take_mask(const std::optional<Tensor>& mask) {
+  return !mask || mask->scalar_type() == ScalarType::Bool || dtype_of(*mask);
+}
 
 inline Mask mask_of(const char* op, const std::optional<Tensor>& mask, const int64_t (&full)[4]) {
   if (!mask) return {};
@@ -227,6 +234,114 @@ class Products {
   int64_t rows_;
   char* workspace_ = nullptr;
   std::vector<Tensor> results_;  // of torch's operator, kept until the layer is done
+};
+
+// The parts of a layer of any kind, over the rows of hidden [B, S, H].
+class Layer {
+ protected:
+  Layer(const char* op, const Tensor& hidden, const std::optional<Tensor>& mask, int64_t heads, int64_t kv_heads,
+        int64_t dim, int64_t keys)
+      : hidden_(hidden),
+        dtype_(*dtype_of(hidden)),
+        batch_(hidden.size(0)),
+        length_(hidden.size(1)),
+        size_(hidden.size(2)),
+        rows_(batch_ * length_),
+        heads_(heads),
+        kv_heads_(kv_heads),
+        dim_(dim),
+        keys_(keys),
+        mask_(mask_of(op, mask, {batch_, heads, length_, keys})),
+        products_(hidden, rows_) {}
+
+  int64_t element_bytes() const { return dtype_ == DType::f32 ? 4 : 2; }
+
+  Matrix input() const { return {.data = const_cast<void*>(hidden_.const_data_ptr()), .stride = size_}; }
+
+  Matrix matrix(Scratch& scratch, int64_t columns) const {
+    return {.data = scratch.take(rows_ * columns * element_bytes()), .stride = columns};
+  }
+
+  // Calls place(scratch), which takes what the layer needs: to count, and then for good.
+  template <class Place>
+  void allocate(const Place& place) {
+    Scratch counted;
+    place(counted);
+    block_ = torch::stable::new_empty(hidden_, {counted.used()}, ScalarType::Byte);
+    Scratch scratch(static_cast<char*>(block_->mutable_data_ptr()));
+    place(scratch);
+  }
+
+  Rows rows(const Matrix& x) const { return {.count = rows_, .stride0 = x.stride}; }
+
+  // Heads of a matrix [B * S, heads * dim].
+  HeadStrides in_rows(const Matrix& x) const { return {length_ * x.stride, dim_, x.stride}; }
+
+  // out = rms_norm(x); a caller adds what its norms have besides.
+  NormParams norm_params(const Matrix& x, const Tensor& weight, const Matrix& out) const {
+    NormParams p{};
+    p.x = x.data, p.weight = weight.const_data_ptr();
+    p.out = out.data, p.codes = out.codes, p.scale = out.scale;
+    p.x_rows = rows(x), p.out_rows = rows(out);
+    p.hidden = size_;
+    p.dtype = dtype_, p.weight_dtype = *dtype_of(weight);
+    p.norm = Norm::rms;
+    return p;
+  }
+
+  // The norm is of x + residual, which goes to total.
+  void add_first(NormParams& p, const Matrix& residual, const Matrix& total) const {
+    p.residual = residual.data, p.residual_rows = rows(residual);
+    p.total = total.data, p.total_rows = rows(total);
+  }
+
+  // out = activation(x), times up where there is one; as numbers, or as codes where out has them.
+  void activate(Activation activation, const Matrix& x, const Matrix* up, const Matrix& out, int64_t columns) const {
+    launch_activate(
+        {
+            .x = x.data,
+            .up = up ? up->data : nullptr,
+            .out = out.data,
+            .codes = out.codes,
+            .scale = out.scale,
+            .x_rows = rows(x),
+            .up_rows = up ? rows(*up) : Rows{},
+            .out_rows = rows(out),
+            .hidden = columns,
+            .dtype = dtype_,
+            .activation = activation,
+        },
+        kTorchThreads);
+  }
+
+  // Of rows of projected queries, keys and values.
+  AttentionParams attention_params(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& out,
+                                   float sm_scale) const {
+    AttentionParams p{};
+    p.q = q.data, p.k = k.data, p.v = v.data, p.out = out.data;
+    p.q_strides = in_rows(q), p.k_strides = in_rows(k), p.v_strides = in_rows(v), p.out_strides = in_rows(out);
+    p.workspace = attention_workspace_;
+    p.mask = mask_.data;
+    p.mask_strides = {mask_.stride[0], mask_.stride[1], mask_.stride[2], mask_.stride[3]};
+    p.mask_dtype = mask_.dtype;
+    p.mask_is_bool = mask_.is_bool;
+    p.batch = batch_, p.heads = heads_, p.kv_heads = kv_heads_, p.queries = length_, p.keys = keys_;
+    p.dim = p.value_dim = dim_;
+    p.window_left = p.window_right = -1;
+    p.dtype = dtype_;
+    p.sm_scale = sm_scale;
+    return p;
+  }
+
+  const Tensor& hidden_;
+  const DType dtype_;
+  const int64_t batch_, length_, size_, rows_, heads_, kv_heads_, dim_, keys_;
+  const Mask mask_;
+  Products products_;
+  char* attention_workspace_ = nullptr;
+
+ private:
+  std::optional<Tensor> block_;
 };
 
 }  // namespace llmkern
