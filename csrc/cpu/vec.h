@@ -212,8 +212,9 @@ inline auto sum(V v) {
   return (v4[0] + v4[2]) + (v4[1] + v4[3]);
 }
 
-// The elements a[0], b[0], a[1], b[1], …: of the lower halves, and of the upper ones.
-inline F32 interleave_lower(F32 a, F32 b) {
+// Of floats or integers: the elements a[0], b[0], a[1], b[1], …, of the lower halves, and of the upper ones.
+template <class V>
+inline V interleave_lower(V a, V b) {
 #if LLMKERN_ISA_LEVEL == 2
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 #elif LLMKERN_ISA_LEVEL == 1
@@ -223,7 +224,8 @@ inline F32 interleave_lower(F32 a, F32 b) {
 #endif
 }
 
-inline F32 interleave_upper(F32 a, F32 b) {
+template <class V>
+inline V interleave_upper(V a, V b) {
 #if LLMKERN_ISA_LEVEL == 2
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif LLMKERN_ISA_LEVEL == 1
@@ -236,10 +238,11 @@ inline F32 interleave_upper(F32 a, F32 b) {
 // A square of kLanes registers: lane j of register i becomes lane i of register j.  Each round interleaves the first
 // half of the registers with the second; log2(kLanes) of them rotate the bits of (register, lane) into (lane,
 // register).
-inline void transpose(F32 (&v)[kLanes]) {
+template <class V>
+inline void transpose(V (&v)[kLanes]) {
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
-    F32 next[kLanes];
+    V next[kLanes];
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
       next[2 * i] = interleave_lower(v[i], v[i + kLanes / 2]);

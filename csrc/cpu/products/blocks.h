@@ -20,30 +20,6 @@ constexpr int64_t kGroups = 192;  // 4-byte lanes of k in a panel; a multiple of
 constexpr int64_t kRowsPerPass = 512;
 constexpr int64_t kOperationsPerThread = 1 << 20;
 
-// a[i][j] <-> a[j][i] of 4-byte lanes: each round zips the two halves of the list.
-inline void transpose(U32 (&a)[kLanes]) {
-#pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-    U32 b[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      const U32 low = a[i], high = a[i + kLanes / 2];
-#if LLMKERN_ISA_LEVEL == 2
-      b[2 * i] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      b[2 * i + 1] = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif LLMKERN_ISA_LEVEL == 1
-      b[2 * i] = __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
-      b[2 * i + 1] = __builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-      b[2 * i] = __builtin_shufflevector(low, high, 0, 4, 1, 5);
-      b[2 * i + 1] = __builtin_shufflevector(low, high, 2, 6, 3, 7);
-#endif
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) a[i] = b[i];
-  }
-}
-
 // panel[g][0, 1] = lane g of columns [0, kLanes) and [kLanes, 2 kLanes) of the strip, for k in [begin, end); lanes up
 // to a whole transposition are padded.  The next strip's part is fetched meanwhile.
 template <class Scheme, class W>
