@@ -37,7 +37,7 @@ bench: install
 gpu:
 	@echo "Building the native library for this GPU, or saying why not"
 	-@$(PYTHON) setup.py -q build_ext --inplace
-	@$(PYTHON) -m pytest -m gpu tests/ops/test_contract.py
+	@$(PYTHON) -m pytest -m gpu tests/ops/test_contract.py tests/gpu
 	@PYTHONPATH=. $(PYTHON) -m llmkern bench ops --device cuda --quick --record benchmarks
 
 wheel: install
