@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from llmkern import dispatch, ops
 from llmkern.testing.case import Call, Case, cases, ops_with_cases
-from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, upcast
+from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, cast, upcast
 from llmkern.testing.judge import assert_right, baseline, reference, written
 
 OPS = ops_with_cases()
@@ -54,7 +54,7 @@ def gradients(outputs: list[Tensor], call: Call) -> list[Tensor]:
     """Of fixed random weights of the outputs, in the order of the call's arguments that need one."""
     outputs = [o for o in outputs if o.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+    weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in outputs]
     return list(torch.autograd.grad(outputs, [v for v in tensors(call).values() if v.requires_grad], weights))
 
 
@@ -126,10 +126,25 @@ class Served:
         raise AssertionError(f"{op} fell back to {to}: {reason}")
 
 
-@pytest.mark.parametrize("case", CASES_WITH_GRADIENT, ids=case_id)
-def test_implementations_of_the_backward(case: Case) -> None:
+def backward_calls() -> list:
+    """Each case that has gradients, on the CPU and on a GPU; there in bf16 too, which not all have a case for."""
+    found = []
+    for case in CASES_WITH_GRADIENT:
+        found.append(pytest.param(case, case.dtype, "cpu", id=case_id(case)))
+        for dtype in dict.fromkeys((case.dtype, torch.bfloat16 if case.dtype == torch.float32 else case.dtype)):
+            found.append(pytest.param(case, dtype, "cuda", id=f"{case_id(case)}-{dtype}-gpu", marks=pytest.mark.gpu))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype", "device"), backward_calls())
+def test_implementations_of_the_backward(case: Case, dtype: torch.dtype, device: str) -> None:
     """Whatever ops the gradient asks for, each of their implementations keeps the accuracy rule."""
-    call, recorder = require_grad(case, case.make()), Served()
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU here")
+    call = case.make(device)
+    for name in case.differentiable:
+        call[name] = cast(call[name], dtype)
+    call, recorder = require_grad(case, call), Served()
     out = getattr(torch.ops.llmkern, case.op)(**call)
     with dispatch.recording(recorder):
         gradients(as_list(out), call)
