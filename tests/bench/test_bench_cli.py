@@ -72,8 +72,11 @@ def test_a_recorded_run_lies_where_the_readme_looks(quick_ceilings, tmp_path, mo
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_keeps_what_was_measured(
-    quick_ceilings, tmp_path, capsys, monkeypatch, number: int, status: int
+    quick_ceilings, tmp_path, capsys, monkeypatch, request, number: int, status: int
 ) -> None:
+    # What a shell starts in the background ignores SIGINT, and so would these tests.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     original, done = run_ops.run_point, []
     before = signal.getsignal(signal.SIGTERM)
 
