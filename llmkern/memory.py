@@ -104,7 +104,6 @@ def _plain(tensor: Tensor) -> bool:
         type(tensor) in (nn.Parameter, Tensor)
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
-        and not tensor.is_inference()
         and not tensor.is_quantized
     )
 

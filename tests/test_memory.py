@@ -135,3 +135,13 @@ def test_quantize_moves_the_codes() -> None:
     model = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 1024)).eval()
     llmkern.quantize_(model)
     assert any(arena.begin <= model[0].weight.data_ptr() < arena.end for arena in memory._arenas)
+
+
+@available
+def test_tensors_of_inference_mode_move_too() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(1024, ROWS)
+        x = torch.randn(2, 1024)
+        before = model(x)
+        assert move_to_huge_pages_(model) >= MIN_BYTES
+        assert torch.equal(model(x), before)

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -119,6 +121,38 @@ class Scratch {
   char* block_;
   int64_t used_ = 0;
 };
+
+// Memory for a layer's scratch, kept for the next layer: the system would take every large block back and clear the
+// pages of the next one, which takes as long as the products do.
+class KeptMemory {
+ public:
+  char* at_least(int64_t bytes) {
+    if (bytes > bytes_ || bytes_ > kMostKept) {
+      memory_.reset();
+      bytes_ = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, bytes_)));
+      STD_TORCH_CHECK(memory_ || bytes == 0, "there is no memory for ", bytes,
+                      " bytes of a layer's intermediate results");
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  static constexpr int64_t kMostKept = int64_t{256} << 20;  // a larger block is freed by the next call
+
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+
+  std::unique_ptr<char, Free> memory_;
+  int64_t bytes_ = 0;
+};
+
+inline KeptMemory& kept_memory() {
+  thread_local KeptMemory memory;
+  return memory;
+}
 
 // Rows of numbers, `stride` elements apart, or their int8 codes (contiguous) with a scale for each row.
 struct Matrix {
@@ -267,8 +301,7 @@ class Layer {
   void allocate(const Place& place) {
     Scratch counted;
     place(counted);
-    block_ = torch::stable::new_empty(hidden_, {counted.used()}, ScalarType::Byte);
-    Scratch scratch(static_cast<char*>(block_->mutable_data_ptr()));
+    Scratch scratch(kept_memory().at_least(counted.used()));
     place(scratch);
   }
 
@@ -339,9 +372,6 @@ class Layer {
   const Mask mask_;
   Products products_;
   char* attention_workspace_ = nullptr;
-
- private:
-  std::optional<Tensor> block_;
 };
 
 }  // namespace llmkern
