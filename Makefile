@@ -4,6 +4,7 @@
 # make bench     ops and models against every peer at hand, on a CPU with nothing else to do; benchmarks/README.md
 # make gpu       on a GPU, from the source tree, with the PYTHON of your choice: its tests, then the ops, in 9 minutes
 # make wheel     dist/llmkern-*.whl, for any Python and any torch from 2.11 on
+# make sanitize  the CPU kernels' tests on a build with AddressSanitizer and UBSan
 # make lint, make format, make clean
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -16,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m
 PYTHON ?= python3
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
 
-.PHONY: install test demo bench gpu wheel lint format clean
+.PHONY: install test demo bench gpu sanitize wheel lint format clean
 .DELETE_ON_ERROR:
 
 install: $(STAMPS)/build
@@ -43,6 +44,16 @@ gpu:
 wheel: install
 	@echo "Building the wheel"
 	@$(BIN)/python tools/wheel.py
+
+# Python's own allocations stay unwatched: leaks would all be its.
+SANITIZED := build/sanitize/lib
+RUNTIMES = $(foreach lib,libasan libubsan,$(shell $${CXX:-g++} -print-file-name=$(lib).so))
+sanitize: install
+	@echo "Building the CPU kernels with AddressSanitizer and UBSan"
+	@LLMKERN_SANITIZE=1 LLMKERN_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) > /dev/null
+	@echo "Running their tests"
+	@LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 LLMKERN_LIBRARY=$(SANITIZED)/llmkern/_ops.abi3.so \
+	  $(PYTEST) $(wildcard tests/backends/test_native*.py) tests/backends/test_math.py
 
 lint: install
 	@echo "Checking style and types"

@@ -25,9 +25,13 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc"))
 from toolchain import ABI, CSRC, RULES, Unavailable, build, find_compiler, find_ninja, find_nvcc, folder_of  # noqa: E402
 
-OBJECTS = ROOT / "build" / "native"
+SANITIZE = os.environ.get("LLMKERN_SANITIZE") == "1"
+OBJECTS = ROOT / "build" / ("sanitize" if SANITIZE else "native")
 COMMON = ["-O3", "-std=c++20", f"-I{CSRC / 'include'}"]
 HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+# An error ends the process; vptr would want the classes of torch's own library.
+CHECKS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+HOST += CHECKS if SANITIZE else []
 WARN = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own immintrin.h
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and infinity stay what IEEE makes them
 # Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.  The
@@ -57,7 +61,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
         kernel = [*host, *KERNEL, *flags, f"-DLLMKERN_ISA={isa}"]
         objects += compile_all(text, "cpu/products/*.cpp", kernel, f".{isa}")
         objects += compile_all(text, "cpu/*.cpp", kernel, f".{isa}") if isa not in PRODUCTS else []
-    link = [compiler]
+    link = [compiler, *CHECKS] if SANITIZE else [compiler]
     if nvcc:  # it compiles the CUDA bindings and links too: it alone knows where its headers and libraries are
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
         gencode += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]  # PTX, for devices to come
@@ -76,7 +80,7 @@ def introspection(text: list[str], output: Path, nvcc: str | None) -> None:
     flags = [ABI, *(flag for folder in folders for flag in ("-isystem", str(folder)))]
     flags += [f"-DLLMKERN_{name}={json.dumps(' '.join(value))}" for name, value in facts.items()]
     objects = compile_all(text, "python/*.cpp", [find_compiler(), *COMMON, *HOST, *WARN, *flags])
-    build(text, "link", output, objects, [find_compiler(), "-shared"])
+    build(text, "link", output, objects, [find_compiler(), "-shared", *(CHECKS if SANITIZE else [])])
 
 
 def make(part, output: Path, nvcc: str | None) -> str | None:

@@ -20,6 +20,7 @@ LLMKERN_BUILD         1           while building: 0 = no native library
 LLMKERN_CUDA          auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
                                   nvcc is found
 LLMKERN_CUDA_ARCHS    80;90a      while building: compute capabilities to compile for
+LLMKERN_SANITIZE      0           while building: 1 = with AddressSanitizer and UBSan, as ``make sanitize`` does
 ====================  ==========  =====================================================================
 """
 
