@@ -38,6 +38,8 @@ def _session(module: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, dict
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Its threads wait for more work by spinning, also when it is the next contender's turn on the same cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
         with warnings.catch_warnings():
