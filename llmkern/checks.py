@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "FLOATING",
+    "PLAIN_TENSORS",
     "check_choice",
     "check_finite",
     "check_floating",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+"""The types whose meaning is in their contents alone; any other subclass may mean more, or intercept what is done."""
 
 
 def shape_text(shape: Sequence[int]) -> str:

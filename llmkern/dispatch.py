@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from llmkern.checks import PLAIN_TENSORS
 from llmkern.config import settings
 from llmkern.registry import (
     OPS,
@@ -85,7 +86,6 @@ class _State:
     interceptor: Callable[[str, dict[str, Any]], Any] | None = None
 
 
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _REMEMBERED = 512  # forms of call per op
 
 _state = _State()
@@ -177,7 +177,7 @@ def dispatch(op: str, check: Callable[..., None] | None = None, /, **call: Any) 
     form: list[Any] = [_state.forced, settings.backend, settings.strict]
     for value in call.values():
         if isinstance(value, Tensor):
-            if type(value) not in _PLAIN_TENSORS:  # a subclass means more than its form says
+            if type(value) not in PLAIN_TENSORS:  # a subclass means more than its form says
                 return _dispatch(op, check, call)
             form += (value.shape, value.stride(), value.dtype, value.device)
         else:

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmkern.checks import PLAIN_TENSORS
+
 __all__ = ["MIN_BYTES", "give_back", "move_to_huge_pages_"]
 
 MIN_BYTES = 32 << 20
@@ -101,7 +103,7 @@ def _available() -> bool:
 
 def _plain(tensor: Tensor) -> bool:
     return (
-        type(tensor) in (nn.Parameter, Tensor)
+        type(tensor) in PLAIN_TENSORS
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
         and not tensor.is_quantized

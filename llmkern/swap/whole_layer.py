@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import dispatch
+from llmkern.checks import PLAIN_TENSORS
 from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
 from llmkern.nn.int8_linear import Int8Linear
 from llmkern.ops.int8_linear import resolve_scheme
@@ -31,7 +32,6 @@ __all__ = [
     "why_parts",
 ]
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
 _INERT = "install_output_capuring_hook.<locals>.output_capturing_hook"  # transformers 5's, which stays once installed
 
 
@@ -81,7 +81,7 @@ def parts(module: nn.Module, hidden: Tensor) -> str | None:
         return "gradients are enabled, and the op for a whole layer has none: use torch.no_grad()"
     if module.training:
         return "the layer is in training mode"
-    if type(hidden) not in _PLAIN_TENSORS or hidden.device.type != "cpu":
+    if type(hidden) not in PLAIN_TENSORS or hidden.device.type != "cpu":
         return f"the hidden states are a {type(hidden).__name__} on {hidden.device.type}"
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return "autocast or another mode is at work"
@@ -133,7 +133,7 @@ def _at(module: Any, path: tuple[str, ...]) -> Any:
 def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Tensor) -> Tensor | None:
     """A parameter of a norm, which has like's dtype; None where it has none of that name."""
     parameter: Tensor | None = None if name is None else _at(module, norm.path)._parameters[name]
-    if parameter is not None and (parameter.dtype is not like.dtype or type(parameter) not in _PLAIN_TENSORS):
+    if parameter is not None and (parameter.dtype is not like.dtype or type(parameter) not in PLAIN_TENSORS):
         raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
     return parameter
 
@@ -173,7 +173,7 @@ def linear_arguments(
                 scheme = resolved[layer._scheme] = resolve_scheme(layer._scheme, like)
         elif weight.dtype is not dtype:
             raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
-        if type(weight) not in _PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
+        if type(weight) not in PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
             raise Unserved(f"the weight or bias of {path[-1]} has another type than the hidden states")
         if rows is not None:
             part = slice(*rows)
@@ -186,7 +186,7 @@ def linear_arguments(
 
 def layer_mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:
     """The model's mask as the op takes it."""
-    plain = type(mask) in _PLAIN_TENSORS and mask.dim() == 4
+    plain = type(mask) in PLAIN_TENSORS and mask.dim() == 4
     if not plain or mask.dtype not in (torch.bool, hidden.dtype, torch.float32) or mask.shape[-1] < keys:
         raise Unserved("the attention mask is no 4-dimensional tensor of bools or of numbers for every key")
     return mask[..., :keys] if mask.shape[-1] > keys else mask  # transformers 4 prepares one for a longer cache

@@ -14,13 +14,13 @@ from torch.compiler import is_compiling
 
 from llmkern.backends.triton import TRITON, interpreted
 from llmkern.backends.triton._launch import tracing
+from llmkern.checks import PLAIN_TENSORS
 from llmkern.dispatch import implements
 from llmkern.library import definition
 
 __all__ = ["DTYPES", "serves"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 Launcher = Callable[..., Any]
 Refuse = Callable[..., "str | None"]
@@ -56,7 +56,7 @@ def serves(
             if is_compiling():
                 return operator(**arguments)
             lead = next(iter(arguments.values()))
-            return launcher(**arguments) if type(lead) in _PLAIN else operator(**arguments)
+            return launcher(**arguments) if type(lead) in PLAIN_TENSORS else operator(**arguments)
 
         implements(
             op,

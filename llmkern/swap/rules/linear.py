@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import ops
+from llmkern.checks import PLAIN_TENSORS
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found
@@ -15,8 +16,6 @@ from llmkern.swap.found import Found
 SWITCHES = ("linear",)
 MIN_BYTES = 8 << 20
 """A smaller weight may still be in a cache when it is read again, and its product is over before it is worth a word."""
-
-_PLAIN = (nn.Parameter, Tensor)
 
 
 def find(module: nn.Module) -> Found | None:
@@ -42,7 +41,7 @@ def _sample(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 def _forward(self: Any, input: Tensor) -> Tensor:
     weight, bias = self.weight, self.bias
     reason = ""
-    if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
+    if type(weight) not in PLAIN_TENSORS or (bias is not None and type(bias) not in PLAIN_TENSORS):
         reason = f"its weight is a {type(weight).__name__}"
     elif torch.is_autocast_enabled(input.device.type):
         reason = "autocast chooses the dtype"
