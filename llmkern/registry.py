@@ -7,7 +7,7 @@ a backward, and a `refuse` function that looks at the call.  llmkern/dispatch.py
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,6 +232,13 @@ def register(
     return backend
 
 
+def _with_arguments(fn: Callable[..., Any], for_gradient: Mapping[str, Any]) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        return fn(**({**arguments, **for_gradient} if needs_grad(arguments) else arguments))
+
+    return call
+
+
 def implements(
     op: str,
     backend: Backend | str,
@@ -243,6 +250,7 @@ def implements(
     priority: int = 0,
     refuse: Callable[..., str | None] | None = None,
     describe: Callable[..., str] | None = None,
+    for_gradient: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as `backend`'s implementation of `op`.
 
@@ -255,6 +263,8 @@ def implements(
         remembers the choice for every call of the same form.
     describe: takes a compute capability (None: of the call's device) and the call's arguments by keyword, returns in
         words what would run, for `llmkern why`.
+    for_gradient: arguments that take the place of the call's where a gradient is needed, so that the forward keeps
+        what the backward reads.
     """
     if isinstance(backend, str):
         backend = backend_named(backend)
@@ -266,7 +276,7 @@ def implements(
         impl = Implementation(
             op,
             backend,
-            fn,
+            fn if for_gradient is None else _with_arguments(fn, for_gradient),
             devices,
             tuple(dtypes) if dtypes is not None else None,
             min_capability,

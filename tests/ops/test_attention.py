@@ -226,6 +226,18 @@ def test_scaled_dot_product_attention_is_refused_where_the_log_sum_exp_is_wanted
         ops.attention(**call)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_what_the_backward_reads_is_kept_only_where_a_gradient_is_needed(backend: str) -> None:
+    impl = dispatch.implementation("attention", backend)
+    if backend == "triton" and impl.backend.missing:  # what "cuda" calls computes on the CPU too
+        pytest.skip(impl.backend.missing)
+    call = CASES[0].make() | {"return_lse": False}
+    leaf = call | {"q": call["q"].requires_grad_()}
+    assert impl.fn(**leaf)[1].shape == call["q"].shape[:3]
+    with torch.no_grad():
+        assert impl.fn(**leaf)[1].numel() == 0
+
+
 def tensors(**replaced: object) -> dict[str, object]:
     return {"q": torch.zeros(2, 4, 5, 8), "k": torch.zeros(2, 2, 6, 8), "v": torch.zeros(2, 2, 6, 8)} | replaced
 

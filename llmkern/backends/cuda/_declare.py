@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def serves(
     describe: Callable[..., str] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = DTYPES,
     has_backward: bool = False,
+    for_gradient: Mapping[str, Any] | None = None,
 ) -> None:
     """`torch.ops.llmkern.<op>` as CUDA's implementation, from Ampere on."""
     declare = implements(
@@ -33,6 +34,7 @@ def serves(
         has_backward=has_backward,
         refuse=refuse,
         describe=describe,
+        for_gradient=for_gradient,
     )
     declare(native(op))
 

@@ -5,10 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from llmkern.backends.cpu.attention_decode import refuse_sinks
-from llmkern.backends.cuda import CUDA
+from llmkern.backends.cuda._declare import serves
 from llmkern.backends.cuda._heads import DTYPES, refuse_dims, refuse_lengths
-from llmkern.dispatch import implements
-from llmkern.library import native
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **_: Any) -> str | None:
@@ -16,6 +14,4 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **_: Any) -> 
     return refuse_lengths(q, k) or refuse_dims(q=q, v=v) or refuse_sinks(sinks)
 
 
-implements("attention_backward", CUDA, dtypes=DTYPES, min_capability=(8, 0), refuse=_refuse)(
-    native("attention_backward")
-)
+serves("attention_backward", dtypes=DTYPES, refuse=_refuse)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.compiler import is_compiling
 
 from llmkern.backends.triton import TRITON, interpreted
@@ -17,6 +16,7 @@ from llmkern.backends.triton._launch import tracing
 from llmkern.checks import PLAIN_TENSORS
 from llmkern.dispatch import implements
 from llmkern.library import definition
+from llmkern.registry import needs_grad
 
 __all__ = ["DTYPES", "serves"]
 
@@ -32,7 +32,7 @@ def serves(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     has_backward: bool = False,
     refuse: Refuse | None = None,
-    for_gradient: dict[str, Any] | None = None,
+    for_gradient: Mapping[str, Any] | None = None,
 ) -> Callable[[Launcher], Launcher]:
     """Declare the decorated launcher, whose signature is the op's schema, as Triton's implementation of `op`.
 
@@ -40,7 +40,7 @@ def serves(
     launch.  Under torch.compile, and where a gradient is needed, `torch.ops.llmkern_triton.<op>` is called: a
     `triton_op`, whose kernels the compiler sees, with the op's own fake and backward.
 
-    for_gradient: arguments to replace where a gradient is needed, so that the forward keeps what the backward reads.
+    for_gradient: as for `llmkern.dispatch.implements`.
 
     The interpreter serves CPU tensors only where it is asked for by name: its priority is below every backend's.
     """
@@ -51,9 +51,7 @@ def serves(
         operator = launcher if TRITON.missing else _operator(op, launcher, has_backward)
 
         def call(**arguments: Any) -> Any:
-            if has_backward and torch.is_grad_enabled() and _any_needs_grad(arguments):
-                return operator(**(arguments | (for_gradient or {})))
-            if is_compiling():
+            if is_compiling() or (has_backward and needs_grad(arguments)):
                 return operator(**arguments)
             lead = next(iter(arguments.values()))
             return launcher(**arguments) if type(lead) in PLAIN_TENSORS else operator(**arguments)
@@ -66,6 +64,7 @@ def serves(
             min_capability=(8, 0),
             has_backward=has_backward,
             refuse=refuse,
+            for_gradient=for_gradient,
         )(call)
         implements(
             op,
@@ -75,14 +74,11 @@ def serves(
             has_backward=has_backward,
             priority=-TRITON.priority - 1,
             refuse=functools.partial(_refuse_on_cpu, refuse),
+            for_gradient=for_gradient,
         )(call)
         return launcher
 
     return declare
-
-
-def _any_needs_grad(arguments: dict[str, Any]) -> bool:
-    return any([isinstance(value, Tensor) and value.requires_grad for value in arguments.values()])
 
 
 def _refuse_on_cpu(refuse: Refuse | None, **call: Any) -> str | None:
