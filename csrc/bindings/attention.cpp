@@ -5,7 +5,7 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-#if defined(LLMKERN_CUDA) || defined(LLMKERN_SIMT)
+#ifdef LLMKERN_GPU
 constexpr int64_t kMaxLength = kGpuMaxLength;
 #else
 constexpr int64_t kMaxLength = INT32_MAX;

@@ -21,7 +21,7 @@ inline bool plain_vectors(const Tensor& t) {
 inline bool served_vectors(const Tensor& t) {
   const int64_t dim = t.size(t.dim() - 1);
   if (!plain_vectors(t) || dim > kMaxHeadDim) return false;
-#if defined(LLMKERN_CUDA) || defined(LLMKERN_SIMT)
+#ifdef LLMKERN_GPU
   if (dim == 0 || dim % kGpuDimUnit != 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) return false;
   for (int64_t d = 0; d + 1 < t.dim(); ++d)
     if (t.size(d) > 1 && t.stride(d) * static_cast<int64_t>(t.element_size()) % 16 != 0) return false;
@@ -31,7 +31,7 @@ inline bool served_vectors(const Tensor& t) {
 
 // Whether attention's kernels of this device compute with such queries.
 inline bool served_dtype(const Tensor& q) {
-#if defined(LLMKERN_CUDA) || defined(LLMKERN_SIMT)
+#ifdef LLMKERN_GPU
   return dtype_of(q) == DType::bf16 || dtype_of(q) == DType::f16;
 #else
   return dtype_of(q).has_value();
