@@ -9,9 +9,8 @@
 //          what was used last is started, so that one or three are on their way
 // bands    blocks of keys that no query of the tile sees are not visited; those that all see have a loop without masks,
 //          the others (the band's edges, or all if there is a mask) one of their own
-// regs     the queries as operands, as far as there is room; sums of values, and the scores of a block of keys.  What
-// is
-//          needed once in a block of keys is in shared memory
+// regs     the queries as operands, as far as there is room; sums of values, and the scores of a block of keys.
+//          What is needed once in a block of keys is in shared memory
 // padding  dimensions are zeros up to 64, 128 or 256; up to three quarters of that, the last quarter is not multiplied
 // numbers  scores, maxima and sums in fp32, exponentials in base 2, weights rounded to T for the product with v
 // threads  lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of each 16x8
@@ -207,7 +206,6 @@ __global__ void __launch_bounds__(attention_tile(kDim, kLarge).threads(), attent
   using Rows = Tile<kDim>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  // Heads in sections of heads_at_once; within one the last queries' blocks of all its heads come first.
   const Place here = place_of<T>(p, plan, band);
   const T* q = static_cast<const T*>(p.q) + p.q_strides.offset(here.batch, here.head, here.first_query);
   Place* kept = reinterpret_cast<Place*>(dynamic_shared_memory() + kTile.shared_bytes() - kAttentionPlaceBytes);

@@ -165,7 +165,6 @@ struct ScoreScale {
 
 // Which keys a query sees by its position alone: query i stands at i + keys - queries and sees `left` keys back and
 // `right` on.  All numbers are at most kGpuMaxLength, so that no sum of them overflows.
-
 struct Band {
   int queries, keys, left, right;
 
