@@ -8,18 +8,13 @@ from torch import Tensor
 
 from llmkern import _native, dispatch
 from llmkern.testing.case import Call
+from llmkern.testing.cases.attention import plain_call
 from llmkern.testing.compare import assert_as_accurate, upcast
 from llmkern.testing.judge import baseline, reference
 
 pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 ISAS = ("portable", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def attention_call(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Call:
-    call = {"q": q, "k": k, "v": v, "attn_mask": None, "key_padding_mask": None, "sinks": None, "causal": False}
-    call |= {"sm_scale": q.shape[3] ** -0.5, "window": [-1, -1], "softcap": 0.0, "return_lse": False}
-    return call | options
 
 
 def decode_call(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: object) -> Call:
@@ -42,7 +37,7 @@ def test_attention_of_odd_sizes(isa, dtype, queries, keys, dim) -> None:
     torch.manual_seed(0)
     q, (k, v) = torch.randn(1, 4, queries, dim, dtype=dtype), torch.randn(2, 1, 2, keys, dim, dtype=dtype)
     for causal in (False, True):
-        assert_native_is_as_accurate("attention", attention_call(q, k, v, causal=causal))
+        assert_native_is_as_accurate("attention", plain_call(q, k, v, causal=causal))
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -52,7 +47,7 @@ def test_tensors_that_lie_anywhere(isa, dtype) -> None:
     fused = torch.randn(2, 70, 9, 3 * 24 + 1, dtype=dtype)[..., 1:].transpose(1, 2)
     q, k, v = fused.split(24, -1)
     mask = torch.randn(1, 9, 70, 141)[..., 1::2]
-    call = attention_call(q, k, v, attn_mask=mask, return_lse=True)
+    call = plain_call(q, k, v, attn_mask=mask, return_lse=True)
     plain = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in call.items()}
     for got, want in zip(torch.ops.llmkern.attention(**call), torch.ops.llmkern.attention(**plain), strict=True):
         assert torch.equal(got, want)
@@ -69,7 +64,7 @@ def test_strides_beyond_32_bits(isa) -> None:
     far = storage.as_strided((2, 1, 3, 8), (apart, 24, 8, 1))
     far.copy_(torch.randn(2, 1, 3, 8))
     near, q = far.contiguous(), torch.randn(2, 2, 1, 8, dtype=torch.bfloat16)
-    for op, make in (("attention", attention_call), ("attention_decode", decode_call)):
+    for op, make in (("attention", plain_call), ("attention_decode", decode_call)):
         operator = getattr(torch.ops.llmkern, op)
         assert torch.equal(operator(**make(q, far, far))[0], operator(**make(q, near, near))[0])
 
@@ -87,17 +82,17 @@ def test_strides_beyond_32_bits(isa) -> None:
 )
 def test_what_they_refuse(op, change, reason) -> None:
     tensors = torch.zeros(3, 1, 2, 5, 8)
-    call = (attention_call if op == "attention" else decode_call)(*tensors) | change
+    call = (plain_call if op == "attention" else decode_call)(*tensors) | change
     assert dispatch.implementation(op, "cpu").why_not(**call).startswith(reason)
 
 
 def test_the_operators_check_what_they_would_read() -> None:
     q, k, v = torch.zeros(3, 1, 2, 5, 8)
     for message, call in (
-        ("q has 2 heads, which is no multiple of k's 3", attention_call(q, *torch.zeros(2, 1, 3, 5, 8))),
-        ("k and v differ before the last dimension", attention_call(q, k, v[:, :, :4])),
-        ("attn_mask has size 4 in dimension 3, expected 1 or 5", attention_call(q, k, v, attn_mask=k[:, :, :, :4])),
-        ("key_padding_mask must be bool of shape", attention_call(q, k, v, key_padding_mask=torch.ones(1, 4).bool())),
+        ("q has 2 heads, which is no multiple of k's 3", plain_call(q, *torch.zeros(2, 1, 3, 5, 8))),
+        ("k and v differ before the last dimension", plain_call(q, k, v[:, :, :4])),
+        ("attn_mask has size 4 in dimension 3, expected 1 or 5", plain_call(q, k, v, attn_mask=k[:, :, :, :4])),
+        ("key_padding_mask must be bool of shape", plain_call(q, k, v, key_padding_mask=torch.ones(1, 4).bool())),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.llmkern.attention(**call)

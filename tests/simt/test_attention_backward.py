@@ -6,13 +6,14 @@ The bits are to be the same under every order of blocks and warps and every arri
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 
 from llmkern import dispatch
 from llmkern.testing.case import Call, Case, Make, cases
+from llmkern.testing.cases.attention import random_call
 from llmkern.testing.compare import assert_as_accurate, assert_same_bits, upcast
 from llmkern.testing.judge import baseline, reference
 
@@ -23,24 +24,7 @@ CUDA = dispatch.implementation(OP, "cuda")
 CASES = [case for case in cases("attention") if CUDA.dtypes is not None and case.dtype in CUDA.dtypes]
 SHAPES = [(1, 1), (1, 130), (113, 203), (67, 3)]
 DIMS = [40, 64, 96, 128, 256]
-
-
-def forward(make: Make, queries: int, keys: int, dim: int, *, batch: int = 2, heads: int = 4, **options: Any) -> Call:
-    """Two heads for each of k and v; `options` replace the plain call's other arguments."""
-    return {
-        "q": make.randn(batch, heads, queries, dim),
-        "k": make.randn(batch, heads // 2, keys, dim),
-        "v": make.randn(batch, heads // 2, keys, dim),
-        "attn_mask": None,
-        "key_padding_mask": None,
-        "sinks": None,
-        "causal": False,
-        "sm_scale": dim**-0.5,
-        "window": [-1, -1],
-        "softcap": 0.0,
-        "return_lse": False,
-        **options,
-    }
+forward = partial(random_call, batch=2, heads=(4, 2))
 
 
 def backward_of(call: Call, make: Make, *, keep_lse: bool = True) -> Call:
@@ -82,7 +66,7 @@ def test_sizes(operators, shape: tuple[int, int], dim: int, dtype: torch.dtype) 
     make = Make(dtype, "cpu", seed=0)
     # A query that sees one key has gradients of 0, of which rounding errors are no fraction; a sink makes them others.
     sinks = make.randn(2) if shape[1] == 1 else None
-    call = forward(make, *shape, dim, batch=1, heads=2, sinks=sinks)
+    call = random_call(make, *shape, dim=dim, sinks=sinks)
     for keep_lse in (True, False):
         judge(operators, backward_of(call, make, keep_lse=keep_lse))
 
@@ -132,7 +116,7 @@ def test_features(operators, feature: str, dim: int) -> None:
     make = Make(torch.bfloat16, "cpu", seed=0)
     heads, queries, keys = {64: (4, 65, 161), 128: (2, 50, 140), 256: (2, 33, 75)}[dim]
     options = FEATURES[feature](make, heads, queries, keys)
-    judge(operators, backward_of(forward(make, queries, keys, dim, heads=heads, **options), make))
+    judge(operators, backward_of(forward(make, queries, keys, heads=(heads, heads // 2), dim=dim, **options), make))
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -141,7 +125,7 @@ def test_the_gradient_of_a_mask(operators, shape: tuple[int, ...], dim: int) -> 
     """Summed over what the mask was broadcast over; several tiles of it, and of what it was broadcast over."""
     make = Make(torch.float16, "cpu", seed=0)
     mask = make.randn(*shape, dtype=torch.float32)
-    call = forward(make, 70, 75, dim, heads=2, attn_mask=mask, window=[50, 20], softcap=4.0)
+    call = forward(make, 70, 75, heads=(2, 1), dim=dim, attn_mask=mask, window=[50, 20], softcap=4.0)
     judge(operators, backward_of(call, make))
 
 
@@ -149,20 +133,20 @@ def test_the_gradient_of_an_expanded_mask(operators) -> None:
     """Each of its elements has one, whatever memory they share."""
     make = Make(torch.bfloat16, "cpu", seed=0)
     mask = make.randn(1, 1, 9, 20).expand(2, 4, 9, 20)
-    judge(operators, backward_of(forward(make, 9, 20, 64, attn_mask=mask), make))
+    judge(operators, backward_of(forward(make, 9, 20, dim=64, attn_mask=mask), make))
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 24), (24, 128), (192, 128)])
 def test_values_of_another_size(operators, dim: int, value_dim: int) -> None:
     make = Make(torch.float16, "cpu", seed=0)
     values = make.randn(2, 2, 50, value_dim)
-    judge(operators, backward_of(forward(make, 33, 50, dim, v=values, causal=True), make))
+    judge(operators, backward_of(forward(make, 33, 50, dim=dim, v=values, causal=True), make))
 
 
 def test_vectors_that_lie_anywhere(operators) -> None:
     """Slices, rows that are not aligned, and the gradient of a sum, all of whose strides are 0."""
     make = Make(torch.bfloat16, "cpu", seed=0)
-    call = forward(make, 20, 30, 40, causal=True)
+    call = forward(make, 20, 30, dim=40, causal=True)
     call["q"] = make.randn(2, 20, 4, 44)[..., 1:41].transpose(1, 2)
     call["k"], call["v"] = make.randn(2, 2, 30, 80).split(40, -1)
     call = backward_of(call, make)
@@ -174,12 +158,12 @@ def test_vectors_that_lie_anywhere(operators) -> None:
 def test_nothing_to_attend_to(operators, shape: tuple[int, int]) -> None:
     """Gradients of what was not used are 0; the sink's is not, where there are queries."""
     make = Make(torch.float16, "cpu", seed=0)
-    judge(operators, backward_of(forward(make, *shape, 64, sinks=make.randn(4), return_lse=True), make))
+    judge(operators, backward_of(forward(make, *shape, dim=64, sinks=make.randn(4), return_lse=True), make))
 
 
 def test_rows_that_see_nothing_give_nothing(operators) -> None:
     make = Make(torch.bfloat16, "cpu", seed=0)
-    call = backward_of(forward(make, 40, 25, 64, causal=True), make)
+    call = backward_of(forward(make, 40, 25, dim=64, causal=True), make)
     assert bool((call["lse"][:, :, :15] == -math.inf).all())
     operators.set()
     dq = operators.op(OP, call)[0]
@@ -202,4 +186,4 @@ def test_rows_that_see_nothing_give_nothing(operators) -> None:
 def test_refusals(change: Call, sentence: str) -> None:
     make = Make(torch.bfloat16, "cpu", seed=0)
     assert CUDA.refuse is not None
-    assert sentence in str(CUDA.refuse(**(backward_of(forward(make, 3, 3, 64), make) | change)))
+    assert sentence in str(CUDA.refuse(**(backward_of(forward(make, 3, 3, dim=64), make) | change)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from llmkern import dispatch
 from llmkern.testing.case import Call, Make
+from llmkern.testing.cases.attention import random_call
 from llmkern.testing.compare import assert_as_accurate, assert_same_bits, upcast
 from llmkern.testing.judge import baseline, reference
 
@@ -19,13 +21,7 @@ DIMS = [40, 64, 96, 128, 256]
 SIZES = [(1, 1), (1, 1023), (239, 1), (113, 203), (799, 3)]
 # With one SM large tiles are chosen, with many the small ones; copies land at once, or when they are waited for.
 MACHINES = [(0, False, 1), (1, True, 1), (2, True, 1000), (3, False, 1000)]
-
-
-def call_of(make: Make, queries: int, keys: int, dim: int, *, batch: int = 1, heads=(2, 1), **options: object) -> Call:
-    call = {"q": make.randn(batch, heads[0], queries, dim)}
-    call |= {name: make.randn(batch, heads[1], keys, dim) for name in ("k", "v")}
-    call |= {"attn_mask": None, "key_padding_mask": None, "sinks": None, "causal": False, "sm_scale": dim**-0.5}
-    return call | {"window": [-1, -1], "softcap": 0.0, "return_lse": True} | options
+call_of = partial(random_call, return_lse=True)
 
 
 def judge(operators, call: Call, machines=MACHINES) -> None:
@@ -48,7 +44,7 @@ def judge(operators, call: Call, machines=MACHINES) -> None:
 @pytest.mark.parametrize(("queries", "keys"), SIZES)
 def test_odd_sizes(operators, queries: int, keys: int, dim: int, dtype: torch.dtype) -> None:
     for seed, causal in enumerate((False, True)):
-        judge(operators, call_of(Make(dtype, "cpu", seed), queries, keys, dim, causal=causal), MACHINES[seed::2])
+        judge(operators, call_of(Make(dtype, "cpu", seed), queries, keys, dim=dim, causal=causal), MACHINES[seed::2])
 
 
 def real_keys(make: Make, *lengths: int, keys: int) -> Tensor:
@@ -82,13 +78,13 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_across_blocks(operators, feature: str, dim: int, dtype: torch.dtype) -> None:
     make = Make(dtype, "cpu", seed=0)
-    judge(operators, call_of(make, 150, 171, dim, batch=2, heads=(4, 2), **FEATURES[feature](make)), MACHINES[1:3])
+    judge(operators, call_of(make, 150, 171, dim=dim, batch=2, heads=(4, 2), **FEATURES[feature](make)), MACHINES[1:3])
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 16), (64, 128), (72, 256), (192, 128), (200, 192)])
 def test_values_of_another_dimension(operators, dim: int, value_dim: int) -> None:
     make = Make(torch.bfloat16, "cpu", seed=0)
-    call = call_of(make, 70, 90, dim, heads=(3, 3), causal=True)
+    call = call_of(make, 70, 90, dim=dim, heads=(3, 3), causal=True)
     judge(operators, call | {"v": make.randn(1, 3, 90, value_dim)})
 
 
@@ -96,7 +92,7 @@ def test_vectors_that_lie_anywhere(operators) -> None:
     """Heads and positions in any order, vectors 16-byte aligned: the bits of contiguous copies."""
     fused = Make(torch.float16, "cpu", seed=0).randn(2, 140, 9, 3 * 40 + 8)[..., 8:].transpose(1, 2)
     q, k, v = fused.split(40, -1)
-    call = call_of(Make(torch.float16, "cpu", seed=1), 140, 140, 40, causal=True) | {"q": q, "k": k, "v": v}
+    call = call_of(Make(torch.float16, "cpu", seed=1), 140, 140, dim=40, causal=True) | {"q": q, "k": k, "v": v}
     plain = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in call.items()}
     for seed, late_copies, sm_count in MACHINES:
         operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
@@ -111,7 +107,7 @@ def test_strides_beyond_32_bits(operators) -> None:
     far = storage.as_strided((2, 1, 3, 16), (2**31, 48, 16, 1))
     far.copy_(torch.randn(2, 1, 3, 16))
     operators.set()
-    call = call_of(Make(torch.bfloat16, "cpu", seed=0), 3, 3, 16, batch=2)
+    call = call_of(Make(torch.bfloat16, "cpu", seed=0), 3, 3, dim=16, batch=2)
     spread = operators.op("attention", call | {"q": far, "k": far, "v": far})
     near = far.contiguous()
     assert_same_bits(spread, operators.op("attention", call | {"q": near, "k": near, "v": near}))
@@ -120,7 +116,7 @@ def test_strides_beyond_32_bits(operators) -> None:
 def test_heads_in_sections(operators) -> None:
     """With keys and values beyond L2, a section of heads after the other: the bits of the few keys that are seen."""
     make = Make(torch.bfloat16, "cpu", seed=0)
-    call = call_of(make, 130, 256, 16, batch=3, heads=(4, 2), causal=True, window=[40, -1])
+    call = call_of(make, 130, 256, dim=16, batch=3, heads=(4, 2), causal=True, window=[40, -1])
     keys = 64 * 5000
     for name in ("k", "v"):
         long = torch.zeros(1, 1, keys, 16, dtype=torch.bfloat16)
@@ -136,7 +132,7 @@ def test_heads_in_sections(operators) -> None:
 def test_what_no_query_sees(operators, dim: int) -> None:
     """Unseeing rows are 0 and −inf; NaN in keys beyond a window or causality reaches nobody in blocks not visited."""
     make = Make(torch.bfloat16, "cpu", seed=0)
-    call = call_of(make, 300, 170, dim, causal=True)
+    call = call_of(make, 300, 170, dim=dim, causal=True)
     call["k"][:, :, 160:] = call["v"][:, :, 160:] = math.nan
     for seed, late_copies, sm_count in MACHINES:
         operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
@@ -152,7 +148,7 @@ def test_what_no_query_sees(operators, dim: int) -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_nan_and_infinity_reach_whoever_sees_them(operators, dim: int, name: str) -> None:
     for value in (math.nan, math.inf):
-        call = call_of(Make(torch.float16, "cpu", seed=0), 70, 130, dim, causal=name != "q")
+        call = call_of(Make(torch.float16, "cpu", seed=0), 70, 130, dim=dim, causal=name != "q")
         call[name][0, 0, 66, 3] = value
         expected = reference("attention", upcast(call))[0].isfinite()
         assert not bool(expected.all())
@@ -173,7 +169,7 @@ def test_nan_and_infinity_reach_whoever_sees_them(operators, dim: int, name: str
     ],
 )  # fmt: skip
 def test_refusals(change: dict[str, Tensor], reason: str) -> None:
-    call = call_of(Make(torch.bfloat16, "cpu", seed=0), 5, 7, 64)
+    call = call_of(Make(torch.bfloat16, "cpu", seed=0), 5, 7, dim=64)
     assert CUDA.refuse is not None
     assert CUDA.refuse(**call) is None
     refused = CUDA.refuse(**(call | change))
@@ -186,8 +182,8 @@ def test_the_operator_answers_what_the_kernel_does_not_take(operators) -> None:
     make = Make(torch.bfloat16, "cpu", seed=0)
     operators.set()
     for call in (
-        call_of(make, 5, 7, 59),
-        call_of(make, 5, 7, 64) | {"q": make.randn(1, 2, 5, 65)[..., 1:]},
-        call_of(Make(torch.float32, "cpu", seed=0), 5, 7, 64),
+        call_of(make, 5, 7, dim=59),
+        call_of(make, 5, 7, dim=64) | {"q": make.randn(1, 2, 5, 65)[..., 1:]},
+        call_of(Make(torch.float32, "cpu", seed=0), 5, 7, dim=64),
     ):
         assert_same_bits(operators.op("attention", call), reference("attention", call))

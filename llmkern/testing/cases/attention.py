@@ -10,10 +10,30 @@ from torch import Tensor
 
 from llmkern.testing.case import Call, Case, Make, each_dtype
 
+__all__ = ["CASES", "plain_call", "random_call"]
+
 _OP = "attention"
 
 
-def _call(
+def plain_call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Call:
+    """The call of these tensors in which every other argument has its default, where `options` do not replace it."""
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "attn_mask": None,
+        "key_padding_mask": None,
+        "sinks": None,
+        "causal": False,
+        "sm_scale": q.shape[3] ** -0.5,
+        "window": [-1, -1],
+        "softcap": 0.0,
+        "return_lse": False,
+        **options,
+    }
+
+
+def random_call(
     make: Make,
     queries: int,
     keys: int,
@@ -23,21 +43,10 @@ def _call(
     dim: int = 16,
     **options: Any,
 ) -> Call:
-    """Random q, k and v with (query, key) heads; `options` replace the plain call's other arguments."""
-    return {
-        "q": make.randn(batch, heads[0], queries, dim),
-        "k": make.randn(batch, heads[1], keys, dim),
-        "v": make.randn(batch, heads[1], keys, dim),
-        "attn_mask": None,
-        "key_padding_mask": None,
-        "sinks": None,
-        "causal": False,
-        "sm_scale": dim**-0.5,
-        "window": [-1, -1],
-        "softcap": 0.0,
-        "return_lse": False,
-        **options,
-    }
+    """Random q, k and v with (query, key) heads; `options` replace arguments of the plain call."""
+    q = make.randn(batch, heads[0], queries, dim)
+    k, v = (make.randn(batch, heads[1], keys, dim) for _ in "kv")
+    return plain_call(q, k, v) | options
 
 
 def _bool_mask(make: Make, *shape: int) -> Tensor:
@@ -53,19 +62,19 @@ def _padding(make: Make, keys: int, lengths: tuple[int, ...], side: str) -> Tens
 
 
 def _masked(make: Make, *shape: int, queries: int, keys: int, **options: Any) -> Call:
-    return _call(make, queries, keys, batch=2, heads=(4, 2), attn_mask=_bool_mask(make, *shape), **options)
+    return random_call(make, queries, keys, batch=2, heads=(4, 2), attn_mask=_bool_mask(make, *shape), **options)
 
 
 def _padded(make: Make, side: str, queries: int, keys: int, **options: Any) -> Call:
     """Of three sequences one is whole and one has no key at all."""
     mask = _padding(make, keys, (keys, keys // 2, 0), side)
-    return _call(make, queries, keys, batch=3, heads=(4, 2), key_padding_mask=mask, **options)
+    return random_call(make, queries, keys, batch=3, heads=(4, 2), key_padding_mask=mask, **options)
 
 
 def _biased(make: Make, batch: int = 1, **options: Any) -> Call:
     """A learned bias for each head and pair of positions, shared by the batch (T5: Raffel et al. 2020)."""
     bias = make.randn(batch, 4, 9, 11, scale=2.0)
-    return _call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=bias, **options)
+    return random_call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=bias, **options)
 
 
 def _additive(make: Make, hidden: float) -> Call:
@@ -73,13 +82,13 @@ def _additive(make: Make, hidden: float) -> Call:
     visible = _bool_mask(make, 2, 1, 9, 11)
     visible[0, :, 3] = False
     mask = make.randn(2, 1, 9, 11, scale=0.0)
-    return _call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=mask.masked_fill(~visible, hidden))
+    return random_call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=mask.masked_fill(~visible, hidden))
 
 
 def _fp32_mask(make: Make) -> Call:
     """Numbers in fp32 beside half-precision inputs; no row is hidden as a whole, where −1e9 would round scores away."""
     mask = make.randn(2, 1, 9, 11, dtype=torch.float32)
-    return _call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=mask.masked_fill(mask > 1, -1e9))
+    return random_call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=mask.masked_fill(mask > 1, -1e9))
 
 
 def _lowest(make: Make) -> Call:
@@ -87,7 +96,7 @@ def _lowest(make: Make) -> Call:
 
 
 def _with_sinks(make: Make, queries: int, keys: int, **options: Any) -> Call:
-    return _call(make, queries, keys, batch=2, heads=(4, 2), sinks=make.randn(4, scale=2.0), **options)
+    return random_call(make, queries, keys, batch=2, heads=(4, 2), sinks=make.randn(4, scale=2.0), **options)
 
 
 def _everything(make: Make) -> Call:
@@ -106,7 +115,7 @@ def _everything(make: Make) -> Call:
 
 def _projected(make: Make) -> Call:
     """As models make them: views of [B, S, H, D], v a slice of a fused projection."""
-    call = _call(make, 19, 19, batch=2, heads=(6, 3), dim=40, causal=True)
+    call = random_call(make, 19, 19, batch=2, heads=(6, 3), dim=40, causal=True)
     fused = make.randn(2, 19, 3, 2 * 40)
     k, v = fused.transpose(1, 2).split(40, -1)
     return call | {"q": make.randn(2, 19, 6, 40).transpose(1, 2), "k": k, "v": v}
@@ -114,16 +123,16 @@ def _projected(make: Make) -> Call:
 
 def _expanded_mask(make: Make) -> Call:
     """A mask already expanded by its caller: strides of 0."""
-    return _call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=_bool_mask(make, 2, 1, 1, 11).expand(2, 4, 9, 11))
+    return random_call(make, 9, 11, batch=2, heads=(4, 2), attn_mask=_bool_mask(make, 2, 1, 1, 11).expand(2, 4, 9, 11))
 
 
 def _wider_values(make: Make) -> Call:
-    return _call(make, 9, 11, heads=(4, 2)) | {"v": make.randn(1, 2, 11, 24)}
+    return random_call(make, 9, 11, heads=(4, 2)) | {"v": make.randn(1, 2, 11, 24)}
 
 
 def _nan(make: Make, name: str, queries: int, keys: int, **options: Any) -> Call:
     """One NaN, in head 0 at the last position but one."""
-    call = _call(make, queries, keys, **options)
+    call = random_call(make, queries, keys, **options)
     call[name][0, 0, call[name].shape[2] - 2, 3] = math.nan
     return call
 
@@ -142,34 +151,34 @@ def _in_fp32(name: str, build: Callable[[Make], Call]) -> list[Case]:
 
 
 CASES = [
-    *_in_each_dtype("17x17-gqa-causal", partial(_call, queries=17, keys=17, batch=2, heads=(4, 2), causal=True)),
+    *_in_each_dtype("17x17-gqa-causal", partial(random_call, queries=17, keys=17, batch=2, heads=(4, 2), causal=True)),
     # sizes
-    *_in_each_dtype("1x1", partial(_call, queries=1, keys=1)),
-    *_in_each_dtype("1x1023", partial(_call, queries=1, keys=1023, heads=(3, 1), dim=64)),
-    *_in_each_dtype("239x1", partial(_call, queries=239, keys=1)),
-    *_in_each_dtype("113x203", partial(_call, queries=113, keys=203)),
-    *_in_each_dtype("37x3", partial(_call, queries=37, keys=3, dim=40)),
+    *_in_each_dtype("1x1", partial(random_call, queries=1, keys=1)),
+    *_in_each_dtype("1x1023", partial(random_call, queries=1, keys=1023, heads=(3, 1), dim=64)),
+    *_in_each_dtype("239x1", partial(random_call, queries=239, keys=1)),
+    *_in_each_dtype("113x203", partial(random_call, queries=113, keys=203)),
+    *_in_each_dtype("37x3", partial(random_call, queries=37, keys=3, dim=40)),
     *[
         case
         for dim in (64, 96, 128, 256)
-        for case in _in_each_dtype(f"20x33-d{dim}", partial(_call, queries=20, keys=33, dim=dim))
+        for case in _in_each_dtype(f"20x33-d{dim}", partial(random_call, queries=20, keys=33, dim=dim))
     ],
-    *_in_each_dtype("33x33-9-of-3-heads", partial(_call, queries=33, keys=33, heads=(9, 3), dim=64, causal=True)),
-    *_in_each_dtype("1x70-9-of-3-heads", partial(_call, queries=1, keys=70, heads=(9, 3), dim=64, causal=True)),
-    *_in_each_dtype("9x11-mha", partial(_call, queries=9, keys=11, heads=(3, 3))),
-    *_in_each_dtype("9x11-mqa", partial(_call, queries=9, keys=11, batch=2, heads=(5, 1))),
+    *_in_each_dtype("33x33-9-of-3-heads", partial(random_call, queries=33, keys=33, heads=(9, 3), dim=64, causal=True)),
+    *_in_each_dtype("1x70-9-of-3-heads", partial(random_call, queries=1, keys=70, heads=(9, 3), dim=64, causal=True)),
+    *_in_each_dtype("9x11-mha", partial(random_call, queries=9, keys=11, heads=(3, 3))),
+    *_in_each_dtype("9x11-mqa", partial(random_call, queries=9, keys=11, batch=2, heads=(5, 1))),
     *_in_each_dtype("9x11-values-of-24", _wider_values),
-    *_in_each_dtype("9x11-scale", partial(_call, queries=9, keys=11, sm_scale=1.7)),
+    *_in_each_dtype("9x11-scale", partial(random_call, queries=9, keys=11, sm_scale=1.7)),
     *_in_each_dtype("19x19-strided", _projected),
     # causal and windows, aligned to the bottom right
-    *_in_each_dtype("5x12-causal", partial(_call, queries=5, keys=12, causal=True)),
-    *_in_each_dtype("12x5-causal-unseeing-rows", partial(_call, queries=12, keys=5, causal=True)),
-    *_in_each_dtype("30x30-window", partial(_call, queries=30, keys=30, causal=True, window=[6, 6])),
-    *_in_each_dtype("1x40-window", partial(_call, queries=1, keys=40, heads=(4, 2), causal=True, window=[6, 0])),
-    *_in_each_dtype("7x30-window-both-sides", partial(_call, queries=7, keys=30, window=[4, 2])),
-    *_in_each_dtype("12x5-window-right", partial(_call, queries=12, keys=5, window=[-1, 1])),
-    *_in_each_dtype("12x5-window-of-all", partial(_call, queries=12, keys=5, window=[2**31 - 1, 2**31 - 1])),
-    *_in_fp32("9x11-window-of-one", partial(_call, queries=9, keys=11, window=[0, 0])),
+    *_in_each_dtype("5x12-causal", partial(random_call, queries=5, keys=12, causal=True)),
+    *_in_each_dtype("12x5-causal-unseeing-rows", partial(random_call, queries=12, keys=5, causal=True)),
+    *_in_each_dtype("30x30-window", partial(random_call, queries=30, keys=30, causal=True, window=[6, 6])),
+    *_in_each_dtype("1x40-window", partial(random_call, queries=1, keys=40, heads=(4, 2), causal=True, window=[6, 0])),
+    *_in_each_dtype("7x30-window-both-sides", partial(random_call, queries=7, keys=30, window=[4, 2])),
+    *_in_each_dtype("12x5-window-right", partial(random_call, queries=12, keys=5, window=[-1, 1])),
+    *_in_each_dtype("12x5-window-of-all", partial(random_call, queries=12, keys=5, window=[2**31 - 1, 2**31 - 1])),
+    *_in_fp32("9x11-window-of-one", partial(random_call, queries=9, keys=11, window=[0, 0])),
     # masks
     *_in_each_dtype("9x11-mask-11qk", lambda make: _masked(make, 1, 1, 9, 11, queries=9, keys=11)),
     *_in_each_dtype("9x11-mask-b11k", lambda make: _masked(make, 2, 1, 1, 11, queries=9, keys=11)),
@@ -194,19 +203,19 @@ CASES = [
     *_in_each_dtype("11x11-padded-left", partial(_padded, side="left", queries=11, keys=11, causal=True)),
     *_in_fp32("1x40-padded-window", partial(_padded, side="left", queries=1, keys=40, causal=True, window=[30, 0])),
     # softcap, sinks, log-sum-exp
-    *_in_each_dtype("13x13-softcap", partial(_call, queries=13, keys=13, heads=(4, 2), causal=True, softcap=2.0)),
-    *_in_each_dtype("1x40-softcap", partial(_call, queries=1, keys=40, heads=(4, 2), causal=True, softcap=50.0)),
+    *_in_each_dtype("13x13-softcap", partial(random_call, queries=13, keys=13, heads=(4, 2), causal=True, softcap=2.0)),
+    *_in_each_dtype("1x40-softcap", partial(random_call, queries=1, keys=40, heads=(4, 2), causal=True, softcap=50.0)),
     *_in_each_dtype("11x11-softcap-padded", partial(_padded, side="left", queries=11, keys=11, softcap=2.0)),
     *_in_each_dtype("9x11-softcap-bias", partial(_biased, softcap=2.0), "attn_mask"),
     *_in_each_dtype("13x13-sinks", partial(_with_sinks, queries=13, keys=13, causal=True, window=[7, 0]), "sinks"),
     *_in_each_dtype("12x5-sinks-lse", partial(_with_sinks, queries=12, keys=5, causal=True, return_lse=True), "sinks"),
-    *_in_each_dtype("9x11-lse", partial(_call, queries=9, keys=11, return_lse=True)),
+    *_in_each_dtype("9x11-lse", partial(random_call, queries=9, keys=11, return_lse=True)),
     *_in_each_dtype("11x11-padded-lse", partial(_padded, side="right", queries=11, keys=11, return_lse=True)),
     *_in_each_dtype("9x14-everything", _everything, "attn_mask", "sinks"),
     # nothing to attend to, and NaN
-    *_in_fp32("0-batch", partial(_call, queries=3, keys=4, batch=0)),
-    *_in_fp32("0-queries", partial(_call, queries=0, keys=4, causal=True)),
-    *_in_fp32("0-keys", partial(_call, queries=3, keys=0)),
+    *_in_fp32("0-batch", partial(random_call, queries=3, keys=4, batch=0)),
+    *_in_fp32("0-queries", partial(random_call, queries=0, keys=4, causal=True)),
+    *_in_fp32("0-keys", partial(random_call, queries=3, keys=0)),
     *_in_fp32("0-keys-sinks-lse", partial(_with_sinks, queries=3, keys=0, return_lse=True)),
     *_in_fp32("nan-query", partial(_nan, name="q", queries=20, keys=33)),
     *_in_fp32("nan-query-few-keys", partial(_nan, name="q", queries=6, keys=6, causal=True)),
