@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import torch
 import typer
 
 from llmkern.cli.arguments import check_scheme, device_named, dtype_named
+from llmkern.cli.bench_results import Outputs, kept_on_interrupt, new_result, recorded
 from llmkern.cli.models import DEVICE_HELP, load, token_ids
 from llmkern.cli.models import HELP as MODEL_HELP
 from llmkern.cli.output import print_json, say, task
 
 if TYPE_CHECKING:
     from llmkern.bench.run_models import Plan
-    from llmkern.bench.schema import Result
 
 __all__ = ["bench"]
 
@@ -110,11 +104,11 @@ def ops(
     sizes = None if shape is None else _sizes(names, shape)
     chosen = peers_named(peers)
     absent = {name: reason for name, peer in chosen.items() if (reason := peer.missing()) is not None}
-    as_json, plot = _recorded(record, "ops", place, as_json, plot)
-    outputs = _Outputs(as_json, plot, html, as_csv)
-    result = _new_result(place, {"absent_peers": absent, "left_out": []})
+    as_json, plot = recorded(record, "ops", place, as_json, plot)
+    outputs = Outputs(as_json, plot, html, as_csv)
+    result = new_result(place, {"absent_peers": absent, "left_out": []})
     todo = [point for name in names for point in points(name, place, dtypes=dtypes, quick=quick, shape=sizes)]
-    with _kept_on_interrupt(result, outputs):
+    with kept_on_interrupt(result, outputs):
         say("measuring the device's ceilings")
         ceiling = ceilings(place)
         result.environment["ceilings"] = ceiling.to_dict()
@@ -220,10 +214,10 @@ def model(
         compiled=compiled,
         quick=quick,
     )
-    as_json, plot = _recorded(record, plan.name, plan.spec.device, as_json, plot)
-    outputs = _Outputs(as_json, plot, html)
-    result = _new_result(plan.spec.device, {"absent_peers": {}, "left_out": []})
-    with _kept_on_interrupt(result, outputs), task(f"measuring {len(chosen)} variants of {plan.name}") as progress:
+    as_json, plot = recorded(record, plan.name, plan.spec.device, as_json, plot)
+    outputs = Outputs(as_json, plot, html)
+    result = new_result(plan.spec.device, {"absent_peers": {}, "left_out": []})
+    with kept_on_interrupt(result, outputs), task(f"measuring {len(chosen)} variants of {plan.name}") as progress:
         run_models(
             plan,
             chosen,
@@ -320,90 +314,3 @@ def _sizes(names: list[str], shape: str) -> dict[str, int]:
     if len(parts) != len(expected) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--shape is {shape!r}, expected {','.join(expected)} as whole numbers of at least 1")
     return dict(zip(expected, map(int, parts), strict=True))
-
-
-def _new_result(device: torch.device, further: dict[str, Any]) -> Result:
-    from llmkern.bench.environment import environment
-    from llmkern.bench.schema import Result
-
-    return Result(shlex.join(["llmkern", *sys.argv[1:]]), environment(device) | further)
-
-
-def _recorded(
-    record: Path | None, name: str, device: torch.device, as_json: Path | None, plot: Path | None
-) -> tuple[Path | None, Path | None]:
-    """The places of JSON and plots: those given, else those that `--record` means."""
-    from llmkern.bench.environment import device_name, slug
-    from llmkern.bench.readme import paths
-
-    if record is None:
-        return as_json, plot
-    result, plots = paths(record, slug(device_name(device)), slug(name))
-    return as_json or result, plot or plots
-
-
-class _Outputs:
-    """Where a result goes; what cannot be written is said before anything is measured."""
-
-    def __init__(self, as_json: Path | None, plot: Path | None, html: Path | None, as_csv: Path | None = None) -> None:
-        from llmkern.bench import plots
-
-        self.as_json, self.plot, self.html, self.as_csv = as_json, plot, html, as_csv
-        if plot is not None and (reason := plots.missing()):
-            raise ValueError(f"--plot: {reason}")
-        for name, path in (("--json", as_json), ("--html", html), ("--csv", as_csv)):
-            if path is not None and path.is_dir():
-                raise ValueError(f"{name} is {path}, which is a folder; expected a file")
-
-    def write(self, result: Result) -> None:
-        from llmkern.bench.html import write_html
-        from llmkern.bench.liger_csv import write_csv
-        from llmkern.bench.plots import write_plots
-        from llmkern.bench.tables import text
-
-        if self.as_json is not None and str(self.as_json) == "-":
-            print_json(result.to_dict())
-        else:
-            print(text(result.rows))
-            for name, reason in result.environment["absent_peers"].items():
-                print(f"{name} is absent: {reason}")
-            for sentence in result.environment["left_out"]:
-                print(f"left out: {sentence}")
-        writers: list[tuple[Path | None, Callable[[Path, Result], Any]]] = [
-            (self.as_csv, write_csv),
-            (self.html, write_html),
-            (self.plot, write_plots),
-        ]
-        if self.as_json is not None and str(self.as_json) != "-":
-            result.save(self.as_json)
-        for path, write in writers:
-            if path is not None:
-                write(path, result)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what `timeout` and job schedulers send in place of Ctrl-C."""
-
-
-@contextmanager
-def _kept_on_interrupt(result: Result, outputs: _Outputs) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the measuring, not the run: what there is goes where it was to go.
-
-    The exit status is 128 and the signal's number, as a shell has it: 130 or 143.
-    """
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except KeyboardInterrupt as interruption:
-        result.environment["interrupted"] = True
-        say(f"interrupted: {len(result.rows)} rows were measured")
-        outputs.write(result)
-        number = signal.SIGTERM if isinstance(interruption, _Terminated) else signal.SIGINT
-        raise typer.Exit(128 + number) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    outputs.write(result)
