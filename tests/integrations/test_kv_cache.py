@@ -11,63 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig
+from kv_caches import (
+    DIM,
+    HEADS,
+    HYBRID,
+    OPERATIONS,
+    TRANSFORMERS_4,
+    WINDOW,
+    assert_same,
+    both,
+    config,
+    states,
+    update,
+    update_both,
+)
+from transformers import DynamicCache
 
 import llmkern
-from llmkern.integrations.transformers.kv_layers import Int8KVLayer, Int8SlidingKVLayer, KVLayer, SlidingKVLayer
-
-TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-HEADS, DIM, VALUE_DIM = 3, 16, 8
-WINDOW = 6
-
-
-def config(*kinds: str) -> LlamaConfig:
-    made = LlamaConfig(num_hidden_layers=len(kinds), num_attention_heads=HEADS, hidden_size=HEADS * DIM)
-    made.layer_types = list(kinds)
-    made.sliding_window = WINDOW
-    return made
-
-
-HYBRID = ("full_attention", "sliding_attention")
-
-
-def states(tokens: int, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    # As the projections give them: tokens before heads in memory.
-    k, v = [torch.randn(batch, tokens, HEADS, d, generator=generator, dtype=dtype) for d in (DIM, VALUE_DIM)]
-    return k.transpose(1, 2), v.transpose(1, 2)
-
-
-def mask_sizes(cache: Any, queries: int, layer: int) -> Any:
-    return cache.get_mask_sizes(torch.arange(queries) if TRANSFORMERS_4 else queries, layer)
-
-
-def both(*kinds: str) -> tuple[Any, Any]:
-    return llmkern.KVCache(config(*kinds)), DynamicCache(config=config(*kinds))
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    assert len(got.layers) == len(expected.layers)
-    for i, (ours, theirs) in enumerate(zip(got.layers, expected.layers, strict=True)):
-        assert got.get_seq_length(i) == expected.get_seq_length(i)
-        for queries in (1, 5):
-            assert mask_sizes(got, queries, i) == mask_sizes(expected, queries, i)
-        if theirs.keys is not None and theirs.keys.numel():
-            assert torch.equal(ours.keys, theirs.keys)
-            assert torch.equal(ours.values, theirs.values)
-
-
-def update(cache: Any, tokens: int, seed: int = 0, **options: Any) -> list[tuple[Tensor, Tensor]]:
-    return [cache.update(*states(tokens, seed=seed + 100 * i, **options), i) for i in range(len(cache.layers) or 2)]
-
-
-def update_both(got: Any, expected: Any, tokens: int, **options: Any) -> None:
-    for ours, theirs in zip(update(got, tokens, **options), update(expected, tokens, **options), strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
-    assert_same(got, expected)
+from llmkern.integrations.transformers.kv_layers import KVLayer, SlidingKVLayer
 
 
 @torch.no_grad()
@@ -78,16 +39,6 @@ def test_returns_what_dynamic_cache_returns(kinds: tuple[str, ...], chunks: list
     for step, tokens in enumerate(chunks):
         update_both(got, expected, tokens, seed=step)
     assert [type(layer) for layer in got.layers] == ([KVLayer, SlidingKVLayer] if kinds else [KVLayer, KVLayer])
-
-
-OPERATIONS: dict[str, Callable[[Any], Any]] = {
-    "crop": lambda cache: cache.crop(-2),
-    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
-    "repeat": lambda cache: cache.batch_repeat_interleave(3),
-    "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
-    **({} if TRANSFORMERS_4 else {"crop nothing": lambda cache: cache.crop(0)}),  # its crop(0) forgets everything
-    "select by mask": lambda cache: cache.batch_select_indices(torch.tensor([False, True])),
-}
 
 
 @torch.no_grad()
@@ -310,64 +261,6 @@ def test_a_kernel_may_write_the_buffers(dtype: str | None) -> None:
 def test_there_is_nothing_to_reserve_before_there_are_buffers() -> None:
     with pytest.raises(RuntimeError, match="no buffers yet"):
         KVLayer().reserve(1)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kinds", [(), HYBRID], ids=["lazy", "hybrid"])
-def test_int8_holds_codes_to_half_a_step(kinds: tuple[str, ...]) -> None:
-    got = llmkern.KVCache(config(*kinds) if kinds else None, dtype="int8")
-    expected = DynamicCache(config=config(*kinds) if kinds else None)
-    for step, tokens in enumerate((9, 1, 1, 70, 1)):
-        for ours, theirs in zip(update(got, tokens, seed=step), update(expected, tokens, seed=step), strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                assert a.dtype == b.dtype
-                assert a.shape == b.shape
-                half_step = b.abs().amax(-1, keepdim=True) / 254
-                assert bool(((a - b).abs() <= half_step * 1.001).all())
-    assert [type(layer) for layer in got.layers] == ([Int8KVLayer, Int8SlidingKVLayer] if kinds else [Int8KVLayer] * 2)
-    for layer in got.layers:
-        assert layer.k_buffer.dtype == layer.v_buffer.dtype == torch.int8
-        assert layer.k_scale_buffer.shape == layer.k_buffer.shape[:3]
-        assert layer.k_scale_buffer.dtype == torch.float32
-
-
-@torch.no_grad()
-def test_int8_gives_the_first_states_back_as_they_are() -> None:
-    cache = llmkern.KVCache(dtype="int8")
-    k, v = states(5)
-    keys, values = cache.update(k, v, 0)
-    assert keys is k
-    assert values is v
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("kind", HYBRID)
-def test_operations_of_int8_move_codes_with_their_scales(operation: str, kind: str) -> None:
-    plain, int8 = [llmkern.KVCache(config(kind), dtype=dtype) for dtype in (None, "int8")]
-    for cache in (plain, int8):
-        update(cache, 4)
-        OPERATIONS[operation](cache)
-    assert plain.layers[0].keys.shape == int8.layers[0].keys.shape
-    torch.testing.assert_close(int8.layers[0].keys, plain.layers[0].keys, atol=0.02, rtol=0)
-    torch.testing.assert_close(int8.layers[0].values, plain.layers[0].values, atol=0.02, rtol=0)
-
-
-def test_int8_refuses_what_codes_cannot_do() -> None:
-    cache = llmkern.KVCache(dtype="int8")
-    k, v = states(3)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        cache.update(k.clone().requires_grad_(), v, 0)
-    cache.update(k, v, 0)
-    with pytest.raises(AttributeError, match="only update"):
-        cache.layers[0].keys = k
-    with pytest.raises(ValueError, match=r"key_states has shape \[1, 3, 1, 16\], expected \[2, 3, 1, 16\]"):
-        cache.update(*states(1, batch=1), 0)
-
-
-def test_dtypes_are_none_and_int8() -> None:
-    with pytest.raises(ValueError, match="KVCache: dtype is 'int4', expected None or 'int8'"):
-        llmkern.KVCache(dtype="int4")
 
 
 @torch.no_grad()
