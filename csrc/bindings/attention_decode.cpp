@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k_cac
       .max_blocks = block_table ? block_table->size(1) : 0,
       .window_left = window[0],
       .dtype = *dtype_of(q),
-      .sinks_dtype = sinks ? *dtype_of(*sinks) : DType::f32,
+      .sinks_dtype = dtype_or_f32(sinks),
       .lengths_are_64 = lengths_are_64,
       .sm_scale = static_cast<float>(sm_scale),
       .softcap = static_cast<float>(softcap),

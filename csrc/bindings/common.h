@@ -37,6 +37,11 @@ inline std::optional<DType> dtype_of(const Tensor& t) {
   return dtype_of(t.scalar_type());
 }
 
+// Of a tensor that has one of these types, or is not given: params name some type all the same.
+inline DType dtype_or_f32(const std::optional<Tensor>& t) {
+  return t ? *dtype_of(*t) : DType::f32;
+}
+
 // nullopt for a name that the op's Python does not know either.
 inline std::optional<Activation> activation_of(const std::string& name) {
   constexpr const char* kNames[] = {"none", "gelu", "gelu_tanh", "silu", "relu"};

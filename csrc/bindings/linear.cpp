@@ -53,10 +53,6 @@ struct Arguments {
   DType out_dtype, bias_dtype, residual_dtype;
 };
 
-DType type_of(const Optional& t) {
-  return t ? *dtype_of(*t) : DType::f32;
-}
-
 Arguments checked(const Call& call) {
   const auto& [op, weight_name, x, weight, x_scale, w_scale, bias, residual, activation, out_type, w8a8] = call;
   STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, op, ": expected x [..., K] and ", weight_name, " [N, K]");
@@ -80,8 +76,8 @@ Arguments checked(const Call& call) {
       .w_scale = static_cast<const float*>(vector(call, "w_scale", w_scale, n, weight_name)),
       .bias = vector(call, "bias", bias, n, weight_name),
       .out_dtype = dtype_of(out_type).value_or(DType::f32),
-      .bias_dtype = type_of(bias),
-      .residual_dtype = type_of(residual),
+      .bias_dtype = dtype_or_f32(bias),
+      .residual_dtype = dtype_or_f32(residual),
   };
 }
 
