@@ -54,8 +54,7 @@ struct Head {
 
   template <int kDim, int kRows, int kThreads>
   __device__ __forceinline__ void copy(uint32_t tile, int from) const {
-    copy_tile<kDim, kRows, kThreads>(
-        tile, dim, [&](int r) -> const T* { return from + r < length ? first + (from + r) * stride : nullptr; });
+    copy_tile<kDim, kRows, kThreads>(tile, dim, first + from * stride, stride, length - from);
   }
 };
 

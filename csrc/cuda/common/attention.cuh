@@ -50,21 +50,9 @@ struct Tile {
   }
 };
 
-// Starts copies of kRows rows to a tile: row r from row(r), 16-byte aligned, or zeros where that is null; zeros from
-// column `dim`, a multiple of 8, on.  All of the block's kThreads threads take part; who calls it commits the group.
-template <int kDim, int kRows, int kThreads, class Row>
-__device__ __forceinline__ void copy_tile(uint32_t tile, int dim, const Row& row) {
-  constexpr int kChunks = Tile<kDim>::kChunks, kStep = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-#pragma unroll
-  for (int r = first; r < first + kRows; r += kStep) {
-    const auto* from = row(r);
-    ptx::cp_async_cg_16(tile + Tile<kDim>::offset(r, chunk), from + chunk * 8, from && chunk * 8 < dim ? 16 : 0);
-  }
-}
-
-// The same of rows that are `stride` elements apart, of which there are `rows`, perhaps fewer than kRows.
+// Starts copies of kRows rows to a tile: rows that are `stride` elements apart, 16-byte aligned, of which there are
+// `rows`, perhaps fewer than kRows; zeros for the others, and from column `dim`, a multiple of 8, on.  All of the
+// block's kThreads threads take part; who calls it commits the group.
 template <int kDim, int kRows, int kThreads, class T>
 __device__ __forceinline__ void copy_tile(uint32_t tile, int dim, const T* from, int64_t stride, int rows) {
   constexpr int kChunks = Tile<kDim>::kChunks, kStep = kThreads / kChunks;
