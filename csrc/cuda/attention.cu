@@ -50,29 +50,15 @@ struct WarpRows {
       for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
+    auto query = [&](int i, int k, uint32_t (&q)[4]) {
+      if (k < kHeld) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t q[kTilesM][4];
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-        if (k < kHeld) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) q[i][e] = held[i][k % (kHeld ? kHeld : 1)][e];
-        } else {
-          ptx::ldmatrix_x4(q[i], Rows::at(queries, i * 16, k * 16));
-        }
+        for (int e = 0; e < 4; ++e) q[e] = held[i][k % (kHeld ? kHeld : 1)][e];
+      } else {
+        ptx::ldmatrix_x4(q, Rows::at(queries, i * 16, k * 16));
       }
-#pragma unroll
-      for (int j = 0; j < kTilesN; j += 2) {
-        uint32_t two[4];
-        ptx::ldmatrix_x4(two, Rows::at(keys, j * 8, k * 16));
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
-          mma<T>(s[i][j], q[i], {two[0], two[1]});
-          mma<T>(s[i][j + 1], q[i], {two[2], two[3]});
-        }
-      }
-    }
+    };
+    multiply_transposed<T, kDim, kSteps>(s, query, keys);
   }
 
   // Scores to weights, not yet divided by their sum; what was summed before is brought to the new maximum.
@@ -108,22 +94,8 @@ struct WarpRows {
   // out += weights · v, in its first kDims dimensions; values: this lane's row of the first matrices.
   template <int kDims>
   __device__ __forceinline__ void add_values(uint32_t values, const float (&s)[kTilesM][kTilesN][4]) {
-#pragma unroll
-    for (int k = 0; k < kTilesN; k += 2) {
-      uint32_t weights[kTilesM][4];
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) as_operand<T>(s[i][k], s[i][k + 1], weights[i]);
-#pragma unroll
-      for (int d = 0; d < kDims / 8; d += 2) {
-        uint32_t two[4];
-        ptx::ldmatrix_x4_trans(two, Rows::at(values, k * 8, d * 8));
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
-          mma<T>(out[i][d], weights[i], {two[0], two[1]});
-          mma<T>(out[i][d + 1], weights[i], {two[2], two[3]});
-        }
-      }
-    }
+    auto weights = [&](int i, int k, uint32_t (&a)[4]) { as_operand<T>(s[i][2 * k], s[i][2 * k + 1], a); };
+    multiply<T, kDim, kDims, kTilesN / 2>(out, weights, values);
   }
 };
 

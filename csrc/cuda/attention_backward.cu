@@ -60,46 +60,22 @@ struct Head {
 
 // results[16 * kTiles][8 * kColumns] += left · rightᵀ, tiles of kDim columns each.
 template <class T, int kDim, int kTiles, int kColumns>
-__device__ __forceinline__ void multiply(float (&results)[kTiles][kColumns][4], uint32_t left, uint32_t right,
-                                         int lane) {
-  using Rows = Tile<kDim>;
-  left = Rows::rows_first(left, lane), right = Rows::columns_first(right, lane);
-#pragma unroll
-  for (int k = 0; k < kDim; k += 16) {
-    uint32_t a[kTiles][4];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) ptx::ldmatrix_x4(a[i], Rows::at(left, 16 * i, k));
-#pragma unroll
-    for (int j = 0; j < kColumns; j += 2) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, Rows::at(right, 8 * j, k));
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        mma<T>(results[i][j], a[i], {b[0], b[1]});
-        mma<T>(results[i][j + 1], a[i], {b[2], b[3]});
-      }
-    }
-  }
+__device__ __forceinline__ void add_products(float (&results)[kTiles][kColumns][4], uint32_t left, uint32_t right,
+                                             int lane) {
+  left = Tile<kDim>::rows_first(left, lane);
+  auto operand = [&](int i, int k, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, Tile<kDim>::at(left, 16 * i, 16 * k)); };
+  multiply_transposed<T, kDim, kDim / 16>(results, operand, Tile<kDim>::columns_first(right, lane));
 }
 
 // sums[16 * kTiles][kDim] += left · right, whose tile has 16 * kSteps rows; `left` as operands of mma.
 template <class T, int kDim, int kTiles, int kSteps>
 __device__ __forceinline__ void accumulate(float (&sums)[kTiles][kDim / 8][4],
                                            const uint32_t (&left)[kTiles][kSteps][4], uint32_t right, int lane) {
-  using Rows = Tile<kDim>;
-  right = Rows::rows_first(right, lane);
+  auto operand = [&](int i, int k, uint32_t (&a)[4]) {
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-    for (int n = 0; n < kDim; n += 16) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, Rows::at(right, 16 * k, n));
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        mma<T>(sums[i][n / 8], left[i][k], {b[0], b[1]});
-        mma<T>(sums[i][n / 8 + 1], left[i][k], {b[2], b[3]});
-      }
-    }
+    for (int e = 0; e < 4; ++e) a[e] = left[i][k][e];
+  };
+  multiply<T, kDim, kDim, kSteps>(sums, operand, Tile<kDim>::rows_first(right, lane));
 }
 
 // The logit of a query and a key, minus infinity where it is hidden, and its slope in what scales the product.
@@ -251,7 +227,7 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
     const int lane = ptx::laneid();  // what depends on it is not kept in registers from step to step
     const uint32_t tiles = walked(step % 2), own_offset = warp_row * Tile<kDim>::kRowBytes;
     float s[kTiles][kColumns][4] = {};
-    multiply<T, kDim>(s, own[0] + own_offset, tiles, lane);
+    add_products<T, kDim>(s, own[0] + own_offset, tiles, lane);
 
     const ScoreMask mask(f, batch, first_head + at.member);
     const int first_query = kOfKeys ? at.first : own_first,
@@ -304,7 +280,7 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
     if constexpr (kSecond) accumulate<T, kDim>(sums[1], operands, tiles + kWalkedBytes, lane);
     if constexpr (kFirst) {
       float dp[kTiles][kColumns][4] = {};
-      multiply<T, kDim>(dp, own[1] + own_offset, tiles + kWalkedBytes, lane);
+      add_products<T, kDim>(dp, own[1] + own_offset, tiles + kWalkedBytes, lane);
       each([&](int i, int h, int j) {
         float ds[2];
 #pragma unroll
@@ -400,8 +376,8 @@ __global__ void __launch_bounds__(gradient_tile(kDim, GradientPart::dmask).threa
     __syncthreads();
 
     float s[1][kColumns / 8][4] = {}, dp[1][kColumns / 8][4] = {};
-    multiply<T, kDim>(s, q_tile + warp * 16 * kRowBytes, k_tile, lane);
-    multiply<T, kDim>(dp, dout_tile + warp * 16 * kRowBytes, v_tile, lane);
+    add_products<T, kDim>(s, q_tile + warp * 16 * kRowBytes, k_tile, lane);
+    add_products<T, kDim>(dp, dout_tile + warp * 16 * kRowBytes, v_tile, lane);
     const ScoreMask mask(f, batch, head);
     auto add_scores = [&]<bool kCapped>() {
 #pragma unroll

@@ -93,6 +93,52 @@ __device__ __forceinline__ void as_operand(const float (&left)[4], const float (
   a[2] = pack_pair<T>(right[0], right[1]), a[3] = pack_pair<T>(right[2], right[3]);
 }
 
+// results[16 * kTiles][8 * kColumns] += left · rightᵀ over 16 * kSteps columns of a tile with kDim.  operand(i, k, a)
+// is to make `a` that of left's rows from 16i and columns from 16k; right: this lane's row of columns_first.
+template <class T, int kDim, int kSteps, int kTiles, int kColumns, class Operand>
+__device__ __forceinline__ void multiply_transposed(float (&results)[kTiles][kColumns][4], const Operand& operand,
+                                                    uint32_t right) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) operand(i, k, a[i]);
+#pragma unroll
+    for (int j = 0; j < kColumns; j += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, Tile<kDim>::at(right, j * 8, k * 16));
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        mma<T>(results[i][j], a[i], {b[0], b[1]});
+        mma<T>(results[i][j + 1], a[i], {b[2], b[3]});
+      }
+    }
+  }
+}
+
+// results[16 * kTiles][kUsed] += left · right over 16 * kSteps rows of a tile with kDim columns, of which the first
+// kUsed are wanted; operand as above; right: this lane's row of rows_first.
+template <class T, int kDim, int kUsed, int kSteps, int kTiles, class Operand>
+__device__ __forceinline__ void multiply(float (&results)[kTiles][kDim / 8][4], const Operand& operand,
+                                         uint32_t right) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) operand(i, k, a[i]);
+#pragma unroll
+    for (int j = 0; j < kUsed / 8; j += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, Tile<kDim>::at(right, k * 16, j * 8));
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        mma<T>(results[i][j], a[i], {b[0], b[1]});
+        mma<T>(results[i][j + 1], a[i], {b[2], b[3]});
+      }
+    }
+  }
+}
+
 // Over the four lanes that hold a row of a result.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
