@@ -1,6 +1,6 @@
 // What the attention kernels (forward, decode, backward) share.  T is BFloat16 or Float16; sums are in fp32.
 //   tiles     of shared memory, rows of kDim elements: where they lie, their copies, fragments for tensor cores
-//   products  mma<T>, and numbers packed as its operands
+//   products  mma<T>, numbers packed as its operands, loops of it over tiles
 //   scores    their scale and cap, what hides them from the softmax, exponentials
 #pragma once
 
