@@ -78,7 +78,7 @@ def optimize_(
         "linear": linear,
         "kv_cache": kv_cache,
     }
-    sites = _without_partial(list(_sites(model, switches, filter_fn)))
+    sites = _settled(list(_sites(model, switches, filter_fn)))
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
@@ -88,6 +88,10 @@ def optimize_(
         for site in wanted:
             if site.found.cls is not None:
                 derive.set_class(site.module, site.found.cls)
+            if site.found.is_whole:  # it takes weights of plain linear layers only
+                for child in _linears(site.module):
+                    if "_llmkern_original" in vars(type(child)):  # else somebody has derived from it since
+                        derive.set_class(child, derive.original_class(child))
         attending = [s.module for s in wanted if s.found.cls is None]  # through their config
         if attending:
             register_once()
@@ -171,8 +175,6 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
                     excluded = excluded or found.reason  # nobody has asked for what it cannot have
             if found.kind == "mlp" and not found.reason and not excluded:
                 absorbed |= {id(child) for child in module.children()}  # its activation is no longer called
-            if found.is_whole and not excluded:
-                absorbed |= {id(child) for child in module.modules() if linear_like(child)}  # nor are these
             yield _Site(path, module, found, excluded)
 
 
@@ -183,15 +185,27 @@ def _variant(found: Found, module: nn.Module, choice: Any) -> Found:
     return replace(found, cls=found.variants.get(choice, found.cls))
 
 
-def _without_partial(sites: list[_Site]) -> list[_Site]:
-    """The sites, in which no layer is swapped as a whole if one of its parts is to stay as it is."""
-    left = [site.path for site in sites if site.excluded or site.found.reason]
-    return [
-        replace(site, excluded=f"a part of it is left alone: {inner[0]}")
-        if site.found.is_whole and not site.excluded and (inner := [p for p in left if p.startswith(f"{site.path}.")])
-        else site
-        for site in sites
-    ]
+def _settled(sites: list[_Site]) -> list[_Site]:
+    """The sites, in which no layer is swapped as a whole if one of its parts is to stay as it is.
+
+    Linear layers are no parts in this sense: of those in a layer that is swapped as a whole nothing is swapped.
+    """
+    left = [site.path for site in sites if (site.excluded or site.found.reason) and not linear_like(site.module)]
+    settled: list[_Site] = []
+    absorbed: set[int] = set()
+    for site in sites:  # a layer comes before what is within it
+        if site.found.is_whole and not site.excluded:
+            if inner := [path for path in left if path.startswith(f"{site.path}.")]:
+                site = replace(site, excluded=f"a part of it is left alone: {inner[0]}")
+            else:
+                absorbed |= {id(child) for child in _linears(site.module)}
+        if id(site.module) not in absorbed:
+            settled.append(site)
+    return settled
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    return [child for child in layer.modules() if linear_like(child)]
 
 
 def _is_swapped(module: nn.Module, found: Found) -> bool:

@@ -321,3 +321,33 @@ def test_a_part_left_out_leaves_its_layer_to_the_parts() -> None:
     report = llmkern.optimize_(built(DECODERS["llama"]), filter_fn=lambda path, _: path != "model.layers.1.mlp")
     layers = {row.path: row.reason for row in report if row.kind == "layer"}
     assert layers == {"model.layers.0": "", "model.layers.1": "a part of it is left alone: model.layers.1.mlp"}
+
+
+@torch.no_grad()
+def test_large_linears_are_swapped_where_their_layer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkern.swap.rules.linear.MIN_BYTES", 0)
+    model = built(DECODERS["llama"])
+    expected = model(TOKENS).logits
+    report = llmkern.optimize_(model, filter_fn=lambda path, _: path != "model.layers.1.input_layernorm")
+    swapped = {row.path for row in report.swapped if row.kind == "linear"}
+    assert swapped == {f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"} | {"lm_head"}
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_become_whole_over_linears_swapped_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkern.swap.rules.linear.MIN_BYTES", 0)
+    for options in ({"attention": False}, {"filter_fn": lambda path, module: isinstance(module, nn.Linear)}):
+        model = built(DECODERS["llama"])
+        assert any(row.path.endswith(".q_proj") for row in llmkern.optimize_(model, **options).swapped)
+        llmkern.optimize_(model)
+        assert recorded(lambda given=model: given(TOKENS)).ops.count("decoder_layer_") == 2
+        assert type(llmkern.restore_(model).model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_a_linear_that_is_not_wanted_leaves_its_layer_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkern.swap.rules.linear.MIN_BYTES", 0)
+    for options in ({"linear": False}, {"filter_fn": lambda path, module: not isinstance(module, nn.Linear)}):
+        report = llmkern.optimize_(built(DECODERS["llama"]), **options)
+        assert [row.reason for row in report if row.kind == "layer"] == ["", ""]
+        assert [row.path for row in report if row.kind == "linear"] == ["lm_head"]
