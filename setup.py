@@ -106,8 +106,17 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
     return None
 
 
+def check_settings() -> None:
+    flag = ("0", "1")
+    for name, accepted in (("LLMKERN_BUILD", flag), ("LLMKERN_CUDA", (*flag, "auto")), ("LLMKERN_SANITIZE", flag)):
+        value = os.environ.get(name)
+        if value and value not in accepted:
+            raise SystemExit(f"llmkern: {name} is {value!r}, expected {' or '.join(accepted)}")
+
+
 class BuildNative(build_ext):
     def run(self) -> None:
+        check_settings()
         package = ROOT / "llmkern" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "llmkern"
         package.mkdir(parents=True, exist_ok=True)
         nvcc, no_cuda = find_nvcc()

@@ -47,7 +47,7 @@ class Settings:
 def _flag(name: str) -> bool:
     value = os.environ.get(name, "") or "0"
     if value not in ("0", "1"):
-        raise ValueError(f"{name}={value!r}: 0 or 1 is accepted")
+        raise ValueError(f"{name} is {value!r}, expected 0 or 1")
     return value == "1"
 
 
@@ -55,10 +55,14 @@ settings = Settings()
 
 
 def reload() -> Settings:
-    """Read the environment again; returns the one `settings` object, updated in place."""
+    """Read the environment again; returns the one `settings` object, updated in place.
+
+    Raises ValueError for a value that is not accepted, and has changed nothing then.
+    """
+    strict, debug = _flag("LLMKERN_STRICT"), _flag("LLMKERN_DEBUG")
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
-    settings.strict = _flag("LLMKERN_STRICT")
-    settings.debug = _flag("LLMKERN_DEBUG")
+    settings.strict = strict
+    settings.debug = debug
     settings.library = os.environ.get("LLMKERN_LIBRARY") or None
     settings.cpu_isa = os.environ.get("LLMKERN_CPU_ISA") or None
     settings.cache = os.environ.get("LLMKERN_CACHE") or Settings.cache

@@ -156,7 +156,7 @@ def select(op: str, call: dict[str, Any]) -> Implementation:
 def _explain_refusal(op: str, call: dict[str, Any], forced: str | None) -> str:
     reasons = [(backend.name, reason) for backend, _, reason in decisions(op, call) if reason is not None]
     if forced is not None:
-        backend_named(forced)
+        backend_named(forced, "LLMKERN_BACKEND")  # `use_backend` has asked already
         why = "; ".join(reason for name, reason in reasons if name == forced) or f"it does not implement {op}"
         return f"{op}: the forced backend {forced!r} cannot serve this call: {why}"
     kind = "kernel backend" if settings.strict else "backend"

@@ -162,11 +162,11 @@ def static_reason(
     return None
 
 
-def backend_named(name: str) -> Backend:
-    """The registered backend called `name`; `ValueError` lists what there is."""
+def backend_named(name: str, setting: str = "") -> Backend:
+    """The registered backend called `name`; `ValueError` lists what there is, and names the setting it is from."""
     if name not in _BACKENDS:
         known = ", ".join(b.name for b in backends())
-        raise ValueError(f"unknown backend {name!r}; there are {known}")
+        raise ValueError(f"{setting and f'{setting}: '}unknown backend {name!r}; there are {known}")
     return _BACKENDS[name]
 
 

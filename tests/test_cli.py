@@ -289,7 +289,7 @@ class TestGenerate:
     [
         (["nosuch"], "No such command"),
         (["info", "--nosuch"], "No such option"),
-        (["--backend", "nosuch", "info"], "unknown backend 'nosuch'; there are cuda"),
+        (["--backend", "nosuch", "info"], "--backend: unknown backend 'nosuch'; there are cuda"),
         (["why", "nosuch", "--shape", "1"], "unknown op 'nosuch'; there are add_layer_norm"),
         (["why", "gelu"], "expected rows,hidden"),
         (["why", "gelu", "--shape", "1,2,3"], "shape of gelu is rows,hidden, got 1,2,3"),

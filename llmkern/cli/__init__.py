@@ -59,7 +59,7 @@ def options(
     if backend is not None:
         settings.backend = backend
     if settings.backend is not None:
-        backend_named(settings.backend)
+        backend_named(settings.backend, "LLMKERN_BACKEND" if backend is None else "--backend")
     settings.strict = settings.strict or strict
 
 

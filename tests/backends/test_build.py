@@ -63,6 +63,19 @@ def test_a_build_that_cannot_be_says_why(source: Path, env: dict[str, str], reas
     assert f"the native library was not built: {reasons['library']}" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("LLMKERN_BUILD", "0 or 1"), ("LLMKERN_CUDA", "0 or 1 or auto"), ("LLMKERN_SANITIZE", "0 or 1")],
+)
+def test_settings_that_are_not_accepted_end_the_build(source: Path, name: str, accepted: str) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    run = subprocess.run(
+        command, cwd=source, env=os.environ | {name: "yes"}, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == f"llmkern: {name} is 'yes', expected {accepted}"
+
+
 @pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 def test_an_edited_header_recompiles_its_users_and_nothing_else(source: Path, tool) -> None:
     """ninja's own plan, after a build: nothing to do, then exactly the objects that include vec.h: every kernel's."""
