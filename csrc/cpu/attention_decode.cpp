@@ -20,7 +20,7 @@ constexpr int kBlock = 64;
 constexpr int kRows = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;
 constexpr int kVectors = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;  // of a row's output, in registers
 constexpr int kKeys = 4;                                  // whose scores are added up together
-constexpr int64_t kChunk = 256;
+constexpr int64_t kChunk = 128;
 constexpr int64_t kElementsPerThread = 32768;  // of the cache; below this, waking a thread costs more than it saves
 constexpr float kInfinity = __builtin_inff();
 
@@ -89,9 +89,10 @@ inline F4 sums(F32 a, F32 b, F32 c, F32 d) {
 }
 
 // scores[r][j] = q[r] · k[j] for kR rows and `count` keys; up to the next multiple of kKeys the last key again.
+// Vectors at `later`, which are read next, are fetched meanwhile.
 template <int kR, class C>
 inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_stride, int count, int64_t dim,
-                     float (*scores)[kBlock]) {
+                     const C* later, int64_t later_stride, float (*scores)[kBlock]) {
   for (int j = 0; j < count; j += kKeys) {
     const C* key[kKeys];
     for (int i = 0; i < kKeys; ++i) key[i] = k + (j + i < count ? j + i : count - 1) * k_stride;
@@ -99,7 +100,10 @@ inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_str
     const auto step = [&](int64_t d, const auto& load_key) {
       F32 keys[kKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) keys[i] = load_key(key[i] + d);
+      for (int i = 0; i < kKeys; ++i) {
+        keys[i] = load_key(key[i] + d);
+        __builtin_prefetch(later + (j + i) * later_stride + d);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) {
         const F32 query = load(q + r * q_floats + d);
@@ -118,15 +122,18 @@ inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_str
   }
 }
 
-// out[r][0, width) = out[r] · keep[r] + Σ_j weights[r][j] · v[j], kN registers of each row.
+// out[r][0, width) = out[r] · keep[r] + Σ_j weights[r][j] · v[j], kN registers of each row; fetches as multiply does.
 template <int kR, int kN, class C, class Load>
 inline void add_columns(const float (*weights)[kBlock], const float* keep, const C* v, int64_t v_stride, int count,
-                        float* out, int64_t out_floats, const Load& load_value) {
+                        const C* later, int64_t later_stride, float* out, int64_t out_floats, const Load& load_value) {
   F32 acc[kR][kN] = {};  // a block's alone: sums of blocks round less than one long sum
   for (int j = 0; j < count; ++j) {
     F32 value[kN];
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) value[n] = load_value(v + j * v_stride + n * kLanes);
+    for (int n = 0; n < kN; ++n) {
+      value[n] = load_value(v + j * v_stride + n * kLanes);
+      __builtin_prefetch(later + j * later_stride + n * kLanes);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
@@ -143,16 +150,16 @@ inline void add_columns(const float (*weights)[kBlock], const float* keep, const
 
 template <int kR, class C>
 inline void add_values(const float (*weights)[kBlock], const float* keep, const C* v, int64_t v_stride, int count,
-                       int64_t dim, float* out, int64_t out_floats) {
+                       int64_t dim, const C* later, int64_t later_stride, float* out, int64_t out_floats) {
+  const auto columns = [&]<int kN>(int64_t d, const auto& load_value) {
+    add_columns<kR, kN>(weights, keep, v + d, v_stride, count, later + d, later_stride, out + d, out_floats,
+                        load_value);
+  };
   const auto whole = [](const C* p) { return load(p); };
   int64_t d = 0;
-  for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes)
-    add_columns<kR, kVectors>(weights, keep, v + d, v_stride, count, out + d, out_floats, whole);
-  for (; d + kLanes <= dim; d += kLanes)
-    add_columns<kR, 1>(weights, keep, v + d, v_stride, count, out + d, out_floats, whole);
-  if (const int n = dim - d; n > 0)
-    add_columns<kR, 1>(weights, keep, v + d, v_stride, count, out + d, out_floats,
-                       [n](const C* p) { return load_first(p, n); });
+  for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes) columns.template operator()<kVectors>(d, whole);
+  for (; d + kLanes <= dim; d += kLanes) columns.template operator()<1>(d, whole);
+  if (const int n = dim - d; n > 0) columns.template operator()<1>(d, [n](const C* p) { return load_first(p, n); });
 }
 
 // Keys of one block: they lie behind each other at a stride, and stand at positions from `position` on.
@@ -169,7 +176,8 @@ template <int kR, class C>
 void attend(const Call& c, const Task& task, const Block<C>& block, int64_t length, int64_t r0) {
   const AttentionDecodeParams& p = c.p;
   alignas(64) float scores[kR][kBlock];
-  multiply<kR>(task.q + r0 * c.q_floats, c.q_floats, block.k, p.k_strides.position, block.count, p.dim, scores);
+  multiply<kR>(task.q + r0 * c.q_floats, c.q_floats, block.k, p.k_strides.position, block.count, p.dim, block.v,
+               p.v_strides.position, scores);
   float keep[kR];
   for (int r = 0; r < kR; ++r) {
     // The keys that the query sees, counted from the block's first.
@@ -202,7 +210,8 @@ void attend(const Call& c, const Task& task, const Block<C>& block, int64_t leng
     task.total[r0 + r] = task.total[r0 + r] * keep[r] + sum(total);
     task.top[r0 + r] = top;
   }
-  add_values<kR>(scores, keep, block.v, p.v_strides.position, block.count, p.value_dim, task.out + r0 * c.out_floats,
+  add_values<kR>(scores, keep, block.v, p.v_strides.position, block.count, p.value_dim,
+                 block.k + block.count * p.k_strides.position, p.k_strides.position, task.out + r0 * c.out_floats,
                  c.out_floats);
 }
 

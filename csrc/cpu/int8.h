@@ -19,20 +19,25 @@ inline S32 round_to_int(F32 v) {
 #endif
 }
 
+// The largest |value| of k, NaN where one is; value(i, n) as for_registers asks for it.
+template <class Value>
+float amax_of(const Value& value, int64_t k) {
+  S32 most = {};  // |v| as bits: in that order infinity is beyond every number and NaN beyond infinity
+  for_registers(k, [&](int64_t i, int n) {
+    const S32 magnitude = bits_as<S32>(value(i, n)) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  });
+  int32_t largest = 0;
+  for (int j = 0; j < kLanes; ++j) largest = most[j] > largest ? most[j] : largest;
+  return bits_as<float>(largest);
+}
+
 // Writes k codes, int8_t or wider, and returns their scale, as the op quantize_int8 defines both, to the bit.  value(i,
 // n) is the register of values from i on, of which n count where n < kLanes; each is asked for twice.
 template <class Value, class Code>
 float quantize_values(const Value& value, int64_t k, Code* codes) {
   const auto counting = [&value](int64_t i, int n) { return n < kLanes ? first(value(i, n), n) : value(i, n); };
-  S32 most = {};  // |v| as bits: in that order infinity is beyond every number and NaN beyond infinity
-  const auto look_at = [&](int64_t i, int n) {
-    const S32 magnitude = bits_as<S32>(counting(i, n)) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  };
-  for_registers(k, look_at);
-  int32_t largest = 0;
-  for (int j = 0; j < kLanes; ++j) largest = most[j] > largest ? most[j] : largest;
-  const float amax = bits_as<float>(largest);
+  const float amax = amax_of(counting, k);
   const float scale = amax < 0x1p-118f ? 0.0f : amax / 127.0f;
   if (!(scale > 0.0f && scale < __builtin_inff())) {
     for (int64_t i = 0; i < k; ++i) codes[i] = 0;

@@ -62,7 +62,8 @@ inline F32 load_typed(DType dtype, const void* p, int64_t i, int64_t n) {
   return with_type(dtype, [&]<class T>() { return load_at_most(static_cast<const T*>(p) + i, n); });
 }
 
-// out[r0, r0 + rows) in the strip's columns from `sums`, whose rows are `stride` apart and padded to whole registers.
+// out[r0, r0 + rows) in the strip's columns from `sums`: kSums rows of them for each row, `stride` apart and padded to
+// whole registers.
 template <class Scheme, class T>
 void finish_as(const LinearParams& p, const Strip& to, int64_t r0, int rows, const typename Scheme::Sum* sums,
                int64_t stride) {
@@ -73,8 +74,8 @@ void finish_as(const LinearParams& p, const Strip& to, int64_t r0, int rows, con
     const F32 bias = s.bias ? load_typed(p.bias_dtype, s.bias, n, left) : F32{};
     for (int r = 0; r < rows; ++r) {
       const Header& header = headers(p)[r0 + r];
-      const auto sum = bits_as<typename Scheme::Sums>(load_bytes(sums + r * stride + c));
-      F32 y = activate(s.activation, Scheme::finish(sum, header) * scale + bias);
+      const F32 product = Scheme::finish(sums + r * Scheme::kSums * stride + c, stride, header);
+      F32 y = activate(s.activation, product * scale + bias);
       if (s.residual) y += load_typed(p.residual_dtype, s.residual, (r0 + r) * s.residual_stride + n, left);
       store_at_most(static_cast<T*>(s.out) + (r0 + r) * s.out_stride + n, y, left);
     }
@@ -84,12 +85,12 @@ void finish_as(const LinearParams& p, const Strip& to, int64_t r0, int rows, con
 template <class Scheme>
 void finish(const LinearParams& p, const Strip& to, int64_t r0, int rows, const typename Scheme::Sum* sums,
             int64_t stride) {
-  if constexpr (std::is_same_v<typename Scheme::Sum, int32_t>) {
+  if constexpr (std::is_same_v<typename Scheme::Sum, int32_t> && Scheme::kSums == 1) {
     if (p.sums) {
       for (int r = 0; r < rows; ++r) {
         int32_t* out = static_cast<int32_t*>(to.segment->out) + (r0 + r) * to.segment->out_stride + to.n;
         for (int c = 0; c < to.count; c += kLanes) {
-          const S32 exact = Scheme::exact(bits_as<S32>(load_bytes(sums + r * stride + c)), headers(p)[r0 + r]);
+          const S32 exact = Scheme::exact(sums + r * stride + c, headers(p)[r0 + r]);
           if (to.count - c >= kLanes)
             std::memcpy(out + c, &exact, sizeof(exact));
           else

@@ -45,6 +45,19 @@ void integers(const LinearParams& p, const Threads& threads) {
   blocks<Integers, int8_t>(p, threads);
 }
 
+// The call for row r alone.
+LinearParams row_of(LinearParams p, int64_t r) {
+  p.x = static_cast<const char*>(p.x) + p.rows.offset(r) * size_of(p.dtype);
+  for (int i = 0; i < p.segments; ++i) {
+    LinearSegment& s = p.segment[i];
+    s.out = static_cast<char*>(s.out) + r * s.out_stride * size_of(p.out_dtype);
+    if (s.residual)
+      s.residual = static_cast<const char*>(s.residual) + r * s.residual_stride * size_of(p.residual_dtype);
+  }
+  p.rows = dense_rows(1, p.k);
+  return p;
+}
+
 void floats(const LinearParams& p, const Threads& threads) {
 #ifdef __AMX_INT8__
   const bool exact = p.weight_type == WeightType::bf16 || p.weight_type == WeightType::s8;
@@ -56,6 +69,17 @@ void floats(const LinearParams& p, const Threads& threads) {
   if (p.rows.count > kFewRows && p.weight_type == WeightType::s8) {
     with_type(p.dtype, [&]<class T>() { prepare<TileFloats>(p, static_cast<const T*>(p.x), threads); });
     return blocks<TileFloats, int8_t, Tiles>(p, threads);
+  }
+#endif
+#ifdef LLMKERN_VNNI
+  if (p.rows.count <= kFewRows && p.weight_type == WeightType::s8 && p.k <= kMostExactProducts) {
+    with_type(p.dtype, [&]<class T>() { prepare<Digits>(p, static_cast<const T*>(p.x), threads); });
+    const Header* const rows = headers(p);
+    if (std::all_of(rows, rows + p.rows.count, Digits::served)) return stream<Digits, int8_t>(p, threads);
+    if (p.rows.count > 1) {
+      for (int64_t r = 0; r < p.rows.count; ++r) floats(row_of(p, r), threads);
+      return;
+    }
   }
 #endif
   with_type(p.dtype, [&]<class T>() { prepare<Floats>(p, static_cast<const T*>(p.x), threads); });

@@ -2,6 +2,7 @@
 // kPerLane of the scheme's Code.  multiply() adds the products of two registers, lane by lane, to one of sums.
 //   Floats    fp32, 1 to a lane; the weight of any type is widened on its way
 //   Integers  with VNNI int8, 4 to a lane; else widened to int16, 2 to a lane.  Exact for all codes.
+//   Digits    with VNNI: x in fixed point of 32 bits, four int8 digits; kSums = 4 sums for each row
 //   Bf16      2 to a lane; only for tiles (tiles.h), which multiply bf16 exactly and add in fp32
 #pragma once
 
@@ -10,6 +11,7 @@
 
 #include "../int8.h"
 #include "../vec.h"
+#include "llmkern/linear.h"
 
 #if LLMKERN_ISA_LEVEL == 0 && defined(__SSE2__)
 #include <emmintrin.h>
@@ -27,14 +29,19 @@ typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));  // a register
 // What is kept beside each prepared row of x.
 struct Header {
   float scale;
-  uint32_t compensation;  // what Integers::multiply has added too much, modulo 2³²
+  uint32_t compensation[4];  // what Integers::multiply has added too much to each of the sums, modulo 2³²
 };
-static_assert(sizeof(Header) == 8);  // as linear_workspace_bytes has it
+static_assert(sizeof(Header) == kLinearHeaderBytes);
 
 inline Bytes load_bytes(const void* p) {
   Bytes v;
   std::memcpy(&v, p, sizeof(v));
   return v;
+}
+
+// Codes from one part of a prepared row to the next.
+inline int64_t padded(int64_t k) {
+  return (k + 63) / 64 * 64;
 }
 
 // One lane's bytes in every lane.
@@ -48,6 +55,7 @@ struct Floats {
   using Code = float;
   using Sum = float;
   using Sums = F32;
+  static constexpr int kSums = 1;
   static constexpr int kPerLane = 1;
   static constexpr int kStep = kPerLane * kLanes;  // codes in a register
   static constexpr int64_t kSegment = 64 * kStep;  // added up apart, so that long sums lose no accuracy
@@ -66,12 +74,13 @@ struct Floats {
 
   static F32 add(F32 a, F32 b) { return a + b; }
   static float total(F32 sums) { return sum(sums); }
-  static F32 finish(F32 sums, const Header&) { return sums; }
+  static F32 finish(const float* sums, int64_t, const Header&) { return LLMKERN_ISA::load(sums); }
 };
 
 struct Integers {
   using Sum = int32_t;
   using Sums = S32;
+  static constexpr int kSums = 1;
   static constexpr int64_t kSegment = int64_t{1} << 62;  // exact at any length
 #ifdef LLMKERN_VNNI
   using Code = int8_t;
@@ -121,7 +130,7 @@ struct Integers {
     codes_of(x, k, header, row);
     int32_t total = 0;
     for (int64_t i = 0; kShift != 0 && i < k; ++i) total += row[i];
-    header.compensation = static_cast<uint32_t>(total) * kShift;
+    header.compensation[0] = static_cast<uint32_t>(total) * kShift;
   }
 
   template <class T>
@@ -135,11 +144,56 @@ struct Integers {
   // Modulo 2³², as multiply() adds.
   static S32 add(S32 a, S32 b) { return bits_as<S32>(bits_as<U32>(a) + bits_as<U32>(b)); }
   static int32_t total(S32 sums) { return static_cast<int32_t>(sum(bits_as<U32>(sums))); }
-  static S32 exact(S32 sums, const Header& header) { return bits_as<S32>(bits_as<U32>(sums) - header.compensation); }
-  static F32 finish(S32 sums, const Header& header) {
+  static S32 exact(const int32_t* sums, const Header& header, int i = 0) {
+    return bits_as<S32>(bits_as<U32>(load_bytes(sums)) - header.compensation[i]);
+  }
+  static F32 finish(const int32_t* sums, int64_t, const Header& header) {
     return __builtin_convertvector(exact(sums, header), F32) * broadcast(header.scale);
   }
 };
+
+#ifdef LLMKERN_VNNI
+// x in steps of its row's largest number / 127 · 2²⁴, about 2⁻³¹ of it: finer than fp32 rounds a sum in which that
+// number takes part.  A number is four digits to the base 256, each from -128 to 127, the highest first.  Their four
+// products of bytes take less time than widening four codes to fp32, and keep up with memory.
+struct Digits : Integers {
+  static constexpr int kSums = 4;
+  static constexpr float kLargest = 127.0f * (1 << 24);  // below what digits hold: it may be rounded up
+
+  // Whether the row can be had so: not where it holds NaN or infinity, or nothing but tiny numbers.
+  static bool served(const Header& header) { return header.scale == header.scale; }
+
+  template <class T>
+  static void prepare(const T* x, int64_t k, Header& header, int8_t* row) {
+    const auto value = [x](int64_t i, int n) { return load_at_most(x + i, n); };
+    const float amax = amax_of(value, k);
+    const bool in_range = amax >= 0x1p-80f && amax < __builtin_inff();
+    header.scale = in_range ? amax / kLargest : amax == 0.0f ? 0.0f : __builtin_nanf("");
+    const F32 inv = broadcast(in_range ? kLargest / amax : 0.0f);
+    const int64_t stride = padded(k);
+    S32 totals[kSums] = {};
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      S32 rest = i < k && in_range ? round_to_int(value(i, k - i < kLanes ? k - i : kLanes) * inv) : S32{};
+      for (int digit = kSums - 1; digit >= 0; --digit) {
+        typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+        const S32 last = rest << 24 >> 24;
+        const Narrow narrow = __builtin_convertvector(last, Narrow);
+        std::memcpy(row + digit * stride + i, &narrow, sizeof(narrow));
+        totals[digit] += last;
+        rest = (rest - last) >> 8;
+      }
+    }
+    for (int digit = 0; digit < kSums; ++digit) header.compensation[digit] = sum(bits_as<U32>(totals[digit])) * kShift;
+  }
+
+  static F32 finish(const int32_t* sums, int64_t stride, const Header& header) {
+    F32 y = {};
+    for (int digit = 0; digit < kSums; ++digit)
+      y = y * broadcast(256.0f) + __builtin_convertvector(exact(sums + digit * stride, header, digit), F32);
+    return y * broadcast(header.scale);
+  }
+};
+#endif
 
 // The first n < kStep weights at w as a register; what stands for the others meets zeros of x.
 template <class Scheme, class W>

@@ -2,7 +2,7 @@
 // columns  16 outputs of a row are finished together: scale, bias, activation, residual, rounding.
 // block    kRows × kColumns sums in registers, each one register wide and added up over k from left to right: a
 //          result depends neither on its neighbours nor on the number of threads.  A weight's vector is widened once
-//          for up to four rows; further rows find it in the L1 cache.
+//          for up to four rows; further rows find it in the L1 cache.  A row in digits is as many rows.
 // threads  share the columns.
 #pragma once
 
@@ -49,11 +49,13 @@ inline void stream_block(const typename Scheme::Code* const (&x)[kRows], const W
 // out[r0, r0 + kRows) in the strip's columns.
 template <class Scheme, int kRows, class W>
 void stream_columns(const LinearParams& p, int64_t r0, const Strip& to) {
-  constexpr int kMost = kAccumulators / kRows;
+  constexpr int kSums = kRows * Scheme::kSums;
+  constexpr int kMost = kAccumulators / kSums;
   constexpr int kColumns = kMost >= 8 ? 8 : kMost >= 4 ? 4 : 2;
-  alignas(64) typename Scheme::Sum y[kRows * kColumnsAtOnce] = {};
-  const typename Scheme::Code* x[kRows];
-  for (int r = 0; r < kRows; ++r) x[r] = prepared_row<Scheme>(p, r0 + r);
+  alignas(64) typename Scheme::Sum y[kSums * kColumnsAtOnce] = {};
+  const typename Scheme::Code* x[kSums];
+  for (int i = 0; i < kSums; ++i)
+    x[i] = prepared_row<Scheme>(p, r0 + i / Scheme::kSums) + i % Scheme::kSums * padded(p.k);
   const int64_t stride = to.segment->w_stride;
   for (int c0 = 0; c0 < to.count; c0 += kColumns) {
     const W* w[kColumns];  // beyond the last column the last one again: computed and not used
@@ -73,11 +75,14 @@ void stream(const LinearParams& p, const Threads& threads) {
   threads.parallel_for(strips(p, kColumnsAtOnce), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Strip to = strip(p, kColumnsAtOnce, i);
+      constexpr int kMost = kRowsAtOnce / Scheme::kSums;
       int64_t r = 0;
-      for (; r + kRowsAtOnce <= p.rows.count; r += kRowsAtOnce) stream_columns<Scheme, kRowsAtOnce, W>(p, r, to);
-      if (p.rows.count - r == 3) stream_columns<Scheme, 3, W>(p, r, to);
-      if (p.rows.count - r == 2) stream_columns<Scheme, 2, W>(p, r, to);
-      if (p.rows.count - r == 1) stream_columns<Scheme, 1, W>(p, r, to);
+      for (; r + kMost <= p.rows.count; r += kMost) stream_columns<Scheme, kMost, W>(p, r, to);
+      if constexpr (kMost > 1) {
+        if (p.rows.count - r == 3) stream_columns<Scheme, 3, W>(p, r, to);
+        if (p.rows.count - r == 2) stream_columns<Scheme, 2, W>(p, r, to);
+        if (p.rows.count - r == 1) stream_columns<Scheme, 1, W>(p, r, to);
+      }
     }
   });
 }

@@ -22,9 +22,9 @@ struct TileIntegers : Integers {
     codes_of(x, k, header, row);
   }
 
-  static S32 exact(S32 sums, const Header&) { return sums; }
-  static F32 finish(S32 sums, const Header& header) {
-    return __builtin_convertvector(sums, F32) * broadcast(header.scale);
+  static S32 exact(const int32_t* sums, const Header&) { return bits_as<S32>(load_bytes(sums)); }
+  static F32 finish(const int32_t* sums, int64_t, const Header& header) {
+    return __builtin_convertvector(exact(sums, header), F32) * broadcast(header.scale);
   }
 
   // Numbers of tiles are part of the instruction's name: gcc takes no constants from templates.
@@ -39,6 +39,7 @@ struct TileIntegers : Integers {
 
 struct TileBf16 {
   static constexpr int kParts = 1;
+  static constexpr int kSums = 1;
   using Code = BFloat16;
   using Sum = float;
   using Sums = F32;
@@ -54,7 +55,7 @@ struct TileBf16 {
 
   static void prepare(const BFloat16* x, int64_t k, Header&, BFloat16* row) { std::memcpy(row, x, k * sizeof(*x)); }
 
-  static F32 finish(F32 sums, const Header&) { return sums; }
+  static F32 finish(const float* sums, int64_t, const Header&) { return LLMKERN_ISA::load(sums); }
 
   template <int kSums>
   static void multiply_tiles() {

@@ -1,9 +1,9 @@
 // linear: out[r, j] = act(Σ_k x[r, k] · w[j, k] · w_scale[j] + bias[j]) + residual[r, j], for up to three weights that
 // share x, such as q, k, v or gate, up: x is prepared once and the threads are woken once.
 //
-// Weights are read as they are stored, fp32, bf16, fp16 or int8.  Floating x is multiplied in fp32 (bf16 with bf16 or
-// int8, and the three bf16 that an fp32 is the sum of with int8, also by instructions that multiply bf16 and add in
-// fp32); under w8a8 each row of x is rounded to int8 first, as
+// Weights are read as they are stored, fp32, bf16, fp16 or int8.  Floating x is multiplied in fp32, or as precisely:
+// bf16 with bf16 or int8, and the three bf16 that an fp32 is the sum of with int8, by instructions that multiply bf16
+// and add in fp32; few rows with int8 in fixed point of 32 bits.  Under w8a8 each row of x is rounded to int8 first, as
 // the op quantize_int8 does, or given as codes (x_q), and the sum of integer products is exact.
 #pragma once
 
@@ -31,6 +31,9 @@ struct LinearSegment {
   Activation activation = Activation::none;
 };
 
+// As many products of two int8 add up within an int32, whatever they are.
+inline constexpr int64_t kMostExactProducts = 131071;
+
 struct LinearParams {
   const void* x = nullptr;         // [rows.count, k], dtype; rows at rows.offset(r), each contiguous
   const int8_t* x_q = nullptr;     // instead of x: its codes, at the same places; any int8; needs w8a8
@@ -39,7 +42,7 @@ struct LinearParams {
   LinearSegment segment[3];
   int segments = 1;
   Rows rows;
-  int64_t k;               // at most 131071 under w8a8
+  int64_t k;               // at most kMostExactProducts under w8a8
   WeightType weight_type;  // of every segment
   DType dtype = DType::f32, out_dtype = DType::f32, bias_dtype = DType::f32, residual_dtype = DType::f32;
   bool w8a8 = false;  // round x to int8; the weights are s8
@@ -53,9 +56,10 @@ constexpr int64_t linear_row_bytes(int64_t k, bool w8a8) {
   return ((k + 63) / 64 * (w8a8 ? 2 : 6) | 1) * 64;
 }
 
-// Rows are prepared in blocks of 32, each row with its scale and a correction of its sums.
+// Rows are prepared in blocks of 32, each row with its scale and corrections of its sums.
+inline constexpr int64_t kLinearHeaderBytes = 20;
 constexpr int64_t linear_workspace_bytes(int64_t rows, int64_t k, bool w8a8) {
-  return (rows + 31) / 32 * 32 * (8 + linear_row_bytes(k, w8a8));
+  return (rows + 31) / 32 * 32 * (kLinearHeaderBytes + linear_row_bytes(k, w8a8));
 }
 
 void launch_linear(const LinearParams& p, const Threads& threads);
