@@ -25,16 +25,16 @@ struct Call {
 
 class EncoderLayer : Layer {
  public:
-  explicit EncoderLayer(const Call& call)
-      : Layer(kOp, call.hidden, call.mask, call.heads, call.heads, call.q.n() / call.heads, call.hidden.size(1)),
+  EncoderLayer(const Call& call, const Threads& threads)
+      : Layer(kOp, call.hidden, call.mask, call.heads, call.heads, call.q.n() / call.heads, call.hidden.size(1),
+              threads),
         c_(call) {}
 
-  Tensor run() {
-    Tensor out = torch::stable::new_empty(hidden_, hidden_.sizes());
-    if (rows_ == 0 || size_ == 0) return out;
+  void run(Tensor& out) {
+    if (rows_ == 0 || size_ == 0) return;
     allocate([this](Scratch& scratch) { place(scratch); });
     products_(quantized(input(), size_, {c_.q, c_.k, c_.v}), {c_.q, c_.k, c_.v}, {&q_, &k_, &v_});
-    launch_attention(attention_params(q_, k_, v_, attended_, c_.sm_scale), kTorchThreads);
+    launch_attention(attention_params(q_, k_, v_, attended_, c_.sm_scale), threads_);
     products_(attended_, {c_.o}, {&o_});
     norm(o_, input(), c_.attention_norm, c_.attention_norm_bias, h_);
     products_(quantized(h_, size_, {c_.up}), {c_.up}, {&inner_});
@@ -42,7 +42,6 @@ class EncoderLayer : Layer {
     activate(c_.activation, inner_, nullptr, activated, c_.up.n());
     products_(activated, {c_.down}, {&down_});
     norm(down_, h_, c_.output_norm, c_.output_norm_bias, {.data = out.mutable_data_ptr(), .stride = size_});
-    return out;
   }
 
  private:
@@ -71,7 +70,7 @@ class EncoderLayer : Layer {
             .hidden = columns,
             .dtype = dtype_,
         },
-        kTorchThreads);
+        threads_);
     return codes_;
   }
 
@@ -83,7 +82,7 @@ class EncoderLayer : Layer {
     p.bias = bias ? bias->const_data_ptr() : nullptr;
     p.bias_dtype = bias ? *dtype_of(*bias) : DType::f32;
     p.eps = c_.eps;
-    launch_norm(p, kTorchThreads);
+    launch_norm(p, threads_);
   }
 
   const Call& c_;
@@ -148,7 +147,13 @@ Tensor encoder_layer(const Tensor& hidden, const Optional& mask, const Tensor& a
                                   o_weight, o_scale, o_bias, up_weight, up_scale, up_bias, down_weight, down_scale,
                                   down_bias, heads, eps, sm_scale, activation, scheme);
   check(call);
-  return EncoderLayer(call).run();
+  Tensor out = torch::stable::new_empty(call.hidden, call.hidden.sizes());
+  const int64_t tokens = hidden.size(0) * hidden.size(1);
+  bool native = true;
+  for (const Linear* linear : {&call.q, &call.k, &call.v, &call.o, &call.up, &call.down})
+    native = native && is_native(*linear, tokens);
+  with_threads(native, [&](const Threads& threads) { EncoderLayer(call, threads).run(out); });
+  return out;
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 #include "llmkern/attention.h"
 #include "llmkern/linear.h"
 #include "llmkern/norm.h"
-#include "threads.h"
+#include "team.h"
 
 namespace llmkern {
 
@@ -36,14 +36,20 @@ struct Linear {
   bool takes_codes() const { return w8a8 && int8(); }
 };
 
+inline std::vector<std::string> parts_of(const std::string& list, char separator) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0, end; begin <= list.size(); begin = end + 1) {
+    end = std::min(list.find(separator, begin), list.size());
+    parts.push_back(list.substr(begin, end - begin));
+  }
+  return parts;
+}
+
 // A layer's argument `scheme`, "w8a8" or "w8a16": one for all of its linear layers, or one for each, with commas.
 class Schemes {
  public:
   Schemes(const char* op, const std::string& schemes, size_t layers) {
-    for (size_t begin = 0, end; begin <= schemes.size(); begin = end + 1) {
-      end = std::min(schemes.find(',', begin), schemes.size());
-      w8a8_.push_back(schemes.compare(begin, end - begin, "w8a8") == 0);
-    }
+    for (const std::string& part : parts_of(schemes, ',')) w8a8_.push_back(part == "w8a8");
     STD_TORCH_CHECK(w8a8_.size() == 1 || w8a8_.size() == layers, op, ": scheme has ", w8a8_.size(),
                     " parts, expected 1 or ", layers);
   }
@@ -162,13 +168,26 @@ struct Matrix {
   float* scale = nullptr;
 };
 
+// Is this layer, of so many rows, multiplied by launch_linear?
+inline bool is_native(const Linear& l, int64_t rows) {
+  return l.int8() || rows <= kFewRows;
+}
+
+// f(threads) with the threads for the launchers: a team, unless torch's operators need them for layers that are not
+// `native`.
+template <class F>
+void with_threads(bool native, const F& f) {
+  native ? Team::lead(f) : f(kTorchThreads);
+}
+
 // The linear layers of one call.
 class Products {
  public:
-  Products(const Tensor& like, int64_t rows) : like_(like), dtype_(*dtype_of(like)), rows_(rows) {}
+  Products(const Tensor& like, int64_t rows, const Threads& threads)
+      : like_(like), dtype_(*dtype_of(like)), rows_(rows), threads_(threads) {}
 
   // Is this layer multiplied by launch_linear?
-  bool native(const Linear& l) const { return l.int8() || rows_ <= kFewRows; }
+  bool native(const Linear& l) const { return is_native(l, rows_); }
 
   // Does every one of these layers round its input to codes, so that whoever makes the input may do it?
   bool takes_codes(std::initializer_list<Linear> layers) const {
@@ -259,13 +278,14 @@ class Products {
   }
 
   void launch(LinearParams& p) const {
-    launch_linear(p, kTorchThreads);
+    launch_linear(p, threads_);
     p.segments = 0;
   }
 
   const Tensor& like_;
   DType dtype_;
   int64_t rows_;
+  const Threads& threads_;
   char* workspace_ = nullptr;
   std::vector<Tensor> results_;  // of torch's operator, kept until the layer is done
 };
@@ -274,8 +294,9 @@ class Products {
 class Layer {
  protected:
   Layer(const char* op, const Tensor& hidden, const std::optional<Tensor>& mask, int64_t heads, int64_t kv_heads,
-        int64_t dim, int64_t keys)
+        int64_t dim, int64_t keys, const Threads& threads)
       : hidden_(hidden),
+        threads_(threads),
         dtype_(*dtype_of(hidden)),
         batch_(hidden.size(0)),
         length_(hidden.size(1)),
@@ -286,7 +307,7 @@ class Layer {
         dim_(dim),
         keys_(keys),
         mask_(mask_of(op, mask, {batch_, heads, length_, keys})),
-        products_(hidden, rows_) {}
+        products_(hidden, rows_, threads) {}
 
   int64_t element_bytes() const { return dtype_ == DType::f32 ? 4 : 2; }
 
@@ -344,7 +365,7 @@ class Layer {
             .dtype = dtype_,
             .activation = activation,
         },
-        kTorchThreads);
+        threads_);
   }
 
   // Of rows of projected queries, keys and values.
@@ -367,6 +388,7 @@ class Layer {
   }
 
   const Tensor& hidden_;
+  const Threads& threads_;
   const DType dtype_;
   const int64_t batch_, length_, size_, rows_, heads_, kv_heads_, dim_, keys_;
   const Mask mask_;

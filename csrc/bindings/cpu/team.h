@@ -1,0 +1,117 @@
+// A team: torch's threads, called together once for a whole layer, or many.  One of them leads: it goes through the
+// launchers, and shares the work of each with the others, who wait for it in a loop.  A call of torch's own pool costs
+// several microseconds, as much as a small layer's product; a piece of shared work costs a fraction of one.
+//
+// Work is cut into more pieces than there are threads, and a piece belongs to who asks first.  So a thread that comes
+// late, or never, or is held up by another program, delays the rest by no more than the piece that it has begun.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <utility>
+
+#include "threads.h"
+
+namespace llmkern {
+
+class Team {
+ public:
+  // f(threads), where the launchers may be given `threads`; torch's operators run on one thread meanwhile.
+  template <class F>
+  static void lead(const F& f) {
+    const int64_t count = torch::stable::get_num_threads();
+    if (count == 1) return f(kTorchThreads);
+    Team team(count);
+    auto body = [&](int64_t begin, int64_t) { begin == 0 ? team.lead_with(f) : team.help(); };
+    kTorchThreads.parallel_for(count, 1, body);
+  }
+
+ private:
+  // What there is to claim, in one number: how many pieces the present work has, times this, plus how many are taken.
+  // These may be more than there are: a thread counts itself in before it knows.
+  static constexpr uint64_t kPieces = uint64_t{1} << 32;
+
+  static constexpr int64_t kPiecesPerThread = 2;
+  static constexpr int kPatience = 1 << 14;  // turns of the loop before a helper lets other programs have the core
+
+  struct Work {
+    int64_t begin, count, pieces;
+    Threads::Body body;
+    void* context;
+
+    void operator()(int64_t piece) const {
+      body(begin + count * piece / pieces, begin + count * (piece + 1) / pieces, context);
+    }
+  };
+
+  explicit Team(int64_t threads) : threads_(threads) {}
+
+  template <class F>
+  void lead_with(const F& f) {
+    struct Led {
+      Team* team;
+      Team* before = std::exchange(led_, team);
+      ~Led() {
+        led_ = before;
+        team->over_.store(true, std::memory_order_release);
+      }
+    };
+    const Led led{this};
+    f(kThreads);
+  }
+
+  void help() {
+    for (int turns = 0; !over_.load(std::memory_order_relaxed); ++turns) {
+      if (take_pieces()) turns = 0;
+      turns < kPatience ? pause() : std::this_thread::yield();
+    }
+  }
+
+  void share(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
+    const int64_t most = (end - begin) / (grain > 1 ? grain : 1);
+    const int64_t pieces = most < threads_ * kPiecesPerThread ? most : threads_ * kPiecesPerThread;
+    if (pieces <= 1) return body(begin, end, context);
+    work_ = {begin, end - begin, pieces, body, context};
+    finished_.store(0, std::memory_order_relaxed);
+    claims_.store(static_cast<uint64_t>(pieces) * kPieces, std::memory_order_release);
+    take_pieces();
+    while (finished_.load(std::memory_order_acquire) != pieces) pause();
+  }
+
+  // Pieces one after the other until none is left; whether there was one.
+  bool take_pieces() {
+    bool any = false;
+    while (is_left(claims_.load(std::memory_order_relaxed))) {
+      const uint64_t claimed = claims_.fetch_add(1, std::memory_order_acquire);
+      if (!is_left(claimed)) break;
+      work_(claimed % kPieces);
+      finished_.fetch_add(1, std::memory_order_release);
+      any = true;
+    }
+    return any;
+  }
+
+  static bool is_left(uint64_t claims) { return claims % kPieces < claims / kPieces; }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  static const Threads kThreads;
+  static inline thread_local Team* led_ = nullptr;  // by this thread
+
+  const int64_t threads_;
+  Work work_{};
+  alignas(64) std::atomic<uint64_t> claims_{0};
+  alignas(64) std::atomic<int64_t> finished_{0};
+  std::atomic<bool> over_{false};
+};
+
+inline constexpr Threads Team::kThreads{[](int64_t begin, int64_t end, int64_t grain, Threads::Body body,
+                                           void* context) { led_->share(begin, end, grain, body, context); }};
+
+}  // namespace llmkern
