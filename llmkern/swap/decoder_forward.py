@@ -6,11 +6,12 @@ must, in plain dictionaries, and calls the native kernel without further ado whe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,17 +31,29 @@ from llmkern.swap.whole_layer import (
     linear_arguments,
     norm_parameter,
     parts,
+    scheme_argument,
     why_parts,
 )
 
-__all__ = ["LINEARS", "OP", "DecoderParts", "forward"]
+__all__ = [
+    "LINEARS",
+    "OP",
+    "DecoderParts",
+    "Run",
+    "cache_classes",
+    "check_call",
+    "forward",
+    "layer_parameters",
+    "numbers",
+    "reserved",
+    "running",
+]
 
 OP = "decoder_layer_"
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 _KNOWN = HARMLESS | {"attention_mask"}
-_NO_BUFFERS = (None, None, None, None)
 
-_Buffers = tuple[Tensor | None, ...]
+_Buffers = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -65,46 +78,48 @@ class DecoderParts:
     window: int = -1
 
 
+class Run(Protocol):
+    """A call of a decoder in which its layers may be computed together (llmkern/swap/decoder_stack.py)."""
+
+    def served(self, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the layer's call is to return; None where it is to compute that itself."""
+
+
+class _Running(threading.local):
+    run: Run | None = None
+
+
+running = _Running()
+
+
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     reason = parts(self, hidden_states)
     if reason is None:
         try:
-            return _whole(self, self._llmkern_layer, hidden_states, args, kwargs)
+            out = None if running.run is None else running.run.served(self, hidden_states, args, kwargs)
+            return _whole(self, self._llmkern_layer, hidden_states, args, kwargs) if out is None else out
         except Unserved as unserved:
             reason = str(unserved)
     return why_parts(self, OP, reason, hidden_states, args, kwargs)
 
 
 def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    if args or not _KNOWN.issuperset(kwargs):
-        check_arguments(args, kwargs, _KNOWN)
-    cos, sin = kwargs.get("position_embeddings") or (None, None)
-    if cos is None or cos.dtype is not hidden.dtype or cos.dim() != 3:
-        raise Unserved("there are no rotary embeddings in the dtype of the hidden states")
+    cos, sin = check_call(hidden, args, kwargs)
     check_children(self, layer.classes)
-    linears, scheme = linear_arguments(self, layer.linears, hidden)
+    parameters, schemes, eps = layer_parameters(self, layer, hidden)
     past, buffers, written = _cached(kwargs.get("past_key_values"), self, layer, hidden)
     mask = kwargs.get("attention_mask")
-    if mask is not None:
-        mask = layer_mask(mask, hidden, past + hidden.shape[1])
     arguments = (
         hidden,
         cos,
         sin,
         *buffers,
+        *([None] * (4 - len(buffers))),
         past,
-        mask,
-        *[None if norm is None else norm_parameter(self, norm, norm.weight, hidden) for norm in layer.norms],
-        *linears,
-        layer.head_dim,
-        eps_of(self, layer.norms),
-        layer.norm_offset,
-        layer.interleaved,
-        layer.sm_scale,
-        layer.window,
-        0.0,
-        layer.activation,
-        scheme,
+        None if mask is None else layer_mask(mask, hidden, past + hidden.shape[1]),
+        *parameters,
+        *numbers(layer, eps),
+        scheme_argument(schemes, hidden),
     )
     if unwatched():
         with torch._C._AutoDispatchBelowAutograd():
@@ -115,26 +130,59 @@ def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: di
     return out
 
 
+def check_call(hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """cos and sin; `Unserved` where they are not the op's, or the call says more than it can be told."""
+    if args or not _KNOWN.issuperset(kwargs):
+        check_arguments(args, kwargs, _KNOWN)
+    cos, sin = kwargs.get("position_embeddings") or (None, None)
+    if cos is None or sin is None or cos.dtype is not hidden.dtype or cos.dim() != 3:
+        raise Unserved("there are no rotary embeddings in the dtype of the hidden states")
+    return cos, sin
+
+
+def layer_parameters(
+    self: Any, layer: DecoderParts, hidden: Tensor
+) -> tuple[list[Tensor | None], tuple[str | None, ...], float]:
+    """The op's arguments from input_norm to down_bias, the schemes of the linear layers, and eps."""
+    linears, schemes = linear_arguments(self, layer.linears, hidden)
+    norms = [None if norm is None else norm_parameter(self, norm, norm.weight, hidden) for norm in layer.norms]
+    return [*norms, *linears], schemes, eps_of(self, layer.norms)
+
+
+def numbers(layer: DecoderParts, eps: float) -> tuple[Any, ...]:
+    """The op's arguments from head_dim to activation."""
+    return (
+        layer.head_dim,
+        eps,
+        layer.norm_offset,
+        layer.interleaved,
+        layer.sm_scale,
+        layer.window,
+        0.0,
+        layer.activation,
+    )
+
+
 def _cached(cache: Any, self: Any, layer: DecoderParts, hidden: Tensor) -> tuple[int, _Buffers, Callable[[], Any]]:
-    """Tokens in the cache, the op's four buffers, and what to do when the op has written them."""
+    """Tokens in the cache, the op's buffers, and what to do when the op has written them."""
     if cache is None:
-        return 0, _NO_BUFFERS, _nothing
-    dynamic_cache, kv_cache, kv_layer = _cache_classes()
+        return 0, (), _nothing
+    dynamic_cache, kv_cache, kv_layer = cache_classes()
     index = self._modules[layer.attention].layer_idx
     if type(cache) is kv_cache and index < len(cache.layers):
         held = cache.layers[index]
         if isinstance(held, kv_layer):
-            return _reserved(held, layer, hidden)
+            return reserved(held, layer, hidden)
     if type(cache) in (kv_cache, dynamic_cache) and not cache.get_seq_length(index):
         # Keys and values of the first tokens are made apart, and given to the cache as the attention would do.
         shape = (hidden.shape[0], layer.kv_heads, hidden.shape[1], layer.head_dim)
         k, v = hidden.new_empty(shape), hidden.new_empty(shape)
-        return 0, (k, v, None, None), partial(cache.update, k, v, index)
+        return 0, (k, v), partial(cache.update, k, v, index)
     filled = " with tokens in it" if type(cache) is dynamic_cache else ""
     raise Unserved(f"the cache is a {type(cache).__name__}{filled}, not a llmkern.KVCache")
 
 
-def _reserved(held: Any, layer: DecoderParts, hidden: Tensor) -> tuple[int, _Buffers, Callable[[], Any]]:
+def reserved(held: Any, layer: DecoderParts, hidden: Tensor) -> tuple[int, _Buffers, Callable[[], Any]]:
     """The same for a layer of a KVCache, where the op writes what it holds."""
     if not held.is_initialized:
         held.lazy_initialization(hidden.new_empty((hidden.shape[0], layer.kv_heads, 0, layer.head_dim)))
@@ -147,7 +195,7 @@ def _reserved(held: Any, layer: DecoderParts, hidden: Tensor) -> tuple[int, _Buf
     past = held.end - begin
     if begin:
         buffers = tuple([buffer[:, :, begin:] for buffer in buffers])
-    return past, buffers if len(buffers) == 4 else (*buffers, None, None), partial(held.advance, tokens)
+    return past, buffers, partial(held.advance, tokens)
 
 
 def _nothing() -> None:
@@ -155,7 +203,7 @@ def _nothing() -> None:
 
 
 @once
-def _cache_classes() -> tuple[Any, Any, Any]:
+def cache_classes() -> tuple[Any, Any, Any]:
     """transformers need not be there before a layer is given one of its caches."""
     from transformers.cache_utils import DynamicCache
 

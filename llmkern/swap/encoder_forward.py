@@ -23,6 +23,7 @@ from llmkern.swap.whole_layer import (
     linear_arguments,
     norm_parameter,
     parts,
+    scheme_argument,
     why_parts,
 )
 
@@ -67,7 +68,7 @@ def _whole(self: Any, layer: EncoderParts, hidden: Tensor, args: Any, kwargs: di
     if not _KNOWN.issuperset(kwargs):
         check_arguments((), kwargs, _KNOWN)
     check_children(self, layer.classes)
-    linears, scheme = linear_arguments(self, layer.linears, hidden)
+    linears, schemes = linear_arguments(self, layer.linears, hidden)
     mask = kwargs.get("attention_mask")
     if mask is not None:
         mask = layer_mask(mask, hidden, hidden.shape[1])
@@ -80,7 +81,7 @@ def _whole(self: Any, layer: EncoderParts, hidden: Tensor, args: Any, kwargs: di
         eps_of(self, layer.norms),
         layer.sm_scale,
         layer.activation,
-        scheme,
+        scheme_argument(schemes, hidden),
     )
     if unwatched():
         with torch._C._AutoDispatchBelowAutograd():

@@ -21,6 +21,8 @@ __all__ = [
     "LinearPart",
     "NormPart",
     "Unserved",
+    "are_inert",
+    "at",
     "called_within",
     "check_arguments",
     "check_children",
@@ -29,6 +31,7 @@ __all__ = [
     "linear_arguments",
     "norm_parameter",
     "parts",
+    "scheme_argument",
     "why_parts",
 ]
 
@@ -108,7 +111,7 @@ def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozense
 def check_children(module: nn.Module, children: tuple[ChildPart, ...]) -> None:
     """Raises `Unserved` where a child is no longer what it was, or calling it would do more than compute."""
     for path, cls in children:
-        child = _at(module, path)
+        child = at(module, path)
         if original_class(child) is not cls:
             raise Unserved(f"{'.'.join(path)} is a {type(child).__name__}, not a plain {cls.__name__}")
         state = child.__dict__
@@ -116,15 +119,20 @@ def check_children(module: nn.Module, children: tuple[ChildPart, ...]) -> None:
             _check_hooks(".".join(path), state)
 
 
+def are_inert(hooks: dict[int, Any]) -> bool:
+    """Whether these forward hooks do nothing unless transformers 5 collects outputs."""
+    return all(getattr(hook, "__qualname__", "") == _INERT for hook in hooks.values())
+
+
 def _check_hooks(name: str, state: dict[str, Any]) -> None:
-    inert = all(getattr(hook, "__qualname__", "") == _INERT for hook in state["_forward_hooks"].values())
-    if state["_forward_pre_hooks"] or "forward" in state or not inert:
+    if state["_forward_pre_hooks"] or "forward" in state or not are_inert(state["_forward_hooks"]):
         raise Unserved(f"{name} has hooks, or a forward of its own")
     if collects_weights():
         raise Unserved(WEIGHTS)
 
 
-def _at(module: Any, path: tuple[str, ...]) -> Any:
+def at(module: Any, path: tuple[str, ...]) -> Any:
+    """The child at the path."""
     for name in path:
         module = module._modules[name]
     return module
@@ -132,7 +140,7 @@ def _at(module: Any, path: tuple[str, ...]) -> Any:
 
 def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Tensor) -> Tensor | None:
     """A parameter of a norm, which has like's dtype; None where it has none of that name."""
-    parameter: Tensor | None = None if name is None else _at(module, norm.path)._parameters[name]
+    parameter: Tensor | None = None if name is None else at(module, norm.path)._parameters[name]
     if parameter is not None and (parameter.dtype is not like.dtype or type(parameter) not in PLAIN_TENSORS):
         raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
     return parameter
@@ -141,7 +149,7 @@ def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Te
 def eps_of(module: nn.Module, norms: Sequence[NormPart | None]) -> float:
     """The eps that all the norms have."""
     found = [
-        getattr(_at(module, norm.path), norm.eps) if isinstance(norm.eps, str) else norm.eps
+        getattr(at(module, norm.path), norm.eps) if isinstance(norm.eps, str) else norm.eps
         for norm in norms
         if norm is not None
     ]
@@ -152,14 +160,13 @@ def eps_of(module: nn.Module, norms: Sequence[NormPart | None]) -> float:
 
 def linear_arguments(
     module: nn.Module, linears: tuple[LinearPart, ...], like: Tensor
-) -> tuple[list[Tensor | None], str]:
-    """(weight, scale, bias) of each linear layer, one after the other, and their schemes as the op takes them."""
+) -> tuple[list[Tensor | None], tuple[str | None, ...]]:
+    """(weight, scale, bias) of each linear layer, one after the other, and their schemes, None for floating point."""
     found: list[Tensor | None] = []
     dtype = like.dtype
-    schemes: list[str | None] = []  # None for a floating-point weight
-    resolved: dict[str, str] = {}
+    schemes: list[str | None] = []
     for path, rows in linears:
-        layer = _at(module, path)
+        layer = at(module, path)
         cls, state = type(layer), layer.__dict__
         if cls is not nn.Linear and cls is not Int8Linear:
             raise Unserved(f"{path[-1]} is a {cls.__name__}, not a plain linear layer")
@@ -168,9 +175,7 @@ def linear_arguments(
         parameters = state["_parameters"]
         weight, bias, scale, scheme = parameters["weight"], parameters["bias"], None, None
         if cls is Int8Linear:
-            scale, scheme = layer._buffers["weight_scale"], resolved.get(layer._scheme)
-            if scheme is None:
-                scheme = resolved[layer._scheme] = resolve_scheme(layer._scheme, like)
+            scale, scheme = layer._buffers["weight_scale"], layer._scheme
         elif weight.dtype is not dtype:
             raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
         if type(weight) not in PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
@@ -180,8 +185,14 @@ def linear_arguments(
             weight, scale, bias = (None if t is None else t[part] for t in (weight, scale, bias))
         found += (weight, scale, bias)
         schemes.append(scheme)
-    each = [scheme or "w8a8" for scheme in schemes]
-    return found, each[0] if each.count(each[0]) == len(each) else ",".join(each)
+    return found, tuple(schemes)
+
+
+def scheme_argument(schemes: tuple[str | None, ...], like: Tensor) -> str:
+    """The schemes of a layer's linear layers as the op takes them, for an input like this."""
+    resolved = {scheme: "w8a8" if scheme is None else resolve_scheme(scheme, like) for scheme in set(schemes)}
+    each = [resolved[scheme] for scheme in schemes]
+    return each[0] if each.count(each[0]) == len(each) else ",".join(each)
 
 
 def layer_mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:

@@ -8,7 +8,7 @@ argument that a future transformers may add.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from llmkern import dispatch, ops
 from llmkern.integrations.transformers.config_view import NAME, original_of
 from llmkern.swap.derive import mentioned_globals, original_class
 
-__all__ = ["HARMLESS", "WEIGHTS", "attention_forward", "collects_weights", "register_once"]
+__all__ = [
+    "HARMLESS",
+    "WEIGHTS",
+    "attention_forward",
+    "collected_outputs",
+    "collects_weights",
+    "register_once",
+]
 
 # What a model passes along with every call and attention has no use for, or has used already to build the mask.
 HARMLESS = frozenset(
@@ -146,8 +153,12 @@ def _beyond_the_op(
 
 def collects_weights() -> bool:
     """Whether transformers 5 is collecting what attention modules return: models need not pass that on."""
-    collected = None if _collector is None else _collector.get()
-    return collected is not None and any("attentions" in name for name in collected)
+    return any("attentions" in name for name in collected_outputs())
+
+
+def collected_outputs() -> Collection[str]:
+    """Names of what transformers 5 is collecting from modules' outputs."""
+    return (None if _collector is None else _collector.get()) or ()
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llmkern.integrations.transformers.config_view import original_of
+from llmkern.swap.decoder_stack import announcing
 from llmkern.swap.derive import derive, mentioned_globals, rebind
 from llmkern.swap.found import Found
 
@@ -96,7 +97,7 @@ def _forward(cls: Any, dtype: str | None) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         return rebound(self, *args, **kwargs)
 
-    return forward
+    return announcing(forward, original)
 
 
 class _Default(type):

@@ -1,0 +1,259 @@
+"""All layers of a decoder in one call of the native library, where the model could not tell the difference.
+
+At batch 1 the Python around a layer takes about as long as the layer.  So the decoder's forward announces that its
+layers are about to be called (`announcing`), in a loop of which the source says that nothing else happens in it.  The
+first layer then computes all of them, and the others return what they are given.  What that takes is looked up once
+(`_Stack`) and compared at each call with what the modules hold, hooks, classes and tensors, by identity.  Whatever is
+not as it was is looked up again, and whatever cannot be served is left to the layers themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from operator import getitem, is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from llmkern.dispatch import unwatched
+from llmkern.integrations.transformers.attention import collected_outputs
+from llmkern.nn.int8_linear import Int8Linear
+from llmkern.ops import _decoder_layers  # noqa: F401  # defines the op
+from llmkern.swap.decoder_forward import (
+    DecoderParts,
+    cache_classes,
+    check_call,
+    layer_parameters,
+    numbers,
+    reserved,
+    running,
+)
+from llmkern.swap.layer_loop import LayerLoop, layer_loop
+from llmkern.swap.whole_layer import Unserved, are_inert, at, check_children, layer_mask, scheme_argument
+
+__all__ = ["announcing"]
+
+_OPERATOR = torch.ops.llmkern.decoder_layers_.default
+_stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
+
+
+def announcing(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a decoder, which lets its layers be computed together where `original`, whose code it runs, calls
+    them in a plain loop."""
+    loop = layer_loop(original)
+    if loop is None:
+        return forward
+
+    @functools.wraps(forward)
+    def announced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not unwatched():
+            return forward(self, *args, **kwargs)
+        before, running.run = running.run, _Run(self, loop)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            running.run = before
+
+    return announced
+
+
+class _Run:
+    """One call of a decoder's forward (`llmkern.swap.decoder_forward.Run`)."""
+
+    def __init__(self, decoder: Any, loop: LayerLoop) -> None:
+        self.decoder, self.loop = decoder, loop
+        self.asked = False
+        self.left: Iterator[nn.Module] | None = None  # the layers that have been computed but not called yet
+        self.result: Tensor | None = None
+        self.given: tuple[Any, ...] = ()
+
+    def served(self, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        given = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
+        if self.left is not None:
+            same = hidden is self.result and next(self.left, None) is layer
+            if not same or not all(map(is_, given, self.given)):
+                raise RuntimeError(
+                    f"{type(self.decoder).__name__} calls its layers otherwise than its source says, after they were "
+                    "computed together; optimize_(model, kv_cache=None) keeps them apart"
+                )
+            return hidden
+        if self.asked:
+            return None
+        self.asked = True
+        try:
+            stack = self._stack(layer, hidden, given[2])
+            self.result = stack.computed(hidden, args, kwargs)
+        except Unserved:
+            return None
+        self.given, self.left = given, iter(stack.layers[1:])
+        return self.result
+
+    def _stack(self, first: Any, hidden: Tensor, cache: Any) -> _Stack:
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            raise Unserved("there are hooks for every module")
+        layers = tuple(self.decoder._modules[self.loop.layers]._modules.values())
+        config: Any = self.decoder.config
+        if layers[0] is not first or (self.loop.counted and config.num_hidden_layers != len(layers)):
+            raise Unserved("another layer is the first, or not all are to be called")
+        stack = _stacks.get(self.decoder)
+        if stack is None or stack.layers != layers or stack.dtype is not hidden.dtype or stack.watch.has_changed():
+            # Not for every token: what cannot be served now will hardly be for the next one.
+            _stacks.pop(self.decoder, None)
+            if hidden.shape[1] == 1 and cache is not None and cache.get_seq_length():
+                raise Unserved("nothing is known of the layers yet")
+            if len(set(getattr(config, "layer_types", None) or ())) > 1:
+                raise Unserved("the layers have different masks")
+            stack = _stacks[self.decoder] = _Stack(layers, hidden)
+        if stack.watch.inert and collected_outputs():
+            raise Unserved("outputs are collected")
+        return stack
+
+
+class _Stack:
+    """Layers, and what the op is to be told of them.  `Unserved` where one is not like the others."""
+
+    def __init__(self, layers: tuple[Any, ...], hidden: Tensor) -> None:
+        self.layers, self.dtype = layers, hidden.dtype
+        self.cls = type(layers[0])
+        layer: DecoderParts | None = getattr(self.cls, "_llmkern_layer", None)
+        if layer is None or any(type(each) is not self.cls for each in layers):
+            raise Unserved("not every layer is swapped as a whole, or they differ")
+        self.layer = layer
+        self.parameters: list[Tensor | None] = []
+        self.schemes: list[tuple[str | None, ...]] = []
+        self.watch = _Watch()
+        found_eps = set()
+        for i, each in enumerate(layers):
+            check_children(each, layer.classes)
+            parameters, schemes, eps = layer_parameters(each, layer, hidden)
+            self.parameters += parameters
+            self.schemes.append(schemes)
+            found_eps.add(eps)
+            self._watch_layer(each)
+            if each._modules[layer.attention].layer_idx != i:
+                raise Unserved("the layers are not in the order of the cache")
+        if len(found_eps) > 1:
+            raise Unserved("the layers have different eps")
+        self.numbers = numbers(layer, found_eps.pop())
+        self.scheme_of: dict[bool, str] = {}
+
+    def _watch_layer(self, layer: Any) -> None:
+        parts = self.layer
+        self.watch.module(layer)
+        self.watch.value(vars(layer), "training")
+        self.watch.value(vars(layer._modules[parts.attention]), "layer_idx")
+        for path in dict.fromkeys(
+            [*[child.path for child in parts.classes], *[linear.path for linear in parts.linears]]
+        ):
+            owner, child = at(layer, path[:-1]), at(layer, path)
+            self.watch.same(owner._modules, path[-1])
+            self.watch.module(child)
+            for name in child._parameters:
+                self.watch.same(child._parameters, name)
+            if isinstance(child, Int8Linear):
+                self.watch.same(child._buffers, "weight_scale")
+                self.watch.value(vars(child), "_scheme")
+        for norm in parts.norms:
+            if norm is not None and isinstance(norm.eps, str):
+                self.watch.value(vars(at(layer, norm.path)), norm.eps)
+        for linear in parts.linears:
+            if linear.rows is not None:  # its rows are views, which do not follow `weight.data = …`
+                self.watch.storage(at(layer, linear.path).weight)
+
+    def computed(self, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        cos, sin = check_call(hidden, args, kwargs)
+        past, caches, written = self._cached(kwargs.get("past_key_values"), hidden)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            mask = layer_mask(mask, hidden, past + hidden.shape[1])
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor = _OPERATOR(
+                hidden, cos, sin, caches, past, mask, self.parameters, *self.numbers, self._scheme(hidden)
+            )
+        for advance in written:
+            advance()
+        return out
+
+    def _scheme(self, hidden: Tensor) -> str:
+        each = [scheme_argument(schemes, hidden) for schemes in self.schemes]
+        return each[0] if each.count(each[0]) == len(each) else ";".join(each)
+
+    def _cached(self, cache: Any, hidden: Tensor) -> tuple[int, list[Tensor], list[Callable[[], Any]]]:
+        """Tokens in the cache, the buffers of all layers, and what to do when the op has written them."""
+        if cache is None:
+            return 0, [], []
+        _, kv_cache, kv_layer = cache_classes()
+        held = cache.layers[: len(self.layers)] if type(cache) is kv_cache else ()
+        if len(held) != len(self.layers) or not all([isinstance(each, kv_layer) for each in held]):
+            raise Unserved("the cache is not a llmkern.KVCache with a layer for each")
+        caches: list[Tensor] = []
+        written = []
+        pasts = set()
+        for each in held:
+            past, buffers, advance = reserved(each, self.layer, hidden)
+            caches += buffers
+            written.append(advance)
+            pasts.add(past)
+        if len(pasts) > 1:
+            raise Unserved("the cache's layers hold different numbers of tokens")
+        return pasts.pop(), caches, written
+
+
+class _Watch:
+    """What must be as it was for a `_Stack` to hold."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.classes: list[type[nn.Module]] = []
+        self.states: list[dict[str, Any]] = []
+        self.hooks: list[Any] = []
+        self.inert: list[Any] = []
+        self.places: tuple[list[Any], list[str], list[Any]] = [], [], []
+        self.values: tuple[list[Any], list[str], list[Any]] = [], [], []
+        self.views: list[tuple[Tensor, int]] = []
+
+    def module(self, module: nn.Module) -> None:
+        """Its class, and that it has no hooks but those that do nothing unless outputs are collected."""
+        self.modules.append(module)
+        self.classes.append(type(module))
+        self.states.append(vars(module))
+        if module._forward_pre_hooks or not are_inert(module._forward_hooks):
+            raise Unserved(f"a {type(module).__name__} has hooks")
+        (self.inert if module._forward_hooks else self.hooks).append(module._forward_hooks)
+        self.hooks.append(module._forward_pre_hooks)
+
+    def same(self, held: Any, name: str) -> None:
+        """held[name] is the same object."""
+        self._add(self.places, held, name)
+
+    def value(self, held: Any, name: str) -> None:
+        """held[name] is equal."""
+        self._add(self.values, held, name)
+
+    def storage(self, tensor: Tensor) -> None:
+        """The tensor lies where it lay."""
+        self.views.append((tensor, tensor.data_ptr()))
+
+    def has_changed(self) -> bool:
+        held, names, objects = self.places
+        try:
+            return (
+                any(self.hooks)
+                or not all(map(are_inert, self.inert))
+                or any(["forward" in state for state in self.states])
+                or list(map(type, self.modules)) != self.classes
+                or not all(map(is_, map(getitem, held, names), objects))
+                or list(map(getitem, *self.values[:2])) != self.values[2]
+                or any([tensor.data_ptr() != place for tensor, place in self.views])
+            )
+        except KeyError:
+            return True
+
+    @staticmethod
+    def _add(to: tuple[list[Any], list[str], list[Any]], held: Any, name: str) -> None:
+        for column, entry in zip(to, (held, name, held[name]), strict=True):
+            column.append(entry)

@@ -1,0 +1,78 @@
+"""Reads in a decoder's source how it calls its layers: one after the other, and nothing in between?"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["LayerLoop", "layer_loop"]
+
+_COUNT = "num_hidden_layers"
+
+
+class LayerLoop(NamedTuple):
+    """`for layer in self.<layers>: x = layer(x, …)`.
+
+    counted: it runs over the first `config.num_hidden_layers` of them, not over all.
+    """
+
+    layers: str
+    counted: bool
+
+
+@functools.cache
+def layer_loop(forward: Callable[..., Any]) -> LayerLoop | None:
+    """The loop of a decoder's forward, below its decorators, where that is all that happens to the hidden states
+    between the first layer and the last; None where it is not, or where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    found = [plain for plain in map(_plain, loops) if plain is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(loop: ast.For) -> LayerLoop | None:
+    over, target = loop.iter, loop.target
+    if isinstance(over, ast.Call) and _is_name(over.func, "enumerate") and len(over.args) == 1 and not over.keywords:
+        if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+            return None
+        over, target = over.args[0], target.elts[1]
+    counted = isinstance(over, ast.Subscript)
+    if isinstance(over, ast.Subscript):
+        if not _is_first_layers(over.slice):
+            return None
+        over = over.value
+    own = isinstance(over, ast.Attribute) and _is_name(over.value, "self") and isinstance(target, ast.Name)
+    if not own or loop.orelse or len(loop.body) != 1 or not _is_step(loop.body[0], target.id):  # type: ignore[attr-defined]
+        return None
+    return LayerLoop(over.attr, counted)  # type: ignore[attr-defined]
+
+
+def _is_first_layers(index: ast.expr) -> bool:
+    """`: self.config.num_hidden_layers`"""
+    if not isinstance(index, ast.Slice) or index.lower is not None or index.step is not None:
+        return False
+    return index.upper is not None and ast.unparse(index.upper) == f"self.config.{_COUNT}"
+
+
+def _is_step(statement: ast.stmt, layer: str) -> bool:
+    """`x = layer(x, …)`, where nothing else that the layer is given has to do with x."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return False
+    x, call = statement.targets[0], statement.value
+    if not isinstance(x, ast.Name) or not isinstance(call, ast.Call) or not _is_name(call.func, layer):
+        return False
+    if len(call.args) != 1 or not _is_name(call.args[0], x.id):
+        return False
+    others = [node for keyword in call.keywords for node in ast.walk(keyword.value)]
+    return not any(_is_name(node, x.id) for node in others)
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
