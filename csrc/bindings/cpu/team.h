@@ -2,8 +2,8 @@
 // launchers, and shares the work of each with the others, who wait for it in a loop.  A call of torch's own pool costs
 // several microseconds, as much as a small layer's product; a piece of shared work costs a fraction of one.
 //
-// Work is cut into more pieces than there are threads, and a piece belongs to who asks first.  So a thread that comes
-// late, or never, or is held up by another program, delays the rest by no more than the piece that it has begun.
+// Work is cut into a piece for each thread (smaller ones would break off streams of memory that are under way), and a
+// piece belongs to who asks first.  So a thread that comes late, or never, delays nobody.
 #pragma once
 
 #include <atomic>
@@ -31,7 +31,6 @@ class Team {
   // These may be more than there are: a thread counts itself in before it knows.
   static constexpr uint64_t kPieces = uint64_t{1} << 32;
 
-  static constexpr int64_t kPiecesPerThread = 2;
   static constexpr int kPatience = 1 << 14;  // turns of the loop before a helper lets other programs have the core
 
   struct Work {
@@ -69,7 +68,7 @@ class Team {
 
   void share(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
     const int64_t most = (end - begin) / (grain > 1 ? grain : 1);
-    const int64_t pieces = most < threads_ * kPiecesPerThread ? most : threads_ * kPiecesPerThread;
+    const int64_t pieces = most < threads_ ? most : threads_;
     if (pieces <= 1) return body(begin, end, context);
     work_ = {begin, end - begin, pieces, body, context};
     finished_.store(0, std::memory_order_relaxed);
