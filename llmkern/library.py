@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from llmkern import dispatch
 
-__all__ = ["Definition", "compose", "define", "definition", "native"]
+__all__ = ["Definition", "define", "definition", "native"]
 
 NAMESPACE = "llmkern"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -56,40 +56,26 @@ def define(
     fake: shapes, dtypes and devices of the outputs, for torch.compile and torch.export; arguments as in the schema.
     backward, setup_context: as for `torch.library.register_autograd`; an op without them has no gradient.
     """
-    name, lead = _define(schema, lambda call: dispatch.implementation(name, "reference").fn(**call), fake)
-    if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
-    _definitions[name] = Definition(fake, backward, setup_context)
-    dispatch.define_op(name, lead=lead, differentiable=backward is not None)
-
-
-def compose(schema: str, parts: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
-    """Define `torch.ops.llmkern.<op>` as a sequence of calls of other ops, which a native kernel may shorten.
-
-    The dispatcher does not know it: who calls it has found out that it serves.  parts: the sequence; the schema's
-    arguments by keyword.  Otherwise as `define`.
-    """
-    _define(schema, lambda call: parts(**call), fake)
-
-
-def _define(schema: str, compute: Callable[[dict[str, Any]], Any], fake: Callable[..., Any]) -> tuple[str, str]:
-    """The operator, computed by `compute` where no kernel is; its name, and that of its first argument."""
     parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
     name = parsed.name.removeprefix(f"{NAMESPACE}::")
+    qualified = f"{NAMESPACE}::{name}"
     arguments = parsed.arguments
 
-    def default(*args: Any, **kwargs: Any) -> Any:
+    def reference(*args: Any, **kwargs: Any) -> Any:
         # The dispatcher drops trailing arguments that equal their defaults.
         call = {a.name: a.default_value for a in arguments[len(args) :] if a.has_default_value()}
         call.update(zip((a.name for a in arguments), args, strict=False))
         call.update(kwargs)
-        return compute(call)
+        return dispatch.implementation(name, "reference").fn(**call)
 
     for library in (_library, _reference_library):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, default, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return name, arguments[0].name
+        library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    _definitions[name] = Definition(fake, backward, setup_context)
+    dispatch.define_op(name, lead=arguments[0].name, differentiable=backward is not None)
 
 
 def native(op: str) -> Callable[..., Any]:

@@ -18,11 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.utils.hooks import RemovableHandle
 
 from llmkern.dispatch import unwatched
 from llmkern.integrations.transformers.attention import collected_outputs
 from llmkern.nn.int8_linear import Int8Linear
-from llmkern.ops import _decoder_layers  # noqa: F401  # defines the op
+from llmkern.ops.int8_linear import resolve_scheme
 from llmkern.swap.decoder_forward import (
     DecoderParts,
     cache_classes,
@@ -37,7 +38,6 @@ from llmkern.swap.whole_layer import Unserved, are_inert, at, check_children, la
 
 __all__ = ["announcing"]
 
-_OPERATOR = torch.ops.llmkern.decoder_layers_.default
 _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
 
 
@@ -99,11 +99,16 @@ class _Run:
         config: Any = self.decoder.config
         if layers[0] is not first or (self.loop.counted and config.num_hidden_layers != len(layers)):
             raise Unserved("another layer is the first, or not all are to be called")
-        stack = _stacks.get(self.decoder)
-        if stack is None or stack.layers != layers or stack.dtype is not hidden.dtype or stack.watch.has_changed():
+        stack, thorough = _stacks.get(self.decoder), hidden.shape[1] > 1
+        if (
+            stack is None
+            or stack.layers != layers
+            or stack.dtype is not hidden.dtype
+            or stack.watch.has_changed(thorough)
+        ):
             # Not for every token: what cannot be served now will hardly be for the next one.
             _stacks.pop(self.decoder, None)
-            if hidden.shape[1] == 1 and cache is not None and cache.get_seq_length():
+            if not thorough and cache is not None and cache.get_seq_length():
                 raise Unserved("nothing is known of the layers yet")
             if len(set(getattr(config, "layer_types", None) or ())) > 1:
                 raise Unserved("the layers have different masks")
@@ -123,14 +128,16 @@ class _Stack:
         if layer is None or any(type(each) is not self.cls for each in layers):
             raise Unserved("not every layer is swapped as a whole, or they differ")
         self.layer = layer
-        self.parameters: list[Tensor | None] = []
+        self.operator = torch.ops.llmkern.decoder_layers_.default
+        planned: list[Tensor | None] = []
         self.schemes: list[tuple[str | None, ...]] = []
+        self.joined: dict[str, str] = {}  # the op's argument, by what "auto" means
         self.watch = _Watch()
         found_eps = set()
         for i, each in enumerate(layers):
             check_children(each, layer.classes)
             parameters, schemes, eps = layer_parameters(each, layer, hidden)
-            self.parameters += parameters
+            planned += parameters
             self.schemes.append(schemes)
             found_eps.add(eps)
             self._watch_layer(each)
@@ -138,8 +145,8 @@ class _Stack:
                 raise Unserved("the layers are not in the order of the cache")
         if len(found_eps) > 1:
             raise Unserved("the layers have different eps")
+        self.plan = torch.ops.llmkern.decoder_plan.default(planned)
         self.numbers = numbers(layer, found_eps.pop())
-        self.scheme_of: dict[bool, str] = {}
 
     def _watch_layer(self, layer: Any) -> None:
         parts = self.layer
@@ -171,16 +178,19 @@ class _Stack:
         if mask is not None:
             mask = layer_mask(mask, hidden, past + hidden.shape[1])
         with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = _OPERATOR(
-                hidden, cos, sin, caches, past, mask, self.parameters, *self.numbers, self._scheme(hidden)
+            out: Tensor = self.operator(
+                hidden, cos, sin, caches, past, mask, self.plan, *self.numbers, self._scheme(hidden)
             )
         for advance in written:
             advance()
         return out
 
     def _scheme(self, hidden: Tensor) -> str:
-        each = [scheme_argument(schemes, hidden) for schemes in self.schemes]
-        return each[0] if each.count(each[0]) == len(each) else ";".join(each)
+        auto = resolve_scheme("auto", hidden)
+        if auto not in self.joined:
+            each = [scheme_argument(schemes, hidden) for schemes in self.schemes]
+            self.joined[auto] = each[0] if each.count(each[0]) == len(each) else ";".join(each)
+        return self.joined[auto]
 
     def _cached(self, cache: Any, hidden: Tensor) -> tuple[int, list[Tensor], list[Callable[[], Any]]]:
         """Tokens in the cache, the buffers of all layers, and what to do when the op has written them."""
@@ -210,6 +220,8 @@ class _Watch:
         self.modules: list[nn.Module] = []
         self.classes: list[type[nn.Module]] = []
         self.states: list[dict[str, Any]] = []
+        self.lengths: list[int] = []
+        self.handles = -1
         self.hooks: list[Any] = []
         self.inert: list[Any] = []
         self.places: tuple[list[Any], list[str], list[Any]] = [], [], []
@@ -238,14 +250,20 @@ class _Watch:
         """The tensor lies where it lay."""
         self.views.append((tensor, tensor.data_ptr()))
 
-    def has_changed(self) -> bool:
+    def has_changed(self, thorough: bool) -> bool:
+        """Whether something is not as it was.  At every token thousands of objects would have to come from memory, so
+        that hooks are looked at when torch has given out another handle of one, and attributes when there are more
+        or fewer; thorough: in any case."""
+        handles, lengths = RemovableHandle.next_id, list(map(len, self.states))
+        if thorough or handles != self.handles or lengths != self.lengths:
+            replaced = any(["forward" in state for state in self.states])
+            if replaced or any(self.hooks) or not all(map(are_inert, self.inert)):
+                return True
+            self.handles, self.lengths = handles, lengths
         held, names, objects = self.places
         try:
             return (
-                any(self.hooks)
-                or not all(map(are_inert, self.inert))
-                or any(["forward" in state for state in self.states])
-                or list(map(type, self.modules)) != self.classes
+                list(map(type, self.modules)) != self.classes
                 or not all(map(is_, map(getitem, held, names), objects))
                 or list(map(getitem, *self.values[:2])) != self.values[2]
                 or any([tensor.data_ptr() != place for tensor, place in self.views])

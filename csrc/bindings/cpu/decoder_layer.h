@@ -3,6 +3,8 @@
 // Rounding to int8 happens where a row is made, not where it is read; a step of decoding copies nothing of the past.
 #pragma once
 
+#include <span>
+
 #include "layer.h"
 #include "llmkern/add.h"
 #include "llmkern/attention_decode.h"
@@ -310,6 +312,23 @@ inline void check(const Call& c) {
                                 (*scale)->size(1) == c.k.n() / dim && (*scale)->size(2) >= c.past + length &&
                                 (*scale)->scalar_type() == ScalarType::Float && (*scale)->is_cpu()),
                     op, ": scales of a cache must be fp32 [B, Hkv, at least ", c.past + length, "], on the CPU");
+}
+
+// From the first layer's hidden to `out`, through one layer after the other.
+inline void run(std::span<const Call> layers, Tensor& out) {
+  const Tensor& hidden = layers[0].hidden;
+  const int64_t size = hidden.size(2);
+  const Matrix result{.data = out.mutable_data_ptr(), .stride = size};
+  Matrix in{.data = const_cast<void*>(hidden.const_data_ptr()), .stride = size};
+  bool native = true;
+  for (const Call& call : layers)
+    for (const Linear* linear : call.linears()) native = native && is_native(*linear, hidden.size(0) * hidden.size(1));
+  with_threads(native, [&](const Threads& threads) {
+    for (const Call& call : layers) {
+      DecoderLayer(call, threads).run(in, result);
+      in = result;
+    }
+  });
 }
 
 }  // namespace llmkern::decoder

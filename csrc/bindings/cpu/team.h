@@ -31,7 +31,7 @@ class Team {
   // These may be more than there are: a thread counts itself in before it knows.
   static constexpr uint64_t kPieces = uint64_t{1} << 32;
 
-  static constexpr int kPatience = 1 << 14;  // turns of the loop before a helper lets other programs have the core
+  static constexpr int kPatience = 256;  // turns of a loop before the thread lets others have its core
 
   struct Work {
     int64_t begin, count, pieces;
@@ -62,7 +62,7 @@ class Team {
   void help() {
     for (int turns = 0; !over_.load(std::memory_order_relaxed); ++turns) {
       if (take_pieces()) turns = 0;
-      turns < kPatience ? pause() : std::this_thread::yield();
+      wait(turns);
     }
   }
 
@@ -74,7 +74,7 @@ class Team {
     finished_.store(0, std::memory_order_relaxed);
     claims_.store(static_cast<uint64_t>(pieces) * kPieces, std::memory_order_release);
     take_pieces();
-    while (finished_.load(std::memory_order_acquire) != pieces) pause();
+    for (int turns = 0; finished_.load(std::memory_order_acquire) != pieces; ++turns) wait(turns);
   }
 
   // Pieces one after the other until none is left; whether there was one.
@@ -92,7 +92,9 @@ class Team {
 
   static bool is_left(uint64_t claims) { return claims % kPieces < claims / kPieces; }
 
-  static void pause() {
+  // Where there are more threads than cores, the one that is waited for may be waiting for this core.
+  static void wait(int turns) {
+    if (turns >= kPatience) return std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
