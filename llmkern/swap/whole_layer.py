@@ -180,6 +180,8 @@ def linear_arguments(
             raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
         if type(weight) not in PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
             raise Unserved(f"the weight or bias of {path[-1]} has another type than the hidden states")
+        if weight.stride(1) != 1 and weight.shape[1] > 1:
+            raise Unserved(f"the rows of {path[-1]}'s weight are not contiguous")
         if rows is not None:
             part = slice(*rows)
             weight, scale, bias = (None if t is None else t[part] for t in (weight, scale, bias))

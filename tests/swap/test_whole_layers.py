@@ -222,6 +222,11 @@ def with_another_norm(model: nn.Module) -> None:
     model.model.layers[0].input_layernorm = nn.LayerNorm(32)
 
 
+def with_columns(model: nn.Module) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.T.contiguous().T)
+
+
 def nothing(model: nn.Module) -> None:
     pass
 
@@ -243,6 +248,7 @@ def filled(model: Any) -> dict[str, Any]:
         (with_pre_hook, {}, "self_attn.q_proj has hooks"),
         (with_another_linear, {}, "up_proj is a Scaled, not a plain linear layer"),
         (with_another_norm, {}, "input_layernorm is a LayerNorm, not a plain LlamaRMSNorm"),
+        (with_columns, {}, "the rows of up_proj's weight are not contiguous"),
         (nothing, {"output_attentions": True}, "attention weights are asked for"),
         (nothing, static, "the cache is a StaticCache, not a"),
         (nothing, filled, "the cache is a DynamicCache with tokens in it"),
