@@ -29,7 +29,7 @@ def layer_loop(forward: Callable[..., Any]) -> LayerLoop | None:
     """The loop of a decoder's forward, below its decorators, where that is all that happens to the hidden states
     between the first layer and the last; None where it is not, or where there is no source."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return None
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
@@ -39,19 +39,22 @@ def layer_loop(forward: Callable[..., Any]) -> LayerLoop | None:
 
 def _plain(loop: ast.For) -> LayerLoop | None:
     over, target = loop.iter, loop.target
+    index: str | None = None
     if isinstance(over, ast.Call) and _is_name(over.func, "enumerate") and len(over.args) == 1 and not over.keywords:
         if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
             return None
+        index = ast.unparse(target.elts[0])
         over, target = over.args[0], target.elts[1]
     counted = isinstance(over, ast.Subscript)
     if isinstance(over, ast.Subscript):
         if not _is_first_layers(over.slice):
             return None
         over = over.value
-    own = isinstance(over, ast.Attribute) and _is_name(over.value, "self") and isinstance(target, ast.Name)
-    if not own or loop.orelse or len(loop.body) != 1 or not _is_step(loop.body[0], target.id):  # type: ignore[attr-defined]
+    if not isinstance(over, ast.Attribute) or not _is_name(over.value, "self") or not isinstance(target, ast.Name):
         return None
-    return LayerLoop(over.attr, counted)  # type: ignore[attr-defined]
+    if loop.orelse or len(loop.body) != 1 or not _is_step(loop.body[0], target.id, index):
+        return None
+    return LayerLoop(over.attr, counted)
 
 
 def _is_first_layers(index: ast.expr) -> bool:
@@ -61,8 +64,8 @@ def _is_first_layers(index: ast.expr) -> bool:
     return index.upper is not None and ast.unparse(index.upper) == f"self.config.{_COUNT}"
 
 
-def _is_step(statement: ast.stmt, layer: str) -> bool:
-    """`x = layer(x, …)`, where nothing else that the layer is given has to do with x."""
+def _is_step(statement: ast.stmt, layer: str, index: str | None) -> bool:
+    """`x = layer(x, …)`, where all else that the layer is given is the same for each."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return False
     x, call = statement.targets[0], statement.value
@@ -70,8 +73,18 @@ def _is_step(statement: ast.stmt, layer: str) -> bool:
         return False
     if len(call.args) != 1 or not _is_name(call.args[0], x.id):
         return False
-    others = [node for keyword in call.keywords for node in ast.walk(keyword.value)]
-    return not any(_is_name(node, x.id) for node in others)
+    return all(_is_fixed(keyword.value, x.id, layer, index) for keyword in call.keywords)
+
+
+def _is_fixed(value: ast.expr, x: str, layer: str, index: str | None) -> bool:
+    """A name or a constant, or what a dictionary has for layers of this one's kind: the same object in every turn,
+    where all layers are of one kind."""
+    kinds = (f"self.config.layer_types[{index}]", f"{layer}.attention_type")
+    if isinstance(value, ast.Subscript) and ast.unparse(value.slice) in kinds:
+        value = value.value
+    if isinstance(value, ast.Name):
+        return value.id not in (x, layer, index)
+    return isinstance(value, ast.Constant)
 
 
 def _is_name(node: ast.AST, name: str) -> bool:
