@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from llmkern.dispatch import unwatched
@@ -52,11 +51,14 @@ def announcing(forward: Callable[..., Any], original: Callable[..., Any]) -> Cal
     def announced(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not unwatched():
             return forward(self, *args, **kwargs)
-        before, running.run = running.run, _Run(self, loop)
+        before, run = running.run, _Run(self, loop)
+        running.run = run
         try:
-            return forward(self, *args, **kwargs)
+            out = forward(self, *args, **kwargs)
         finally:
             running.run = before
+        run.check_all_called()
+        return out
 
     return announced
 
@@ -74,12 +76,11 @@ class _Run:
     def served(self, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         given = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
         if self.left is not None:
-            same = hidden is self.result and next(self.left, None) is layer
-            if not same or not all(map(is_, given, self.given)):
-                raise RuntimeError(
-                    f"{type(self.decoder).__name__} calls its layers otherwise than its source says, after they were "
-                    "computed together; optimize_(model, kv_cache=None) keeps them apart"
-                )
+            expected = next(self.left, None)
+            if expected is None:  # all have been called: this is another layer, or the loop once more
+                return None
+            if layer is not expected or hidden is not self.result or not all(map(is_, given, self.given)):
+                raise self._otherwise()
             return hidden
         if self.asked:
             return None
@@ -92,12 +93,24 @@ class _Run:
         self.given, self.left = given, iter(stack.layers[1:])
         return self.result
 
+    def check_all_called(self) -> None:
+        """Raises RuntimeError where layers were computed that the decoder has not called, or not by our forward."""
+        if self.left is not None and next(self.left, None) is not None:
+            raise self._otherwise()
+
+    def _otherwise(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self.decoder).__name__} calls its layers otherwise than its source says, after they were "
+            "computed together; optimize_(model, kv_cache=None) keeps them apart"
+        )
+
     def _stack(self, first: Any, hidden: Tensor, cache: Any) -> _Stack:
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-            raise Unserved("there are hooks for every module")
-        layers = tuple(self.decoder._modules[self.loop.layers]._modules.values())
+        holder = self.decoder._modules.get(self.loop.layers)
+        if type(holder) is not nn.ModuleList:
+            raise Unserved("the layers are in no plain ModuleList")
+        layers = tuple(holder._modules.values())
         config: Any = self.decoder.config
-        if layers[0] is not first or (self.loop.counted and config.num_hidden_layers != len(layers)):
+        if layers[:1] != (first,) or (self.loop.counted and config.num_hidden_layers != len(layers)):
             raise Unserved("another layer is the first, or not all are to be called")
         stack, thorough = _stacks.get(self.decoder), hidden.shape[1] > 1
         if (
@@ -151,6 +164,8 @@ class _Stack:
     def _watch_layer(self, layer: Any) -> None:
         parts = self.layer
         self.watch.module(layer)
+        if layer.training:
+            raise Unserved("a layer is in training mode")
         self.watch.value(vars(layer), "training")
         self.watch.value(vars(layer._modules[parts.attention]), "layer_idx")
         for path in dict.fromkeys(
@@ -169,7 +184,10 @@ class _Stack:
                 self.watch.value(vars(at(layer, norm.path)), norm.eps)
         for linear in parts.linears:
             if linear.rows is not None:  # its rows are views, which do not follow `weight.data = …`
-                self.watch.storage(at(layer, linear.path).weight)
+                held = at(layer, linear.path)
+                for tensor in (*held._parameters.values(), held._buffers.get("weight_scale")):
+                    if tensor is not None:
+                        self.watch.storage(tensor)
 
     def computed(self, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         cos, sin = check_call(hidden, args, kwargs)
@@ -233,8 +251,8 @@ class _Watch:
         self.modules.append(module)
         self.classes.append(type(module))
         self.states.append(vars(module))
-        if module._forward_pre_hooks or not are_inert(module._forward_hooks):
-            raise Unserved(f"a {type(module).__name__} has hooks")
+        if module._forward_pre_hooks or not are_inert(module._forward_hooks) or _has_own_call(vars(module)):
+            raise Unserved(f"a {type(module).__name__} has hooks, or a forward of its own")
         (self.inert if module._forward_hooks else self.hooks).append(module._forward_hooks)
         self.hooks.append(module._forward_pre_hooks)
 
@@ -256,8 +274,7 @@ class _Watch:
         or fewer; thorough: in any case."""
         handles, lengths = RemovableHandle.next_id, list(map(len, self.states))
         if thorough or handles != self.handles or lengths != self.lengths:
-            replaced = any(["forward" in state for state in self.states])
-            if replaced or any(self.hooks) or not all(map(are_inert, self.inert)):
+            if any(map(_has_own_call, self.states)) or any(self.hooks) or not all(map(are_inert, self.inert)):
                 return True
             self.handles, self.lengths = handles, lengths
         held, names, objects = self.places
@@ -275,3 +292,8 @@ class _Watch:
     def _add(to: tuple[list[Any], list[str], list[Any]], held: Any, name: str) -> None:
         for column, entry in zip(to, (held, name, held[name]), strict=True):
             column.append(entry)
+
+
+def _has_own_call(state: dict[str, Any]) -> bool:
+    """Whether a module with these attributes runs something else than its class's forward when it is called."""
+    return "forward" in state or state.get("_compiled_call_impl") is not None

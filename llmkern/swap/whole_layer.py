@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from llmkern import dispatch
 from llmkern.checks import PLAIN_TENSORS
@@ -84,6 +85,8 @@ def parts(module: nn.Module, hidden: Tensor) -> str | None:
         return "gradients are enabled, and the op for a whole layer has none: use torch.no_grad()"
     if module.training:
         return "the layer is in training mode"
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return "there are hooks for every module"
     if type(hidden) not in PLAIN_TENSORS or hidden.device.type != "cpu":
         return f"the hidden states are a {type(hidden).__name__} on {hidden.device.type}"
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
