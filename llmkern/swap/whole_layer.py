@@ -85,13 +85,19 @@ def parts(module: nn.Module, hidden: Tensor) -> str | None:
         return "gradients are enabled, and the op for a whole layer has none: use torch.no_grad()"
     if module.training:
         return "the layer is in training mode"
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks) and _every_module_has_hooks():
         return "there are hooks for every module"
     if type(hidden) not in PLAIN_TENSORS or hidden.device.type != "cpu":
         return f"the hidden states are a {type(hidden).__name__} on {hidden.device.type}"
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return "autocast or another mode is at work"
     return None
+
+
+def _every_module_has_hooks() -> bool:
+    """Whether any are there but those of `llmkern.explain`, which is told of whole layers."""
+    hooks = [*nn_module._global_forward_hooks.values(), *nn_module._global_forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", "") != "llmkern.explain" for hook in hooks)
 
 
 def why_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwargs: Any) -> Any:

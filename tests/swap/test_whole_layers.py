@@ -9,6 +9,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from layer_models import (
+    DECODER,
+    DECODERS,
+    PADDED,
+    SIZES,
+    TOKENS,
+    Record,
+    built,
+    decoders,
+    needs_kernels,
+    optimized,
+    recorded,
+)
 from torch import Tensor, nn
 
 import llmkern
@@ -16,28 +29,8 @@ from llmkern import dispatch
 from llmkern.testing.compare import assert_as_accurate
 from llmkern.testing.float64 import Float64
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"),
-    pytest.mark.skipif(
-        dispatch.implementation("decoder_layer_", "cpu").backend.missing is not None, reason="needs the CPU kernels"
-    ),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
 
-SIZES = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-DECODER = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-DECODER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-WINDOW = 6
-
-DECODERS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, attention_bias=True, mlp_bias=True)),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=WINDOW)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(
-        hf.Qwen2Config(**DECODER, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
-    ),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=16)),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**DECODER)),
-    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**DECODER, head_dim=16, tie_word_embeddings=False)),
-}
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**SIZES, num_attention_heads=4)),
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**SIZES, num_attention_heads=4, hidden_act="relu")),
@@ -57,42 +50,6 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def built(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else parameter.data.add_(
-                0.3 * torch.randn(parameter.shape)
-            )
-    return model.to(dtype).eval()
-
-
-class Record:
-    """Ops that were served, and reasons for leaving a layer to its parts."""
-
-    def __init__(self) -> None:
-        self.ops: list[str] = []
-        self.reasons: list[str] = []
-
-    def served(self, op: str, *_: Any) -> None:
-        self.ops.append(op)
-
-    def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
-        self.reasons.append(reason)
-
-
-def recorded(function: Callable[[], Any]) -> Record:
-    record = Record()
-    with dispatch.recording(record):
-        function()
-    return record
-
-
-TOKENS = torch.randint(3, 67, (2, 10), generator=torch.Generator().manual_seed(1))
-PADDED = torch.ones(2, 10, dtype=torch.long)
-PADDED[1, :4] = 0
-decoders = pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
 encoders = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
 
 
@@ -357,3 +314,33 @@ def test_a_linear_that_is_not_wanted_leaves_its_layer_whole(monkeypatch: pytest.
         report = llmkern.optimize_(built(DECODERS["llama"]), **options)
         assert [row.reason for row in report if row.kind == "layer"] == ["", ""]
         assert [row.path for row in report if row.kind == "linear"] == ["lm_head"]
+
+
+@torch.no_grad()
+def test_hooks_for_every_module_see_the_parts() -> None:
+    """What each module returns is what it returns in the untouched model; an activation within the MLP is no part."""
+    seen: list[dict[str, Tensor]] = []
+    for model in (built(DECODERS["llama"]), optimized(DECODERS["llama"])):
+        outputs: dict[str, Tensor] = {}
+        paths = {module: path for path, module in model.model.layers.named_modules()}
+
+        def note(module: nn.Module, _: Any, out: Any, paths: Any = paths, outputs: Any = outputs) -> None:
+            if module in paths:
+                outputs[paths[module]] = out[0] if isinstance(out, tuple) else out
+
+        handle = nn.modules.module.register_module_forward_hook(note)
+        try:
+            model(TOKENS)
+        finally:
+            handle.remove()
+        seen.append(outputs)
+    expected, found = seen
+    assert expected.keys() - found.keys() == {f"{i}.mlp.act_fn" for i in range(2)}
+    for path, out in found.items():
+        torch.testing.assert_close(out, expected[path], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_explain_names_whole_layers() -> None:
+    rows = [row for row in llmkern.explain(optimized(DECODERS["llama"]), TOKENS) if row.op == "decoder_layer_"]
+    assert [(row.site, row.backend) for row in rows] == [("model.layers.0", "cpu"), ("model.layers.1", "cpu")]
