@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llmkern.dispatch import unwatched
+from llmkern.dispatch import implementation, unwatched
 from llmkern.integrations.transformers.attention import collected_outputs
 from llmkern.nn.int8_linear import Int8Linear
 from llmkern.ops.int8_linear import resolve_scheme
+from llmkern.registry import static_reason
 from llmkern.swap.decoder_forward import (
+    OP,
     DecoderParts,
     cache_classes,
     check_call,
@@ -140,6 +142,8 @@ class _Stack:
         layer: DecoderParts | None = getattr(self.cls, "_llmkern_layer", None)
         if layer is None or any(type(each) is not self.cls for each in layers):
             raise Unserved("not every layer is swapped as a whole, or they differ")
+        if reason := static_reason(implementation(OP, "cpu"), hidden.device, hidden.dtype, grad=False):
+            raise Unserved(reason)
         self.layer = layer
         self.operator = torch.ops.llmkern.decoder_layers_.default
         planned: list[Tensor | None] = []

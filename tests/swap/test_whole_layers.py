@@ -344,3 +344,13 @@ def test_hooks_for_every_module_see_the_parts() -> None:
 def test_explain_names_whole_layers() -> None:
     rows = [row for row in llmkern.explain(optimized(DECODERS["llama"]), TOKENS) if row.op == "decoder_layer_"]
     assert [(row.site, row.backend) for row in rows] == [("model.layers.0", "cpu"), ("model.layers.1", "cpu")]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@torch.no_grad()
+def test_another_dtype_is_computed_by_the_reference(quantize: bool) -> None:
+    reference, model = built(DECODERS["llama"], torch.float64), built(DECODERS["llama"], torch.float64)
+    if quantize:
+        llmkern.quantize_(reference), llmkern.quantize_(model)
+    llmkern.optimize_(model)
+    torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS).logits)
