@@ -353,4 +353,5 @@ def test_another_dtype_is_computed_by_the_reference(quantize: bool) -> None:
     if quantize:
         llmkern.quantize_(reference), llmkern.quantize_(model)
     llmkern.optimize_(model)
-    torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS).logits)
+    # transformers' norms round to fp32 in between.
+    torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS).logits, rtol=1e-4, atol=1e-4)
