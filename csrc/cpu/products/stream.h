@@ -14,11 +14,11 @@ namespace {
 constexpr int kColumnsAtOnce = 16;
 constexpr int kRowsAtOnce = 4;
 constexpr int kAccumulators = LLMKERN_ISA_LEVEL == 2 ? 16 : 8;  // half of the registers
-constexpr int64_t kWeightsPerThread = 65536;                    // below this, waking a thread costs more than it saves
+constexpr int64_t kBytesAhead = 8192;
+constexpr int64_t kWeightsPerThread = 65536;  // below this, waking a thread costs more than it saves
 
 // y[r, c] += Σ_k x[r] · w[c] over k in [begin, end) for kRows rows and kColumns columns.
-// The elements `ahead` of w are fetched meanwhile: the same place of the next block's columns, as the hardware's
-// prefetchers stop at a page's end.
+// The elements `ahead` of w are fetched meanwhile: the hardware's prefetchers stop at a page's end.
 template <class Scheme, int kRows, int kColumns, class W>
 inline void stream_block(const typename Scheme::Code* const (&x)[kRows], const W* const (&w)[kColumns], int64_t ahead,
                          int64_t begin, int64_t end, typename Scheme::Sum* y) {
@@ -51,19 +51,21 @@ template <class Scheme, int kRows, class W>
 void stream_columns(const LinearParams& p, int64_t r0, const Strip& to) {
   constexpr int kSums = kRows * Scheme::kSums;
   constexpr int kMost = kAccumulators / kSums;
-  constexpr int kColumns = kMost >= 8 ? 8 : kMost >= 4 ? 4 : 2;
+  constexpr bool kWide = kSums == 1 && sizeof(W) > 1;  // memory alone sets the pace: the fewer streams the faster
+  constexpr int kColumns = kWide ? 2 : kMost >= 8 ? 8 : kMost >= 4 ? 4 : 2;
   alignas(64) typename Scheme::Sum y[kSums * kColumnsAtOnce] = {};
   const typename Scheme::Code* x[kSums];
   for (int i = 0; i < kSums; ++i)
     x[i] = prepared_row<Scheme>(p, r0 + i / Scheme::kSums) + i % Scheme::kSums * padded(p.k);
   const int64_t stride = to.segment->w_stride;
+  const int64_t ahead = kWide ? kBytesAhead / sizeof(W) : kColumns * stride;  // else the next block's same place
   for (int c0 = 0; c0 < to.count; c0 += kColumns) {
     const W* w[kColumns];  // beyond the last column the last one again: computed and not used
     for (int c = 0; c < kColumns; ++c)
       w[c] = static_cast<const W*>(to.segment->w) + (to.n + (c0 + c < to.count ? c0 + c : to.count - 1)) * stride;
     for (int64_t k = 0; k < p.k; k += Scheme::kSegment) {
       const int64_t end = p.k - k > Scheme::kSegment ? k + Scheme::kSegment : p.k;
-      stream_block<Scheme>(x, w, kColumns * stride, k, end, y + c0);
+      stream_block<Scheme>(x, w, ahead, k, end, y + c0);
     }
   }
   finish<Scheme>(p, to, r0, kRows, y, kColumnsAtOnce);
