@@ -57,7 +57,8 @@ def optimize_(
     kv_cache: the cache that the model makes where the caller gives and chooses none.  "auto": on the CPU an
         `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; transformers' own for
         encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
-        and a model that keeps its own counts as unsupported.  None: always transformers' own.
+        and a model that keeps its own counts as unsupported.  None: always transformers' own, and layers that are
+        called one by one (otherwise a decoder's may be computed together: `llmkern/swap/decoder_stack.py`).
     huge_pages: copy weights on the CPU, where they are many, to memory with pages of 2 MiB, which is read faster
         (`llmkern.memory`): parameters stay the same objects with the same values, and stay in that
         memory after `restore_`.

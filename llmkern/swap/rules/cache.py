@@ -2,6 +2,7 @@
 
 It becomes an llmkern.KVCache with layers of the same kinds, on the CPU, where a step's time goes into copying the past
 otherwise.  What the caller chooses (past_key_values, cache_implementation, use_cache=False) is left as it is.
+The forward of such a decoder is also where its layers learn that they are about to be called one after the other.
 """
 
 from __future__ import annotations
