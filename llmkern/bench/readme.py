@@ -30,7 +30,7 @@ _INTRO = """\
   for each dtype; "of ceiling" is the share of the time that bytes and operations need at those rates. On a CPU it can
   pass 100%: small inputs come from caches.
 - **Peak memory** is what the process holds while it is timed: libraries, weights and cache; on a GPU what torch has
-  allocated.
+  allocated. "Of it the model" is what is gone when the model is deleted: the rest are libraries.
 - `llmkern/bench/ops/`, `llmkern/bench/models/` and `llmkern/bench/peers/` define what is swept, the published shapes
   and the peers; `llmkern/bench/schema.py` documents the JSON. `llmkern bench compare OLD.json NEW.json` marks what
   changed beyond the noise; git keeps the older results.

@@ -162,6 +162,7 @@ class _Run:
         self.first: list[float] = []
         self.steps: list[list[float]] = []
         self.peak: int | None = None
+        self.left: int | None = None  # of memory, when the model is gone
         self.offset = 0
 
     def start(self, start: Callable[[int], WorkerProcess], spec: Spec) -> None:
@@ -192,6 +193,7 @@ class _Run:
     def finish(self) -> None:
         def ask(worker: WorkerProcess) -> None:
             self.peak = worker.ask("peak", timeout=RUN_SECONDS)["bytes"]
+            self.left = worker.ask("release", timeout=RUN_SECONDS)["bytes"]
 
         self._attempt(ask)
 
@@ -241,6 +243,8 @@ class _Run:
             found.append(row("itl_ms", **_milliseconds(steps), detail={"n": len(steps)} | tail))
         if self.peak is not None:
             found.append(row("peak_memory_mb", p50=self.peak / 1e6))
+            if self.left is not None:
+                found.append(row("model_memory_mb", p50=(self.peak - self.left) / 1e6))
         if "perplexity" in self.accuracy:
             found.append(row("perplexity", p50=self.accuracy["perplexity"], detail={"tokens": plan.tokens}))
         return found

@@ -9,7 +9,8 @@ name            the op or the model
 provider        who computed: "llmkern", "torch", a peer; of models the variant and its dtype
 metric, unit    ops: time_us (a call, as Python makes it), kernel_us (replayed in a CUDA graph)
                 models: prefill_tokens_per_s, decode_tokens_per_s, ttft_ms, itl_ms (of all steps; p90 and p99 are in
-                `detail`), peak_memory_mb, sentences_per_s, perplexity
+                `detail`), peak_memory_mb, model_memory_mb (what of the peak goes with the model: its weights, cache and
+                intermediate results), sentences_per_s, perplexity
 x               what the number belongs to: sizes, dtype, mode, batch, lengths …; "sweep" names the line of a plot
 p20, p50, p80   percentiles over the repetitions, in `unit`; null where nothing was measured
 speed_of_light  the share of the device's measured ceiling, by bytes or operations, whichever is nearer; ops only
@@ -43,6 +44,7 @@ METRICS = {
     "ttft_ms": "ms",
     "itl_ms": "ms",
     "peak_memory_mb": "MB",
+    "model_memory_mb": "MB",
     "sentences_per_s": "sentences/s",
     "perplexity": "",
 }

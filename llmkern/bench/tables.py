@@ -100,6 +100,7 @@ _COLUMNS = {
     "ttft_ms": "first token, ms",
     "itl_ms": "between tokens, ms (p50/p90/p99)",
     "peak_memory_mb": "peak memory, MB",
+    "model_memory_mb": "of it the model, MB",
 }
 
 

@@ -5,6 +5,7 @@ A request is a line of JSON, {"do": …}; so is the answer: {"ok": …}, or {"er
     accuracy {"ids", "reference", "write", "tokens"}   against the logits or embeddings kept in the file `reference`
     warm {}, run {"steps"}                    one repetition: {"first": seconds, "steps": [seconds, …]}
     reset {}, peak {}                         peak memory of what comes between them, bytes
+    release {}                                what is left when the model is gone, bytes; the last request
 Answers go through a copy of the standard output; whatever libraries print goes to standard error.
 """
 
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 from llmkern.bench.peer import Unsupported, variants
 from llmkern.bench.variants import Runner, Spec
-from llmkern.cli.memory import peak, reset_peak
+from llmkern.cli.memory import peak, reset_peak, resident
+from llmkern.memory import give_back
 from llmkern.testing.perplexity import perplexity
 
 __all__ = ["Worker", "main"]
@@ -85,6 +87,13 @@ class Worker:
 
     def peak(self) -> dict[str, Any]:
         return {"bytes": peak(self.spec.device)}
+
+    def release(self) -> dict[str, Any]:
+        del self.runner
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # compiled code holds the model
+        give_back()
+        return {"bytes": resident(self.spec.device)}
 
     def _batch(self, ids: list[int]) -> Tensor:
         count = self.spec.batch * self.spec.prompt_len

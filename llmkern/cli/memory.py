@@ -1,4 +1,4 @@
-"""Peak memory of what runs between `reset_peak` and `peak`: of the GPU, or of this process where there is none."""
+"""Memory of the GPU, or of this process where there is none: now, and at its peak between `reset_peak` and `peak`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from llmkern.memory import give_back
 
-__all__ = ["peak", "reset_peak"]
+__all__ = ["peak", "reset_peak", "resident"]
 
 _PROC = Path("/proc/self")
 
@@ -30,9 +30,21 @@ def peak(device: torch.device) -> int:
     """Bytes: allocated on the GPU, or resident in this process (where the system cannot begin anew, since it began)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        for line in (_PROC / "status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (kept := _of_status("VmHWM")) is not None:
+        return kept
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
+
+
+def resident(device: torch.device) -> int | None:
+    """Bytes at this moment: allocated on the GPU, or resident in this process; None where the system does not say."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_status("VmRSS")
+
+
+def _of_status(name: str) -> int | None:
+    """An entry of Linux's /proc/self/status, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
