@@ -26,6 +26,7 @@ from llmkern.swap.whole_layer import (
     Unserved,
     check_arguments,
     check_children,
+    check_forced,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -125,6 +126,7 @@ def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: di
         with torch._C._AutoDispatchBelowAutograd():
             out: Tensor = _OPERATOR(*arguments)
     else:
+        check_forced(OP)
         out = ops.decoder_layer_(**dict(zip(_NAMES, arguments, strict=True)))
     written()
     return out

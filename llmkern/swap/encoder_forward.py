@@ -18,6 +18,7 @@ from llmkern.swap.whole_layer import (
     Unserved,
     check_arguments,
     check_children,
+    check_forced,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -87,6 +88,7 @@ def _whole(self: Any, layer: EncoderParts, hidden: Tensor, args: Any, kwargs: di
         with torch._C._AutoDispatchBelowAutograd():
             out: Tensor = _OPERATOR(*arguments)
             return out
+    check_forced(OP)
     return ops.encoder_layer(**dict(zip(_NAMES, arguments, strict=True)))
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "called_within",
     "check_arguments",
     "check_children",
+    "check_forced",
     "eps_of",
     "layer_mask",
     "linear_arguments",
@@ -104,6 +105,13 @@ def why_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwar
     """The call by the layer's own forward, whose parts are dispatched one by one, on record with the reason."""
     dispatch.record_parts(op, "its parts", reason, {"hidden": hidden})
     return module._llmkern_original.forward(module, hidden, *args, **kwargs)
+
+
+def check_forced(op: str) -> None:
+    """Raises `Unserved` where a backend is forced that has no whole layers: it may have what they consist of."""
+    forced = dispatch.forced_backend()
+    if forced is not None and all(impl.backend.name != forced for impl in dispatch.implementations(op)):
+        raise Unserved(f"the forced backend {forced!r} does not implement {op}")
 
 
 def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozenset[str]) -> None:

@@ -355,3 +355,16 @@ def test_another_dtype_is_computed_by_the_reference(quantize: bool) -> None:
     llmkern.optimize_(model)
     # transformers' norms round to fp32 in between.
     torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [DECODERS["llama"], ENCODERS["bert"]], ids=["decoder", "encoder"])
+@torch.no_grad()
+def test_a_backend_without_whole_layers_serves_their_parts(make) -> None:
+    expected, model = built(make)(TOKENS), optimized(make)
+    record, out = Record(), []
+    with dispatch.recording(record), llmkern.use_backend("torch"):
+        out.append(model(TOKENS))
+    torch.testing.assert_close(out[0][0], expected[0], rtol=1e-4, atol=1e-4)
+    assert all("the forced backend 'torch' does not implement" in reason for reason in record.reasons)
+    assert len(record.reasons) == 2
+    assert record.ops.count("attention") == 2
