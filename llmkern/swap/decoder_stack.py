@@ -37,9 +37,14 @@ from llmkern.swap.decoder_forward import (
 from llmkern.swap.layer_loop import LayerLoop, layer_loop
 from llmkern.swap.whole_layer import Unserved, are_inert, at, check_children, layer_mask, scheme_argument
 
-__all__ = ["announcing"]
+__all__ = ["announcing", "forget"]
 
 _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
+
+
+def forget(decoder: nn.Module) -> None:
+    """Let go of what is known of its layers, and with it of weights that may be replaced."""
+    _stacks.pop(decoder, None)
 
 
 def announcing(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,15 +229,15 @@ class _Stack:
             raise Unserved("the cache is not a llmkern.KVCache with a layer for each")
         caches: list[Tensor] = []
         written = []
-        pasts = set()
+        forms = set()
         for each in held:
             past, buffers, advance = reserved(each, self.layer, hidden)
             caches += buffers
             written.append(advance)
-            pasts.add(past)
-        if len(pasts) > 1:
-            raise Unserved("the cache's layers hold different numbers of tokens")
-        return pasts.pop(), caches, written
+            forms.add((past, len(buffers)))
+        if len(forms) > 1:
+            raise Unserved("the cache's layers hold different numbers of tokens, or some of them codes")
+        return past, caches, written
 
 
 class _Watch:

@@ -18,6 +18,7 @@ from llmkern.integrations.transformers.attention import register_once
 from llmkern.integrations.transformers.config_view import is_view, original_of, view_of
 from llmkern.memory import move_to_huge_pages_
 from llmkern.swap import derive
+from llmkern.swap.decoder_stack import forget
 from llmkern.swap.found import Found, linear_like
 from llmkern.swap.report import SwapReport, SwapRow
 from llmkern.swap.rules import RULES
@@ -122,6 +123,7 @@ def restore_(model: nn.Module) -> nn.Module:
             raise RuntimeError(f"restore_: {path} has become a {type(module).__name__} since; undo that first")
     for _, module in swapped:
         derive.set_class(module, derive.original_class(module))
+        forget(module)
     for module in model.modules():
         if "config" in vars(module):
             vars(module)["config"] = original_of(vars(module)["config"])

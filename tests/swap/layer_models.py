@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 
 import llmkern
 from llmkern import dispatch
@@ -76,3 +76,39 @@ TOKENS = torch.randint(3, 67, (2, 10), generator=torch.Generator().manual_seed(1
 PADDED = torch.ones(2, 10, dtype=torch.long)
 PADDED[1, :4] = 0
 decoders = pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
+
+
+TOGETHER = ["decoder_layers_"]
+APART = ["decoder_layer_"] * 2
+STEP = 1e-4  # of logits in fp32
+
+
+def whole_layers(function: Callable[[], Any]) -> list[str]:
+    """The operators for whole layers that torch was asked for, whether or not the dispatcher heard of it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [e.name.removeprefix("llmkern::") for e in profile.events() if e.name.startswith("llmkern::decoder_layer")]
+
+
+class Sequence:
+    """An untouched and an optimized model that are given the same tokens, each with a KVCache."""
+
+    def __init__(self, untouched: Any, optimized: Any) -> None:
+        self.models = untouched, optimized
+        self.caches = [llmkern.KVCache(model.config) for model in self.models]
+
+    def give(self, tokens: Tensor, **options: Any) -> list[str]:
+        """The operators for whole layers that the optimized model called; its logits are those of the untouched."""
+        logits = []
+
+        def forward(model: Any, cache: Any) -> None:
+            logits.append(model(tokens, past_key_values=cache, **options).logits)
+
+        forward(self.models[0], self.caches[0])
+        called = whole_layers(lambda: forward(self.models[1], self.caches[1]))
+        torch.testing.assert_close(logits[1], logits[0], rtol=STEP, atol=STEP)
+        return called
+
+    def crop(self, tokens: int) -> None:
+        for cache in self.caches:
+            cache.crop(tokens)
