@@ -144,7 +144,7 @@ class _Stack:
     def __init__(self, layers: tuple[Any, ...], hidden: Tensor) -> None:
         self.layers, self.dtype = layers, hidden.dtype
         self.cls = type(layers[0])
-        layer: DecoderParts | None = getattr(self.cls, "_llmkern_layer", None)
+        layer: DecoderParts | None = vars(self.cls).get("_llmkern_layer")  # not of a class from which it is derived
         if layer is None or any(type(each) is not self.cls for each in layers):
             raise Unserved("not every layer is swapped as a whole, or they differ")
         if reason := static_reason(implementation(OP, "cpu"), hidden.device, hidden.dtype, grad=False):

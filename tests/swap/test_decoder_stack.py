@@ -25,6 +25,7 @@ from layer_models import (
     decoders,
     needs_kernels,
     optimized,
+    pieces,
     whole_layers,
 )
 from torch import Tensor
@@ -37,16 +38,10 @@ from llmkern.testing.float64 import Float64
 
 pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
 
-PARTS = (6, 1, 1, 2)  # a prompt, two steps, and a step of two tokens
-
 
 def together(make: Any) -> list[str]:
     """What this family's forward calls: Qwen2's layers have different windows here, and so different masks."""
     return APART if make is DECODERS["qwen2"] else TOGETHER
-
-
-def pieces(tokens: Tensor) -> list[Tensor]:
-    return list(tokens.split(PARTS, dim=1))
 
 
 @decoders

@@ -1,0 +1,320 @@
+"""What happens to a model between two tokens counts at once, however much of it was looked up before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from layer_models import (
+    APART,
+    DECODERS,
+    PROMPT,
+    STEPS,
+    TOGETHER,
+    TOKENS,
+    Record,
+    Sequence,
+    built,
+    give_class,
+    needs_kernels,
+    optimized,
+    whole_layers,
+)
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import llmkern
+from llmkern import dispatch
+
+pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def plus_one(module: nn.Module, _: Any, out: Any) -> Any:
+    return (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1
+
+
+def in_place(layer: Any) -> None:
+    layer.mlp.down_proj.weight.mul_(2)
+    layer.self_attn.k_proj.bias.add_(1)
+    layer.input_layernorm.weight.mul_(2)
+
+
+def data(layer: Any) -> None:
+    for module in (layer.self_attn.v_proj, layer.mlp.down_proj, layer.post_attention_layernorm):
+        module.weight.data = 2 * module.weight
+
+
+def loaded(layer: Any) -> None:
+    layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()})
+
+
+def loaded_as_they_are(layer: Any) -> None:
+    layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()}, assign=True)
+
+
+def weight(layer: Any) -> None:
+    layer.mlp.up_proj.weight = nn.Parameter(2 * layer.mlp.up_proj.weight)
+
+
+def norm_weight(layer: Any) -> None:
+    layer.post_attention_layernorm.weight = nn.Parameter(2 * layer.post_attention_layernorm.weight)
+
+
+def bias(layer: Any) -> None:
+    layer.self_attn.o_proj.bias = nn.Parameter(2 * layer.self_attn.o_proj.bias)
+
+
+def no_bias(layer: Any) -> None:
+    layer.mlp.gate_proj.bias = None
+
+
+def linear(layer: Any) -> None:
+    layer.mlp.gate_proj = copy.deepcopy(layer.mlp.up_proj)
+
+
+def mlp(layer: Any) -> None:
+    layer.mlp = copy.deepcopy(layer.mlp)
+    layer.mlp.down_proj.weight.mul_(2)
+
+
+def class_of_a_linear(layer: Any) -> None:
+    layer.self_attn.q_proj.__class__ = Scaled
+
+
+def class_of_a_norm(layer: Any) -> None:
+    own = type(layer.input_layernorm).forward
+    give_class(layer.input_layernorm, lambda self, x: 2 * own(self, x))
+
+
+def class_of_the_layer(layer: Any) -> None:
+    own = type(layer).forward
+    give_class(layer, lambda self, x, **kwargs: own(self, x + 1, **kwargs))
+
+
+def eps(layer: Any) -> None:
+    layer.input_layernorm.variance_epsilon = layer.post_attention_layernorm.variance_epsilon = 0.5
+
+
+def eps_of_one_norm(layer: Any) -> None:
+    layer.post_attention_layernorm.variance_epsilon = 0.5
+
+
+def parametrization(layer: Any) -> None:
+    parametrize.register_parametrization(layer.mlp.up_proj, "weight", Doubled())
+
+
+def part(path: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """`change` of a part of the layer, of the layer itself where path is ""."""
+
+    def changed(layer: Any) -> None:
+        change(layer.get_submodule(path))
+
+    changed.__name__ = f"{change.__name__} of {path or 'layer'}"
+    return changed
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(plus_one)
+
+
+def pre_hook(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+
+
+def own_forward(module: nn.Module) -> None:
+    own = module.forward
+    module.forward = lambda *args, **kwargs: plus_one(module, args, own(*args, **kwargs))
+
+
+CALLED = ("", "mlp", "mlp.up_proj", "self_attn", "self_attn.o_proj", "post_attention_layernorm")
+FOLLOWED = (in_place, data, loaded)  # the same tensors: nothing is looked up again
+LOOKED_UP = (loaded_as_they_are, weight, norm_weight, bias, no_bias, linear, mlp)  # when there is a prompt again
+LEFT = (  # to the layers themselves
+    *(class_of_a_linear, class_of_a_norm, class_of_the_layer, eps, eps_of_one_norm, parametrization),
+    *[part(path, hook) for path in CALLED],
+    *[part(path, pre_hook) for path in CALLED if path != "self_attn"],  # whose arguments have names
+    *[part(path, own_forward) for path in CALLED],
+)
+on_each_layer = pytest.mark.parametrize("index", range(2))
+
+
+def named(*changes: Callable[[Any], None]) -> Any:
+    return pytest.mark.parametrize("change", changes, ids=lambda change: change.__name__)
+
+
+@on_each_layer
+@named(*FOLLOWED, *LOOKED_UP, *LEFT)
+@torch.no_grad()
+def test_a_change_between_two_tokens(change, index) -> None:
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    untouched, model = sequence.models
+    before = untouched(TOKENS).logits
+    assert sequence.give(PROMPT) == TOGETHER
+    assert sequence.give(STEPS[0]) == TOGETHER
+    for each in sequence.models:
+        change(each.model.layers[index])
+    assert (untouched(TOKENS).logits - before).abs().max() > 0.01  # else nothing could be told from this test
+    for tokens in STEPS[1:]:
+        assert (sequence.give(tokens) == TOGETHER) == (
+            change in FOLLOWED or (change in LOOKED_UP and len(tokens[0]) > 1)
+        )
+    again = Sequence(untouched, model)
+    for tokens in (PROMPT, *STEPS):
+        assert (again.give(tokens) == TOGETHER) == (change not in LEFT)
+
+
+def training(layer: Any) -> None:
+    layer.train()
+
+
+def compiled(layer: Any) -> None:
+    layer.compile(backend="eager")
+
+
+def listener(layer: Any) -> None:
+    layer.mlp.register_forward_hook(lambda *_: None)
+
+
+@on_each_layer
+@named(training, compiled, listener)
+@torch.no_grad()
+def test_a_change_that_leaves_the_layers_apart_and_the_logits_as_they_are(change, index) -> None:
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    assert sequence.give(PROMPT) == TOGETHER
+    for each in sequence.models:
+        change(each.model.layers[index])
+    for tokens in STEPS:
+        assert TOGETHER[0] not in sequence.give(tokens)
+    again = Sequence(*sequence.models)
+    for tokens in (PROMPT, *STEPS):
+        assert TOGETHER[0] not in again.give(tokens)
+
+
+@on_each_layer
+@pytest.mark.parametrize("path", CALLED)
+@torch.no_grad()
+def test_a_hook_sees_what_it_would_in_the_untouched_model(path, index) -> None:
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    sequence.give(PROMPT)
+    seen: list[list[Tensor]] = [[], []]
+    handles = []
+    for outputs, model in zip(seen, sequence.models, strict=True):
+
+        def note(_: Any, args: Any, out: Any, outputs: list[Tensor] = outputs) -> None:
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+
+        handles.append(model.model.layers[index].get_submodule(path).register_forward_hook(note))
+    for tokens in STEPS:
+        sequence.give(tokens)
+    for handle in handles:
+        handle.remove()
+    assert len(seen[0]) == len(STEPS)
+    for expected, found in zip(*seen, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = Sequence(*sequence.models)
+    for tokens in (PROMPT, *STEPS):
+        assert again.give(tokens) == TOGETHER
+
+
+@torch.no_grad()
+def test_the_same_change_of_all_layers() -> None:
+    """What all layers must share may change."""
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    sequence.give(PROMPT)
+    for model in sequence.models:
+        for layer in model.model.layers:
+            eps(layer)
+    assert sequence.give(STEPS[0]) == APART
+    again = Sequence(*sequence.models)
+    for tokens in (PROMPT, *STEPS):
+        assert again.give(tokens) == TOGETHER
+
+
+def bits_of_each_layer_alone(model: Any, ours: Any, alone: Any, tokens: Tensor) -> list[str]:
+    """Compares the layers together, where they are, with what somebody who listens is told of; what was called."""
+    out: list[Tensor] = []
+    called = whole_layers(lambda: out.append(model(tokens, past_key_values=ours).logits))
+    with dispatch.recording(Record()):
+        assert torch.equal(out[0], model(tokens, past_key_values=alone).logits)
+    return called
+
+
+def packed_weights(layer: Any) -> None:
+    for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
+        packed.weight.data = -packed.weight
+
+
+def packed_scales(layer: Any) -> None:
+    for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
+        packed.weight_scale.data = 2 * packed.weight_scale
+
+
+def packed_in_place(layer: Any) -> None:
+    layer.mlp.gate_up_proj.weight.neg_()
+
+
+def other_scheme(layer: Any) -> None:
+    layer.mlp.down_proj.scheme = "w8a8" if layer.mlp.down_proj.scheme == "w8a16" else "w8a16"
+
+
+def new_scale(layer: Any) -> None:
+    layer.self_attn.o_proj.weight_scale = 2 * layer.self_attn.o_proj.weight_scale
+
+
+@on_each_layer
+@pytest.mark.parametrize(
+    ("name", "quantized", "change"),
+    [
+        *[("phi3", quantized, change) for quantized in (False, True) for change in (packed_weights, packed_in_place)],
+        ("phi3", True, packed_scales),
+        *[(name, True, change) for name in ("phi3", "llama") for change in (other_scheme, new_scale)],
+    ],
+)
+@torch.no_grad()
+def test_packed_and_int8_weights_change(name, quantized, change, index) -> None:
+    model = built(DECODERS[name])
+    if quantized:
+        llmkern.quantize_(model)
+    llmkern.optimize_(model)
+    caches = [llmkern.KVCache(model.config) for _ in range(2)]
+    assert bits_of_each_layer_alone(model, *caches, PROMPT) == TOGETHER
+    assert bits_of_each_layer_alone(model, *caches, STEPS[0]) == TOGETHER
+    before = model(TOKENS).logits
+    change(model.model.layers[index])
+    assert bits_of_each_layer_alone(model, *caches, STEPS[1]) == (TOGETHER if change is packed_in_place else APART)
+    assert bits_of_each_layer_alone(model, *caches, STEPS[2]) == TOGETHER
+    assert not torch.equal(model(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@torch.no_grad()
+def test_the_model_in_another_dtype(name) -> None:
+    untouched, model = built(DECODERS[name]), optimized(DECODERS[name])
+    assert Sequence(untouched, model).give(TOKENS) == TOGETHER
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):  # each time less of the weights is left
+        for each in (untouched, model):
+            each.to(dtype)
+        caches = [llmkern.KVCache(model.config) for _ in range(2)]
+        for tokens in (PROMPT, *STEPS):
+            assert bits_of_each_layer_alone(model, *caches, tokens) == TOGETHER
+    sequence = Sequence(untouched, model)
+    assert sequence.give(PROMPT) == TOGETHER
+    for each in (untouched, model):
+        each.to(torch.bfloat16).to(torch.float32)
+    sequence.give(STEPS[0])
+    for each in (untouched, model):
+        each.to(torch.float64)
+    torch.testing.assert_close(model(TOKENS).logits, untouched(TOKENS).logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,309 @@
+"""Decoders that call their layers in another way, or other layers: computed one by one, or an error, never wrong."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from layer_models import (
+    APART,
+    DECODERS,
+    PROMPT,
+    STEPS,
+    TOGETHER,
+    TOKENS,
+    Sequence,
+    built,
+    give_class,
+    needs_kernels,
+    optimized,
+    whole_layers,
+)
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+import llmkern
+
+pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
+
+
+def truncated(model: Any) -> list[str]:
+    model.config.num_hidden_layers = 1
+    return APART[:1]
+
+
+def without_the_last(model: Any) -> list[str]:
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 1
+    return TOGETHER
+
+
+def without_the_first(model: Any) -> list[str]:
+    """Its cache goes by numbers that are no longer those of the layers."""
+    del model.model.layers[0]
+    model.config.num_hidden_layers = 1
+    return APART[:1]
+
+
+def with_another(model: Any) -> list[str]:
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    model.model.layers[2].self_attn.layer_idx = 2
+    model.config.num_hidden_layers = 3
+    return TOGETHER
+
+
+def exchanged(model: Any) -> list[str]:
+    model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+    return APART
+
+
+def of_another_class(model: Any) -> list[str]:
+    own = type(model.model.layers[0]).forward
+
+    def forward(self: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+        return own(self, x, **kwargs) + 1
+
+    for layer in model.model.layers:
+        give_class(layer, forward)
+    model.model.layers[1].__class__ = type(model.model.layers[0])
+    return APART
+
+
+def in_another_list(model: Any) -> list[str]:
+    class Backwards(nn.ModuleList):
+        def __iter__(self) -> Any:
+            return reversed(list(super().__iter__()))
+
+        def __getitem__(self, index: Any) -> Any:
+            return self if isinstance(index, slice) else super().__getitem__(index)
+
+    model.model.layers = Backwards(model.model.layers)
+    return APART
+
+
+def without_the_last_in_another_list(model: Any) -> list[str]:
+    class Shorter(nn.ModuleList):
+        def __getitem__(self, index: Any) -> Any:
+            return list(self)[:1] if isinstance(index, slice) else super().__getitem__(index)
+
+    model.model.layers = Shorter(model.model.layers)
+    return APART[:1]
+
+
+def wrapped(model: Any) -> list[str]:
+    class AddsOne(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+            return self.layer(x + 1, **kwargs)
+
+    model.model.layers[1] = AddsOne(model.model.layers[1])
+    return APART
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(truncated, without_the_last, without_the_first, with_another, exchanged, wrapped),
+        *(of_another_class, in_another_list, without_the_last_in_another_list),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_other_layers(change, cached) -> None:
+    untouched, model = built(DECODERS["llama"]), optimized(DECODERS["llama"])
+    assert Sequence(untouched, model).give(TOKENS) == TOGETHER
+    before = untouched(TOKENS).logits
+    change(untouched)
+    expected = change(model)
+    assert (untouched(TOKENS, use_cache=False).logits - before).abs().max() > 0.01
+    if not cached:
+        out: list[Tensor] = []
+        assert whole_layers(lambda: out.append(model(TOKENS, use_cache=False).logits)) == expected
+        torch.testing.assert_close(out[0], untouched(TOKENS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    elif change is not without_the_first:  # transformers asks the first layer of the cache for its length
+        sequence = Sequence(untouched, model)
+        for tokens in (PROMPT, *STEPS):
+            assert sequence.give(tokens) == expected
+
+
+# Decoders of other sources.  They mention DynamicCache: only a forward that may make one is swapped.
+def prepared(decoder: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, dict[str, Any]]:
+    """What all of these decoders give their layers."""
+    x = decoder.embed_tokens(tokens)
+    past = 0 if cache is None else cache.get_seq_length()
+    positions = torch.arange(past, past + x.shape[1])[None]
+    mask = create_causal_mask(decoder.config, x, None, past_key_values=cache, position_ids=positions)
+    angles = decoder.rotary_emb(x, positions)
+    return x, {"attention_mask": mask, "position_embeddings": angles, "past_key_values": cache}
+
+
+def ended(decoder: Any, x: Tensor, cache: Any) -> BaseModelOutputWithPast:
+    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(x), past_key_values=cache)
+
+
+class OneAfterTheOther(hf.LlamaModel):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        for layer in self.layers:
+            x = layer(x, **given)
+        return ended(self, x, past_key_values)
+
+
+class TupleForEach(hf.LlamaModel):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        cos, sin = given.pop("position_embeddings")
+        for layer in self.layers:
+            x = layer(x, position_embeddings=(cos, sin), **given)
+        return ended(self, x, past_key_values)
+
+
+class OneMoreAfterThem(hf.LlamaModel):
+    """Without the cache, which has no place for it."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        for layer in self.layers:
+            x = layer(x, **given)
+        mask = given["attention_mask"]
+        x = self.last(
+            x,
+            attention_mask=None if mask is None else mask[..., -x.shape[1] :],
+            position_embeddings=given["position_embeddings"],
+        )
+        return ended(self, x, past_key_values)
+
+
+class ByAProperty(hf.LlamaModel):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        for layer in self.wanted:
+            x = layer(x, **given)
+        return ended(self, x, past_key_values)
+
+    @property
+    def wanted(self) -> list[nn.Module]:
+        return list(self.layers)
+
+
+class Twice(hf.LlamaModel):
+    """Each layer has seen its own tokens when it is called again."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, None)
+        for _turn in range(2):
+            for layer in self.layers:
+                x = layer(x, **given)
+        return ended(self, x, past_key_values)
+
+
+class ShiftedBetweenThem(hf.LlamaModel):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        for layer in self.layers:
+            x = layer(x, **given)
+            x = x + 1
+        return ended(self, x, past_key_values)
+
+
+def with_decoder(cls: Any, model: Any) -> Any:
+    model.model.__class__ = cls
+    if cls is OneMoreAfterThem:
+        model.model.last = copy.deepcopy(model.model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (OneAfterTheOther, TOGETHER),
+        (TupleForEach, APART),
+        (OneMoreAfterThem, [*TOGETHER, *APART[:1]]),
+        (ByAProperty, APART),
+        (Twice, [*TOGETHER, *APART]),
+        (ShiftedBetweenThem, APART),
+    ],
+)
+@torch.no_grad()
+def test_other_decoders(cls, expected) -> None:
+    untouched, model = [with_decoder(cls, built(DECODERS["llama"])) for _ in range(2)]
+    llmkern.optimize_(model)
+    sequence = Sequence(untouched, model)
+    for tokens in (PROMPT, *STEPS):
+        assert sequence.give(tokens) == expected
+
+
+def adds_one_before(call: Any, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    return call(layer, x + 1, **kwargs)
+
+
+def adds_one_after(call: Any, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    return call(layer, x, **kwargs) + 1
+
+
+def leaves_it_out(call: Any, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    return x
+
+
+def gives_another_mask(call: Any, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    return call(layer, x, **kwargs | {"attention_mask": torch.zeros(1, 1, x.shape[1], x.shape[1])})
+
+
+def calls_it_twice(call: Any, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    return call(layer, call(layer, x, **kwargs), **kwargs)
+
+
+def call_instead(patch: pytest.MonkeyPatch, layer: nn.Module, instead: Any) -> None:
+    """Replaces the class's own __call__ for one of its layers."""
+    call = nn.Module.__call__
+
+    def replaced(self: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+        return instead(call, self, x, **kwargs) if self is layer else call(self, x, **kwargs)
+
+    patch.setattr(type(layer), "__call__", replaced)
+
+
+@pytest.mark.parametrize(
+    ("index", "instead"),
+    [
+        *[(1, instead) for instead in (adds_one_before, leaves_it_out, gives_another_mask)],
+        *[(0, instead) for instead in (adds_one_after, calls_it_twice)],
+    ],
+)
+@torch.no_grad()
+def test_what_no_source_says_is_an_error(index, instead, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimized(DECODERS["llama"])
+    expected = model(TOKENS).logits
+    with monkeypatch.context() as patch:
+        call_instead(patch, model.model.layers[index], instead)
+        with pytest.raises(RuntimeError, match="LlamaModel calls its layers otherwise than its source says") as raised:
+            model(TOKENS)
+    assert "\n" not in str(raised.value)
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("instead", [adds_one_after, calls_it_twice])
+@torch.no_grad()
+def test_what_happens_after_the_last_layer_counts(instead, monkeypatch: pytest.MonkeyPatch) -> None:
+    untouched, model = built(DECODERS["llama"]), optimized(DECODERS["llama"])
+    before = untouched(TOKENS).logits
+    for each in (untouched, model):
+        call_instead(monkeypatch, each.model.layers[1], instead)
+    assert (untouched(TOKENS).logits - before).abs().max() > 0.01
+    out: list[Tensor] = []
+    assert whole_layers(lambda: out.append(model(TOKENS, use_cache=False).logits))[:1] == TOGETHER
+    torch.testing.assert_close(out[0], untouched(TOKENS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
