@@ -244,7 +244,7 @@ class _Run:
         if self.peak is not None:
             found.append(row("peak_memory_mb", p50=self.peak / 1e6))
             if self.left is not None:
-                found.append(row("model_memory_mb", p50=(self.peak - self.left) / 1e6))
+                found.append(row("model_memory_mb", p50=max(0, self.peak - self.left) / 1e6))
         if "perplexity" in self.accuracy:
             found.append(row("perplexity", p50=self.accuracy["perplexity"], detail={"tokens": plan.tokens}))
         return found

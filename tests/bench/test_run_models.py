@@ -311,7 +311,7 @@ def test_a_model_from_the_command_line(tmp_path: Path) -> None:
     for name in ("sdpa fp32", "llmkern fp32", "llmkern-int8 fp32"):
         assert rows[name, "decode_tokens_per_s"].p50 > 0, name
         assert rows[name, "decode_tokens_per_s"].detail["n"] == 2
-        assert rows[name, "peak_memory_mb"].p50 > rows[name, "model_memory_mb"].p50 > 0
+        assert rows[name, "peak_memory_mb"].p50 > rows[name, "model_memory_mb"].p50 >= 0
     assert rows["sdpa fp32", "ttft_ms"].accuracy["max_abs"] == 0.0
     assert rows["llmkern fp32", "ttft_ms"].accuracy["max_abs"] < 1e-4
     assert rows["llmkern fp32", "perplexity"].p50 == pytest.approx(rows["sdpa fp32", "perplexity"].p50, rel=1e-3)
