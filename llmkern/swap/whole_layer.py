@@ -158,7 +158,10 @@ def at(module: Any, path: tuple[str, ...]) -> Any:
 
 def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Tensor) -> Tensor | None:
     """A parameter of a norm, which has like's dtype; None where it has none of that name."""
-    parameter: Tensor | None = None if name is None else at(module, norm.path)._parameters[name]
+    try:
+        parameter: Tensor | None = None if name is None else at(module, norm.path)._parameters[name]
+    except KeyError:
+        raise Unserved(f"the {name} of {norm.path[-1]} is no parameter") from None
     if parameter is not None and (parameter.dtype is not like.dtype or type(parameter) not in PLAIN_TENSORS):
         raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
     return parameter
@@ -191,7 +194,11 @@ def linear_arguments(
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             _check_hooks(".".join(path), state)
         parameters = state["_parameters"]
-        weight, bias, scale, scheme = parameters["weight"], parameters["bias"], None, None
+        scale = scheme = None
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            raise Unserved(f"the weight or bias of {path[-1]} is no parameter") from None
         if cls is Int8Linear:
             scale, scheme = layer._buffers["weight_scale"], layer._scheme
         elif weight.dtype is not dtype:

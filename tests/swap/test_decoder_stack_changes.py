@@ -113,7 +113,14 @@ def eps_of_one_norm(layer: Any) -> None:
 
 
 def parametrization(layer: Any) -> None:
-    parametrize.register_parametrization(layer.mlp.up_proj, "weight", Doubled())
+    for module in (layer.mlp.up_proj, layer.input_layernorm):
+        parametrize.register_parametrization(module, "weight", Doubled())
+
+
+def plain_tensor(module: Any) -> None:
+    weight = module.weight
+    del module.weight
+    module.weight = 2 * weight
 
 
 def part(path: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -144,6 +151,7 @@ FOLLOWED = (in_place, data, loaded)  # the same tensors: nothing is looked up ag
 LOOKED_UP = (loaded_as_they_are, weight, norm_weight, bias, no_bias, linear, mlp)  # when there is a prompt again
 LEFT = (  # to the layers themselves
     *(class_of_a_linear, class_of_a_norm, class_of_the_layer, eps, eps_of_one_norm, parametrization),
+    *[part(path, plain_tensor) for path in ("self_attn.q_proj", "post_attention_layernorm")],
     *[part(path, hook) for path in CALLED],
     *[part(path, pre_hook) for path in CALLED if path != "self_attn"],  # whose arguments have names
     *[part(path, own_forward) for path in CALLED],
@@ -227,6 +235,43 @@ def test_a_hook_sees_what_it_would_in_the_untouched_model(path, index) -> None:
     again = Sequence(*sequence.models)
     for tokens in (PROMPT, *STEPS):
         assert again.give(tokens) == TOGETHER
+
+
+@torch.no_grad()
+def test_a_hook_beside_those_that_collect_outputs() -> None:
+    """transformers' own stay where they are once they are installed, and do nothing."""
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    for model in sequence.models:
+        model(TOKENS, output_hidden_states=True)
+    assert sequence.give(PROMPT) == TOGETHER
+    assert sequence.give(STEPS[0]) == TOGETHER
+    for model in sequence.models:
+        assert model.model.layers[1]._forward_hooks
+        hook(model.model.layers[1])
+    assert sequence.give(STEPS[1]) == APART
+
+
+@torch.no_grad()
+def test_a_hook_without_a_handle_counts_from_the_next_prompt_on() -> None:
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    for tokens in (PROMPT, STEPS[0]):
+        assert sequence.give(tokens) == TOGETHER
+    for model in sequence.models:
+        model.model.layers[0].mlp._forward_hooks[-1] = plus_one
+    again = Sequence(*sequence.models)
+    for tokens in (PROMPT, *STEPS):
+        assert TOGETHER[0] not in again.give(tokens)
+
+
+@torch.no_grad()
+def test_layers_that_change_their_places_in_the_cache() -> None:
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    assert sequence.give(PROMPT) == TOGETHER
+    for model in sequence.models:
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = 1 - i
+    for tokens in STEPS:
+        assert sequence.give(tokens) == APART
 
 
 @torch.no_grad()

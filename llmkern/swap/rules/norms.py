@@ -114,9 +114,16 @@ def _beyond(weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     return f"the input is {args[0].dtype} and the weight {dtype}, so the result has the promoted dtype"
 
 
+def _held(self: Any, name: str | None) -> Any:
+    """The parameter of that name, or the tensor that has taken its place, as where it is parametrized."""
+    if name is None or name in self._parameters:
+        return self._parameters.get(name)
+    return getattr(self, name)
+
+
 def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight_name, bias_name, eps, offset = self._llmkern_norm
-    weight, bias = self._parameters.get(weight_name), self._parameters.get(bias_name)
+    weight, bias = _held(self, weight_name), _held(self, bias_name)
     if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
         return untouched(self, "rms_norm", _beyond(weight, args, kwargs), args, kwargs)
     return ops.rms_norm(args[0], weight, eps_of(self, eps, args[0]), weight_offset=offset, bias=bias)
@@ -124,7 +131,7 @@ def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight_name, bias_name, eps = self._llmkern_norm
-    weight, bias = self._parameters.get(weight_name), self._parameters.get(bias_name)
+    weight, bias = _held(self, weight_name), _held(self, bias_name)
     if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
         return untouched(self, "layer_norm", _beyond(weight, args, kwargs), args, kwargs)
     return ops.layer_norm(args[0], weight, bias, eps_of(self, eps, args[0]))
