@@ -185,6 +185,29 @@ class OneMoreAfterThem(hf.LlamaModel):
         return ended(self, x, past_key_values)
 
 
+class OneMoreBeforeThem(hf.LlamaModel):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        x = self.last(x, **given | {"attention_mask": None, "past_key_values": None})
+        for layer in self.layers:
+            x = layer(x, **given)
+        return ended(self, x, past_key_values)
+
+
+class TwoMasks(hf.LlamaModel):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        assert isinstance(past_key_values, DynamicCache | None)
+        x, given = prepared(self, input_ids, past_key_values)
+        new, past = x.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+        full = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
+        masks = {"full_attention": full, "sliding_attention": full.triu(past - 2)}
+        del given["attention_mask"]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, attention_mask=masks[self.config.layer_types[i]], **given)
+        return ended(self, x, past_key_values)
+
+
 class ByAProperty(hf.LlamaModel):
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
         assert isinstance(past_key_values, DynamicCache | None)
@@ -222,7 +245,10 @@ class ShiftedBetweenThem(hf.LlamaModel):
 
 def with_decoder(cls: Any, model: Any) -> Any:
     model.model.__class__ = cls
-    if cls is OneMoreAfterThem:
+    if cls is TwoMasks:
+        model.config.layer_types = ["full_attention", "sliding_attention"]
+        model.config.sliding_window = 64  # of the cache
+    if cls in (OneMoreAfterThem, OneMoreBeforeThem):
         model.model.last = copy.deepcopy(model.model.layers[0])
     return model
 
@@ -233,6 +259,8 @@ def with_decoder(cls: Any, model: Any) -> Any:
         (OneAfterTheOther, TOGETHER),
         (TupleForEach, APART),
         (OneMoreAfterThem, [*TOGETHER, *APART[:1]]),
+        (OneMoreBeforeThem, [*APART, *APART[:1]]),
+        (TwoMasks, APART),
         (ByAProperty, APART),
         (Twice, [*TOGETHER, *APART]),
         (ShiftedBetweenThem, APART),
