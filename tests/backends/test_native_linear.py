@@ -147,6 +147,62 @@ def test_weight_only_int8_has_all_bits_of_fp32(isa, rows, k) -> None:
     assert ((out.double() - exact).abs() <= bound)[kept].all()
 
 
+ROWS = {
+    "zeros": lambda k: torch.zeros(k),
+    "negative zeros": lambda k: -torch.zeros(k),
+    "NaN": lambda k: torch.randn(k).index_fill_(0, torch.tensor(k // 2), torch.nan),
+    "all NaN": lambda k: torch.full((k,), torch.nan),
+    "infinity": lambda k: torch.randn(k).index_fill_(0, torch.tensor(0), -torch.inf),
+    "tiny": lambda k: torch.randn(k) * 2.0**-100,
+    "tiniest": lambda k: torch.full((k,), 2.0**-149),
+    "huge": lambda k: torch.randn(k) * 2.0**100,
+    "one of all": lambda k: torch.randn(k).index_fill_(0, torch.tensor(k - 1), 2.0**100),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("k", [5, 64, 577])
+def test_weight_only_int8_of_a_row_beside_any_other(isa, kind, k) -> None:
+    """Few rows are in fixed point where all can be: one that cannot leaves the others their bits, in every place."""
+    w, scale = weight(17, k)
+    bias, good = torch.randn(17), torch.randn(FEW, k)
+
+    def linear(x: Tensor) -> Tensor:
+        return torch.ops.llmkern.int8_linear(x, w, scale, bias, "none", "w8a16")
+
+    other = ROWS[kind](k)
+    expected, alone = linear(good), linear(other[None])[0]
+    for place in range(FEW):
+        x = good.clone()
+        x[place] = other
+        out = linear(x)
+        kept = [r for r in range(FEW) if r != place]
+        assert torch.equal(out[kept], expected[kept])
+        torch.testing.assert_close(out[place], alone, rtol=0, atol=0, equal_nan=True)
+    # Rounded as fp32 would round the sum, and each number to a part of the row's largest.
+    exact = other.double() @ w.double().T * scale.T[0].double()
+    rounding = other.double().abs() * 2**-21 + other.double().abs().max() * 2**-31
+    bound = rounding @ w.double().abs().T * scale.T[0].double() + bias.double().abs() * 2**-22
+    if exact.isfinite().all():
+        assert ((alone.double() - exact - bias.double()).abs() <= bound).all()
+    else:
+        assert not alone.isfinite().any()
+
+
+@each_isa
+@pytest.mark.parametrize("rows", [1, FEW])
+@pytest.mark.parametrize("k", [131071, 131073])
+def test_the_longest_sums_of_weight_only_int8(isa, rows, k) -> None:
+    """Each number's second digit to the base 256 is -128, as every weight is: beyond 131071 of them no s32 holds it."""
+    x = torch.full((rows, k), 251.0 * 2**23)
+    x[:, 0] = 127.0 * 2**24
+    w = torch.full((3, k), -128, dtype=torch.int8)
+    out = torch.ops.llmkern.int8_linear(x, w, torch.ones(3, 1), None, "none", "w8a16")
+    exact = x.double() @ w.double().T
+    assert ((out.double() - exact).abs() <= exact.abs() * 2**-21).all()
+
+
 @pytest.mark.parametrize(
     ("reason", "change"),
     [

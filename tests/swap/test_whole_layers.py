@@ -368,3 +368,24 @@ def test_a_backend_without_whole_layers_serves_their_parts(make) -> None:
     assert all("the forced backend 'torch' does not implement" in reason for reason in record.reasons)
     assert len(record.reasons) == 2
     assert record.ops.count("attention") == 2
+
+
+@decoders
+@torch.no_grad()
+def test_a_row_that_is_not_finite_spoils_itself_alone(make) -> None:
+    """Of few rows with int8 weights, which are computed in another way where one of them holds NaN."""
+    model = built(make)
+    llmkern.quantize_(model)
+    for module in model.modules():
+        if isinstance(module, llmkern.nn.Int8Linear):
+            module.scheme = "w8a16"
+    llmkern.optimize_(model)
+    hidden = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(3))
+    steps, outs = [hidden, hidden.clone()], []
+    steps[1][1, 0, 7] = torch.nan
+    for step in steps:
+        cache = llmkern.KVCache(model.config)
+        model(TOKENS[[0, 1, 0]], past_key_values=cache)
+        outs.append(model(inputs_embeds=step, past_key_values=cache).logits)
+    assert torch.equal(outs[1][[0, 2]], outs[0][[0, 2]])
+    assert outs[1][1].isnan().all()
