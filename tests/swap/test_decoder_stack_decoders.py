@@ -24,7 +24,6 @@ from layer_models import (
 )
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import llmkern
@@ -138,10 +137,9 @@ def test_other_layers(change, cached) -> None:
 def prepared(decoder: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, dict[str, Any]]:
     """What all of these decoders give their layers."""
     x = decoder.embed_tokens(tokens)
-    past = 0 if cache is None else cache.get_seq_length()
-    positions = torch.arange(past, past + x.shape[1])[None]
-    mask = create_causal_mask(decoder.config, x, None, past_key_values=cache, position_ids=positions)
-    angles = decoder.rotary_emb(x, positions)
+    new, past = x.shape[1], 0 if cache is None else cache.get_seq_length()
+    mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
+    angles = decoder.rotary_emb(x, torch.arange(past, past + new)[None])
     return x, {"attention_mask": mask, "position_embeddings": angles, "past_key_values": cache}
 
 
@@ -168,20 +166,19 @@ class TupleForEach(hf.LlamaModel):
         return ended(self, x, past_key_values)
 
 
-class OneMoreAfterThem(hf.LlamaModel):
-    """Without the cache, which has no place for it."""
+def alone(given: dict[str, Any]) -> dict[str, Any]:
+    """The same for a layer for which the cache has no place."""
+    mask = given["attention_mask"]
+    return given | {"attention_mask": mask[..., -mask.shape[-2] :], "past_key_values": None}
 
+
+class OneMoreAfterThem(hf.LlamaModel):
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
         assert isinstance(past_key_values, DynamicCache | None)
         x, given = prepared(self, input_ids, past_key_values)
         for layer in self.layers:
             x = layer(x, **given)
-        mask = given["attention_mask"]
-        x = self.last(
-            x,
-            attention_mask=None if mask is None else mask[..., -x.shape[1] :],
-            position_embeddings=given["position_embeddings"],
-        )
+        x = self.last(x, **alone(given))
         return ended(self, x, past_key_values)
 
 
@@ -189,7 +186,7 @@ class OneMoreBeforeThem(hf.LlamaModel):
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
         assert isinstance(past_key_values, DynamicCache | None)
         x, given = prepared(self, input_ids, past_key_values)
-        x = self.last(x, **given | {"attention_mask": None, "past_key_values": None})
+        x = self.last(x, **alone(given))
         for layer in self.layers:
             x = layer(x, **given)
         return ended(self, x, past_key_values)
@@ -199,10 +196,8 @@ class TwoMasks(hf.LlamaModel):
     def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
         assert isinstance(past_key_values, DynamicCache | None)
         x, given = prepared(self, input_ids, past_key_values)
-        new, past = x.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
-        full = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
-        masks = {"full_attention": full, "sliding_attention": full.triu(past - 2)}
-        del given["attention_mask"]
+        full = given.pop("attention_mask")
+        masks = {"full_attention": full, "sliding_attention": full.triu(full.shape[-1] - full.shape[-2] - 2)}
         for i, layer in enumerate(self.layers):
             x = layer(x, attention_mask=masks[self.config.layer_types[i]], **given)
         return ended(self, x, past_key_values)
