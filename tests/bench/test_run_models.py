@@ -305,7 +305,7 @@ def test_a_model_from_the_command_line(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     path = tmp_path / "model.json"
     sizes = ["--prompt-len", "16", "--new-tokens", "4", "--tokens", "64", "--rounds", "2"]
-    chosen = "sdpa,llmkern,llmkern-int8,llmkern:triton,quantize_dynamic@bf16"
+    chosen = "sdpa,llmkern,llmkern-int8,llmkern:cuda,quantize_dynamic@bf16"
     assert run(["bench", "model", str(tmp_path / "model"), "--variants", chosen, *sizes, "--json", str(path)]) == 0
     rows = {(row.provider, row.metric): row for row in Result.load(path).rows}
     for name in ("sdpa fp32", "llmkern fp32", "llmkern-int8 fp32"):
@@ -317,5 +317,5 @@ def test_a_model_from_the_command_line(tmp_path: Path) -> None:
     assert rows["llmkern fp32", "perplexity"].p50 == pytest.approx(rows["sdpa fp32", "perplexity"].p50, rel=1e-3)
     assert rows["llmkern fp32", "itl_ms"].detail["n"] == 6
     assert "float32 only" in rows["quantize_dynamic bf16", "decode_tokens_per_s"].error
-    assert rows["llmkern:triton fp32", "decode_tokens_per_s"].p50 is None
+    assert rows["llmkern:cuda fp32", "decode_tokens_per_s"].p50 is None
     assert json.loads(path.read_text())["environment"]["threads"] == torch.get_num_threads()
