@@ -320,9 +320,9 @@ inline void run(std::span<const Call> layers, Tensor& out) {
   const int64_t size = hidden.size(2);
   const Matrix result{.data = out.mutable_data_ptr(), .stride = size};
   Matrix in{.data = const_cast<void*>(hidden.const_data_ptr()), .stride = size};
-  bool native = true;
-  for (const Call& call : layers)
-    for (const Linear* linear : call.linears()) native = native && is_native(*linear, hidden.size(0) * hidden.size(1));
+  const int64_t tokens = hidden.size(0) * hidden.size(1);
+  const bool native = std::all_of(layers.begin(), layers.end(),
+                                  [tokens](const Call& call) { return are_native(call.linears(), tokens); });
   with_threads(native, [&](const Threads& threads) {
     for (const Call& call : layers) {
       DecoderLayer(call, threads).run(in, result);

@@ -80,7 +80,7 @@ class EncoderLayer : Layer {
     add_first(p, residual, x);
     p.norm = Norm::layer;
     p.bias = bias ? bias->const_data_ptr() : nullptr;
-    p.bias_dtype = bias ? *dtype_of(*bias) : DType::f32;
+    p.bias_dtype = dtype_or_f32(bias);
     p.eps = c_.eps;
     launch_norm(p, threads_);
   }
@@ -148,11 +148,9 @@ Tensor encoder_layer(const Tensor& hidden, const Optional& mask, const Tensor& a
                                   down_bias, heads, eps, sm_scale, activation, scheme);
   check(call);
   Tensor out = torch::stable::new_empty(call.hidden, call.hidden.sizes());
-  const int64_t tokens = hidden.size(0) * hidden.size(1);
-  bool native = true;
-  for (const Linear* linear : {&call.q, &call.k, &call.v, &call.o, &call.up, &call.down})
-    native = native && is_native(*linear, tokens);
-  with_threads(native, [&](const Threads& threads) { EncoderLayer(call, threads).run(out); });
+  const std::array linears{&call.q, &call.k, &call.v, &call.o, &call.up, &call.down};
+  with_threads(are_native(linears, hidden.size(0) * hidden.size(1)),
+               [&](const Threads& threads) { EncoderLayer(call, threads).run(out); });
   return out;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
@@ -171,6 +172,11 @@ struct Matrix {
 // Is this layer, of so many rows, multiplied by launch_linear?
 inline bool is_native(const Linear& l, int64_t rows) {
   return l.int8() || rows <= kFewRows;
+}
+
+template <class Linears>
+bool are_native(const Linears& linears, int64_t rows) {
+  return std::all_of(linears.begin(), linears.end(), [rows](const Linear* l) { return is_native(*l, rows); });
 }
 
 // f(threads) with the threads for the launchers: a team, unless torch's operators need them for layers that are not
