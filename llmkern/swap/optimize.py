@@ -15,7 +15,7 @@ from torch import nn
 from llmkern import dispatch
 from llmkern.checks import check_choice
 from llmkern.integrations.transformers.attention import register_once
-from llmkern.integrations.transformers.config_view import is_view, original_of, view_of
+from llmkern.integrations.transformers.config_view import is_view, learn_causality, original_of, view_of
 from llmkern.memory import move_to_huge_pages_
 from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
@@ -99,6 +99,7 @@ def optimize_(
             register_once()
             everywhere = len(attending) == sum(s.found.kind == "attention" and s.found.cls is None for s in sites)
             _give_views([m for m in model.modules() if m is not model] if everywhere else attending)
+            learn_causality(attending)
         rows = tuple(_row(model, site) for site in sites if not site.found.is_frame)
         moved = move_to_huge_pages_(model) if huge_pages and wanted else 0
     if unsupported and on_unsupported == "warn":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -114,3 +116,22 @@ def test_many_lengths_and_batches(entry: Entry) -> None:
     for batch, length in ((1, 1), (3, 2), (1, 4), (2, 5), (1, 33), (5, 17)):
         tokens = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
         assert_close(optimized(input_ids=tokens).logits, untouched(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@torch.no_grad()
+def test_attention_that_only_its_mask_makes_causal(copied: bool) -> None:
+    """Eager attention, as BigBird-Pegasus' decoder has it, never says that it is causal: its mask always does."""
+    entry = Entry(
+        "bigbird_pegasus",
+        "decoder",
+        hf.BigBirdPegasusForCausalLM,
+        lambda: hf.BigBirdPegasusConfig(
+            vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48
+        ),
+    )
+    untouched, optimized = both(entry)
+    if copied:
+        optimized = copy.deepcopy(optimized)
+    tokens = entry.inputs()["input_ids"]
+    assert_close(optimized(input_ids=tokens).logits, untouched(input_ids=tokens).logits)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkern import dispatch, ops
-from llmkern.integrations.transformers.config_view import NAME, original_of
+from llmkern.integrations.transformers.config_view import NAME, knows_causality, original_of
 from llmkern.swap.derive import mentioned_globals, original_class
 
 __all__ = [
@@ -59,7 +60,13 @@ def register_once() -> None:
         from transformers.utils.output_capturing import _active_collector as _collector
     AttentionInterface.register(NAME, attention_forward)
     # Boolean masks with broadcast strides, and none at all where `causal` says it: what the op takes.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, partial(_mask, sdpa_mask))
+
+
+def _mask(sdpa_mask: Callable[..., Any], *args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+    """transformers' mask; a causal one is also made where no attention module would know of it otherwise."""
+    skip = allow_is_causal_skip and knows_causality(kwargs.get("config"))
+    return sdpa_mask(*args, allow_is_causal_skip=skip, **kwargs)
 
 
 def attention_forward(

@@ -9,11 +9,12 @@ either is seen through both, and a pickled or saved view is the untouched config
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-__all__ = ["NAME", "is_view", "original_of", "view_of"]
+__all__ = ["NAME", "is_view", "knows_causality", "learn_causality", "original_of", "view_of"]
 
 NAME = "llmkern"
 """What a view answers for `_attn_implementation`; registered in AttentionInterface and AttentionMaskInterface."""
@@ -25,6 +26,7 @@ class _View:
 
     _llmkern_original: Any
     _llmkern_named: Any  # what the config behind named when the view was made
+    _llmkern_causal = True  # as `knows_causality`
 
     # The view answers `NAME` until the config behind it names something else (model.set_attn_implementation): an
     # explicit choice wins.
@@ -53,7 +55,11 @@ class _View:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = copy.deepcopy(self._llmkern_original, memo)
         # While torch.compile traces, no class can be made, and the copies that models make there are only read.
-        return copied if torch.compiler.is_compiling() else view_of(copied)
+        if torch.compiler.is_compiling():
+            return copied
+        view = view_of(copied)
+        type(view)._llmkern_causal = self._llmkern_causal
+        return view
 
 
 def view_of(config: Any, views: dict[int, Any] | None = None) -> Any:
@@ -97,3 +103,23 @@ def original_of(config: Any) -> Any:
 def is_view(config: Any) -> bool:
     """Whether `config` is a view."""
     return isinstance(config, _View)
+
+
+def learn_causality(attentions: Iterable[Any]) -> None:
+    """Let the views that these attention modules hold know whether one of them says that it is causal.
+
+    Under eager attention a decoder need not say so, since its mask does (BigBird-Pegasus and NLLB-MoE do not).
+    """
+    said: dict[type, bool] = {}
+    for module in attentions:
+        if not is_view(module.config):
+            continue
+        cls = type(module.config)
+        said[cls] = said.get(cls, False) or bool(getattr(module, "is_causal", True))
+    for cls, causal in said.items():
+        cls._llmkern_causal = causal
+
+
+def knows_causality(config: Any) -> bool:
+    """Whether attention under this config may be left without a mask where that would be the causal one."""
+    return not is_view(config) or config._llmkern_causal
