@@ -135,3 +135,18 @@ def test_attention_that_only_its_mask_makes_causal(copied: bool) -> None:
         optimized = copy.deepcopy(optimized)
     tokens = entry.inputs()["input_ids"]
     assert_close(optimized(input_ids=tokens).logits, untouched(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_attention_that_says_it_is_not_causal(implementation: str) -> None:
+    """Without padding sdpa then gets no mask (PaliGemma's prefix sees all of itself), and eager attention does."""
+    entry = next(entry for entry in ZOO if entry.name == "llama")
+    untouched, optimized = entry.build(), entry.build()
+    for model in (untouched, optimized):
+        model.set_attn_implementation(implementation)
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    llmkern.optimize_(optimized)
+    tokens = entry.inputs()["input_ids"]
+    assert_close(optimized(input_ids=tokens).logits, untouched(input_ids=tokens).logits)

@@ -26,7 +26,7 @@ class _View:
 
     _llmkern_original: Any
     _llmkern_named: Any  # what the config behind named when the view was made
-    _llmkern_causal = True  # as `knows_causality`
+    _llmkern_causal = True  # see `knows_causality`
 
     # The view answers `NAME` until the config behind it names something else (model.set_attn_implementation): an
     # explicit choice wins.
@@ -106,20 +106,22 @@ def is_view(config: Any) -> bool:
 
 
 def learn_causality(attentions: Iterable[Any]) -> None:
-    """Let the views that these attention modules hold know whether one of them says that it is causal.
+    """Let the views that these attention modules hold know whether a causal mask may be left out.
 
-    Under eager attention a decoder need not say so, since its mask does (BigBird-Pegasus and NLLB-MoE do not).
+    Under sdpa the untouched model leaves it out, whatever its modules say.  Under eager attention it never does, so
+    that a decoder's modules need not say that they are causal (BigBird-Pegasus' and NLLB-MoE's do not).
     """
     said: dict[type, bool] = {}
     for module in attentions:
         if not is_view(module.config):
             continue
         cls = type(module.config)
-        said[cls] = said.get(cls, False) or bool(getattr(module, "is_causal", True))
+        says = getattr(module, "is_causal", True) or original_of(module.config)._attn_implementation == "sdpa"
+        said[cls] = said.get(cls, False) or bool(says)
     for cls, causal in said.items():
         cls._llmkern_causal = causal
 
 
 def knows_causality(config: Any) -> bool:
-    """Whether attention under this config may be left without a mask where that would be the causal one."""
+    """Whether a causal mask may be left out for attention under this config."""
     return not is_view(config) or config._llmkern_causal
