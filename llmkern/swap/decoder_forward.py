@@ -19,14 +19,14 @@ from torch import Tensor
 from llmkern import ops
 from llmkern.dispatch import unwatched
 from llmkern.integrations.transformers.attention import HARMLESS
+from llmkern.swap.granted import Part
 from llmkern.swap.whole_layer import (
-    ChildPart,
     LinearPart,
     NormPart,
     Unserved,
     check_arguments,
-    check_children,
     check_forced,
+    check_granted,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -62,14 +62,13 @@ class DecoderParts:
     """What a layer consists of.
 
     attention: its name.  norms: input_norm, post_norm, q_norm and k_norm of the op.
-    linears: in the order of `LINEARS`.  classes: of all that is computed without being called.
+    linears: in the order of `LINEARS`.  granted: of the layer, and of all that is computed without being called.
     window: keys that a query without a mask sees, -1 for all.
     """
 
     attention: str
     norms: tuple[NormPart | None, ...]
     linears: tuple[LinearPart, ...]
-    classes: tuple[ChildPart, ...]
     norm_offset: float
     head_dim: int
     kv_heads: int
@@ -77,6 +76,7 @@ class DecoderParts:
     activation: str
     sm_scale: float = 0.0
     window: int = -1
+    granted: tuple[Part, ...] = ()
 
 
 class Run(Protocol):
@@ -106,7 +106,7 @@ def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
     cos, sin = check_call(hidden, args, kwargs)
-    check_children(self, layer.classes)
+    check_granted(self, layer.granted)
     parameters, schemes, eps = layer_parameters(self, layer, hidden)
     past, buffers, written = _cached(kwargs.get("past_key_values"), self, layer, hidden)
     mask = kwargs.get("attention_mask")

@@ -34,10 +34,14 @@ from llmkern.swap.decoder_forward import (
     reserved,
     running,
 )
+from llmkern.swap.granted import Path, are_inert, places
 from llmkern.swap.layer_loop import LayerLoop, layer_loop
-from llmkern.swap.whole_layer import Unserved, are_inert, at, check_children, layer_mask, scheme_argument
+from llmkern.swap.whole_layer import Unserved, at, check_granted, layer_mask, scheme_argument
 
 __all__ = ["announcing", "forget"]
+
+_MASKS = "the layers have different masks"
+_KIND = "attention_type"  # a layer's attribute in transformers, by which the decoder chooses its mask
 
 _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
 
@@ -117,6 +121,8 @@ class _Run:
             raise Unserved("the layers are in no plain ModuleList")
         layers = tuple(holder._modules.values())
         config: Any = self.decoder.config
+        if len(set(getattr(config, "layer_types", None) or ())) > 1:
+            raise Unserved(_MASKS)
         if layers[:1] != (first,) or (self.loop.counted and config.num_hidden_layers != len(layers)):
             raise Unserved("another layer is the first, or not all are to be called")
         stack, thorough = _stacks.get(self.decoder), hidden.shape[1] > 1
@@ -130,8 +136,6 @@ class _Run:
             _stacks.pop(self.decoder, None)
             if not thorough and cache is not None and cache.get_seq_length():
                 raise Unserved("nothing is known of the layers yet")
-            if len(set(getattr(config, "layer_types", None) or ())) > 1:
-                raise Unserved("the layers have different masks")
             stack = _stacks[self.decoder] = _Stack(layers, hidden)
         if stack.watch.inert and collected_outputs():
             raise Unserved("outputs are collected")
@@ -157,7 +161,7 @@ class _Stack:
         self.watch = _Watch()
         found_eps = set()
         for i, each in enumerate(layers):
-            check_children(each, layer.classes)
+            check_granted(each, layer.granted)
             parameters, schemes, eps = layer_parameters(each, layer, hidden)
             planned += parameters
             self.schemes.append(schemes)
@@ -167,6 +171,8 @@ class _Stack:
                 raise Unserved("the layers are not in the order of the cache")
         if len(found_eps) > 1:
             raise Unserved("the layers have different eps")
+        if len({vars(each).get(_KIND) for each in layers}) > 1:
+            raise Unserved(_MASKS)
         self.plan = torch.ops.llmkern.decoder_plan.default(planned)
         self.numbers = numbers(layer, found_eps.pop())
 
@@ -175,28 +181,36 @@ class _Stack:
         self.watch.module(layer)
         if layer.training:
             raise Unserved("a layer is in training mode")
-        self.watch.value(vars(layer), "training")
-        self.watch.value(vars(layer._modules[parts.attention]), "layer_idx")
-        for path in dict.fromkeys(
-            [*[child.path for child in parts.classes], *[linear.path for linear in parts.linears]]
-        ):
-            owner, child = at(layer, path[:-1]), at(layer, path)
-            self.watch.same(owner._modules, path[-1])
-            self.watch.module(child)
-            for name in child._parameters:
-                self.watch.same(child._parameters, name)
-            if isinstance(child, Int8Linear):
-                self.watch.same(child._buffers, "weight_scale")
-                self.watch.value(vars(child), "_scheme")
+        for name in ("training", _KIND):
+            self.watch.same(vars(layer), name)
+        self.watch.same(vars(layer._modules[parts.attention]), "layer_idx")
+        for part in parts.granted:
+            child = at(layer, part.path)
+            if part.path:
+                self._watch_child(layer, part.path)
+            for held, name in places(child, part):
+                self.watch.same(held, name)
+        for path in dict.fromkeys([linear.path for linear in parts.linears]):
+            self._watch_child(layer, path)
         for norm in parts.norms:
             if norm is not None and isinstance(norm.eps, str):
-                self.watch.value(vars(at(layer, norm.path)), norm.eps)
+                self.watch.same(vars(at(layer, norm.path)), norm.eps)
         for linear in parts.linears:
             if linear.rows is not None:  # its rows are views, which do not follow `weight.data = …`
                 held = at(layer, linear.path)
                 for tensor in (*held._parameters.values(), held._buffers.get("weight_scale")):
                     if tensor is not None:
                         self.watch.storage(tensor)
+
+    def _watch_child(self, layer: Any, path: Path) -> None:
+        owner, child = at(layer, path[:-1]), at(layer, path)
+        self.watch.same(owner._modules, path[-1])
+        self.watch.module(child)
+        for name in child._parameters:
+            self.watch.same(child._parameters, name)
+        if isinstance(child, Int8Linear):
+            self.watch.same(child._buffers, "weight_scale")
+            self.watch.same(vars(child), "_scheme")
 
     def computed(self, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         cos, sin = check_call(hidden, args, kwargs)
@@ -252,7 +266,8 @@ class _Watch:
         self.hooks: list[Any] = []
         self.inert: list[Any] = []
         self.places: tuple[list[Any], list[str], list[Any]] = [], [], []
-        self.values: tuple[list[Any], list[str], list[Any]] = [], [], []
+        self.absent: list[tuple[dict[str, Any], str]] = []
+        self.configs: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.views: list[tuple[Tensor, int]] = []
 
     def module(self, module: nn.Module) -> None:
@@ -266,12 +281,16 @@ class _Watch:
         self.hooks.append(module._forward_pre_hooks)
 
     def same(self, held: Any, name: str) -> None:
-        """held[name] is the same object."""
-        self._add(self.places, held, name)
-
-    def value(self, held: Any, name: str) -> None:
-        """held[name] is equal."""
-        self._add(self.values, held, name)
+        """held[name] is the same object, or still absent; held.name where it is no dictionary, but a config that many
+        share."""
+        if not isinstance(held, dict):
+            self.configs[id(held), name] = held, name, getattr(held, name)
+            return
+        if name not in held:
+            self.absent.append((held, name))
+            return
+        for column, entry in zip(self.places, (held, name, held[name]), strict=True):
+            column.append(entry)
 
     def storage(self, tensor: Tensor) -> None:
         """The tensor lies where it lay."""
@@ -285,22 +304,19 @@ class _Watch:
         if thorough or handles != self.handles or lengths != self.lengths:
             if any(map(_has_own_call, self.states)) or any(self.hooks) or not all(map(are_inert, self.inert)):
                 return True
+            if any([name in held for held, name in self.absent]):
+                return True
             self.handles, self.lengths = handles, lengths
         held, names, objects = self.places
         try:
             return (
                 list(map(type, self.modules)) != self.classes
                 or not all(map(is_, map(getitem, held, names), objects))
-                or list(map(getitem, *self.values[:2])) != self.values[2]
+                or any([getattr(config, name, None) is not value for config, name, value in self.configs.values()])
                 or any([tensor.data_ptr() != place for tensor, place in self.views])
             )
         except KeyError:
             return True
-
-    @staticmethod
-    def _add(to: tuple[list[Any], list[str], list[Any]], held: Any, name: str) -> None:
-        for column, entry in zip(to, (held, name, held[name]), strict=True):
-            column.append(entry)
 
 
 def _has_own_call(state: dict[str, Any]) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern.swap.granted import shell_class
+
 __all__ = ["PROBE_TOLERANCE", "Found", "agrees", "attention_sample", "is_stateless", "linear_like", "probe", "stand_in"]
 
 PROBE_TOLERANCE = 1e-5
@@ -56,9 +58,11 @@ def is_stateless(module: nn.Module) -> bool:
 def stand_in(
     module: nn.Module, children: Mapping[str, nn.Module] | None = None, parameters: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """A shell of the same class in eval mode with other children or parameters, so that a probe of it costs little."""
-    shell = object.__new__(type(module))
-    vars(shell).update(vars(module))
+    """A shell of the class that it had before it was swapped, in eval mode with other children or parameters: a probe
+    of it costs little, and it notes what is read of it (`llmkern.swap.granted`)."""
+    cls, attributes = shell_class(module)
+    shell = object.__new__(cls)
+    vars(shell).update(attributes)
     kept = {name: None if child is None else stand_in(child) for name, child in module._modules.items()}
     vars(shell)["_modules"] = {**kept, **(children or {})}
     vars(shell)["_parameters"] = {**module._parameters, **(parameters or {})}

@@ -18,11 +18,12 @@ from llmkern.integrations.transformers.attention import HARMLESS
 from llmkern.nn._int8_weight import HOOKS
 from llmkern.swap.derive import as_before, rebind
 from llmkern.swap.found import stand_in
+from llmkern.swap.granted import Path
 from llmkern.swap.rules.attention import INTERFACE
 
 __all__ = ["Asked", "Computed", "run", "small_copy"]
 
-Path = tuple[str, ...]
+_READ_BY_ATTENTION = ("is_causal", "num_key_value_groups")  # of the module, by transformers' attention functions
 
 
 class Computed(nn.Module):
@@ -50,6 +51,8 @@ class Asked:
         return self._attend
 
     def _attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        for name in _READ_BY_ATTENTION:
+            getattr(module, name, None)
         self.arguments = {n: a for n, a in kwargs.items() if n not in HARMLESS and a is not None and a is not False}
         self.heads = q.shape[1]
         scale = self.arguments.get("scaling", q.shape[-1] ** -0.5)

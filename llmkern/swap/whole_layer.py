@@ -12,21 +12,18 @@ from torch.nn.modules import module as nn_module
 
 from llmkern import dispatch
 from llmkern.checks import PLAIN_TENSORS
-from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
+from llmkern.integrations.transformers.attention import WEIGHTS
 from llmkern.nn.int8_linear import Int8Linear
 from llmkern.ops.int8_linear import resolve_scheme
-from llmkern.swap.derive import original_class
+from llmkern.swap.granted import Part, changed, why_hooks
 
 __all__ = [
-    "ChildPart",
     "LinearPart",
     "NormPart",
     "Unserved",
-    "are_inert",
     "at",
-    "called_within",
     "check_arguments",
-    "check_children",
+    "check_granted",
     "check_forced",
     "eps_of",
     "layer_mask",
@@ -36,8 +33,6 @@ __all__ = [
     "scheme_argument",
     "why_parts",
 ]
-
-_INERT = "install_output_capuring_hook.<locals>.output_capturing_hook"  # transformers 5's, which stays once installed
 
 
 class LinearPart(NamedTuple):
@@ -54,24 +49,6 @@ class NormPart(NamedTuple):
     weight: str
     bias: str | None
     eps: str | float
-
-
-class ChildPart(NamedTuple):
-    """Where a child is, and the class that it had when it was found out what it computes."""
-
-    path: tuple[str, ...]
-    cls: type[nn.Module]
-
-
-def called_within(module: nn.Module, linears: tuple[LinearPart, ...]) -> tuple[ChildPart, ...]:
-    """Everything within the layer that is computed without being called, but for its linear layers."""
-    paths = {part.path for part in linears}
-    found = []
-    for name, child in module.named_modules():
-        path = tuple(name.split("."))
-        if name and not any(path[: len(linear)] == linear for linear in paths):
-            found.append(ChildPart(path, original_class(child)))
-    return tuple(found)
 
 
 class Unserved(Exception):
@@ -125,28 +102,11 @@ def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozense
             raise Unserved(f"the model passes {name}, which llmkern does not know")
 
 
-def check_children(module: nn.Module, children: tuple[ChildPart, ...]) -> None:
-    """Raises `Unserved` where a child is no longer what it was, or calling it would do more than compute."""
-    for path, cls in children:
-        child = at(module, path)
-        now = type(child)
-        if now.__dict__.get("_llmkern_original", now) is not cls:  # a class derived from the swapped one inherits it
-            raise Unserved(f"{'.'.join(path)} is a {now.__name__}, not a plain {cls.__name__}")
-        state = child.__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-            _check_hooks(".".join(path), state)
-
-
-def are_inert(hooks: dict[int, Any]) -> bool:
-    """Whether these forward hooks do nothing unless transformers 5 collects outputs."""
-    return all(getattr(hook, "__qualname__", "") == _INERT for hook in hooks.values())
-
-
-def _check_hooks(name: str, state: dict[str, Any]) -> None:
-    if state["_forward_pre_hooks"] or "forward" in state or not are_inert(state["_forward_hooks"]):
-        raise Unserved(f"{name} has hooks, or a forward of its own")
-    if collects_weights():
-        raise Unserved(WEIGHTS)
+def check_granted(module: nn.Module, parts: tuple[Part, ...]) -> None:
+    """Raises `Unserved` where a part is no longer what it was, or calling it would do more than compute."""
+    reason = changed(module, parts)
+    if reason is not None:
+        raise Unserved(reason)
 
 
 def at(module: Any, path: tuple[str, ...]) -> Any:
@@ -192,7 +152,9 @@ def linear_arguments(
         if cls is not nn.Linear and cls is not Int8Linear:
             raise Unserved(f"{path[-1]} is a {cls.__name__}, not a plain linear layer")
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-            _check_hooks(".".join(path), state)
+            reason = why_hooks(".".join(path), state)
+            if reason is not None:
+                raise Unserved(reason)
         parameters = state["_parameters"]
         scale = scheme = None
         try:

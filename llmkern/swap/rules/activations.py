@@ -12,6 +12,7 @@ from torch import nn
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
+from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("mlp",)
 
@@ -21,10 +22,14 @@ def find(module: nn.Module) -> Found | None:
         return None
     # Exact and tanh differ by 5e-4 around |x| = 2.3: several times what the probe allows.
     x = torch.linspace(-6, 6, 1025)
-    out = probe(stand_in(module), x)
+    shell = stand_in(module)
+    out = probe(shell, x)
     for approximate in ("none", "tanh"):
         if agrees(out, F.gelu(x, approximate=approximate)):
-            cls = derive(type(module), _forward, ("_llmkern_approximate", approximate))
+            parts = noted(shell)
+            if parts is None:
+                return Found("activation", "", UNSEEN)
+            cls = derive(type(module), _forward, ("_llmkern_approximate", approximate), ("_llmkern_parts", parts))
             return Found("activation", "gelu", cls=cls, sample=partial(_sample, approximate))
     return None
 
@@ -36,4 +41,7 @@ def _sample(approximate: str, dtype: torch.dtype, device: torch.device) -> dict[
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) != 1 or kwargs:
         return untouched(self, "gelu", "the activation is called with more than its input, or by keyword", args, kwargs)
+    reason = changed(self, self._llmkern_parts)
+    if reason is not None:
+        return untouched(self, "gelu", reason, args, kwargs)
     return ops.gelu(args[0], self._llmkern_approximate)

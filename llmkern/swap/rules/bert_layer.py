@@ -23,10 +23,11 @@ from llmkern.ops.encoder_layer import ACTIVATIONS
 from llmkern.swap.derive import as_before, derive
 from llmkern.swap.encoder_forward import LINEARS, OP, EncoderParts, forward
 from llmkern.swap.found import Found, agrees, linear_like
-from llmkern.swap.layer_probe import Asked, Computed, Path, run, small_copy
+from llmkern.swap.granted import Part, Path, below, noted
+from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import norms as norms_rule
-from llmkern.swap.whole_layer import LinearPart, NormPart, called_within
+from llmkern.swap.whole_layer import LinearPart, NormPart
 
 SWITCHES = ("attention", "norms", "mlp")
 
@@ -46,8 +47,8 @@ def find(module: nn.Module) -> Found | None:
     layer = EncoderParts(
         norms=(norms[0][0], norms[1][0]),
         linears=tuple([LinearPart(path) for path in linears]),
-        classes=called_within(module, tuple([LinearPart(path) for path in linears])),
         positional=tuple(inspect.signature(type(module).forward).parameters)[2:],
+        granted=norms[0][2] + norms[1][2],
     )
     passed = _probed(module, layer, attentions[0], list(linears.values()))
     if passed is None:
@@ -66,15 +67,16 @@ def _attentions(module: nn.Module) -> list[Path]:
     return found
 
 
-def _norms(module: nn.Module) -> list[tuple[NormPart, float]]:
-    """The layer norms, each with its eps."""
+def _norms(module: nn.Module) -> list[tuple[NormPart, float, tuple[Part, ...]]]:
+    """The layer norms, each with its eps and what it takes for granted."""
     found = []
     for path, child in module.named_modules():
         norm: Any = None if linear_like(child) or child._modules else norms_rule.find(as_before(child))
         if norm is not None and norm.op == "layer_norm":
             weight, bias, eps = norm.cls._llmkern_norm
             part = NormPart(tuple(path.split(".")), weight, bias, eps)
-            found.append((part, norms_rule.eps_of(child, eps, torch.empty(0))))
+            number = norms_rule.eps_of(child, eps, torch.empty(0))
+            found.append((part, number, below(part.path, norm.cls._llmkern_parts)))
     return found
 
 
@@ -90,14 +92,15 @@ def _probed(module: nn.Module, layer: EncoderParts, attention: Path, linears: li
     for part, name in zip(layer.linears, LINEARS, strict=True):
         weight, bias = call[f"{name}_weight"], call[f"{name}_bias"]
         stand_ins[part.path] = Computed(partial(F.linear, weight=weight, bias=bias))
-    out = run(small_copy(module, stand_ins, attention, asked), call["hidden"], attention_mask=call["mask"])
-    scale = asked.arguments.pop("scaling", None)
-    if out is None or scale is None or any(asked.arguments.values()) or across % asked.heads:
+    copy = small_copy(module, stand_ins, attention, asked)
+    out = run(copy, call["hidden"], attention_mask=call["mask"])
+    scale, granted = asked.arguments.pop("scaling", None), noted(copy)
+    if out is None or scale is None or granted is None or any(asked.arguments.values()) or across % asked.heads:
         return None
     for activation in ACTIVATIONS:
         found = {"heads": asked.heads, "sm_scale": float(scale), "activation": activation}
         if agrees(out, implementation(OP, "reference").fn(**call, **found)):
-            return replace(layer, **found)  # type: ignore[arg-type]
+            return replace(layer, **found, granted=granted + layer.granted)  # type: ignore[arg-type]
     return None
 
 

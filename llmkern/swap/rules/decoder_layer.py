@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,13 @@ from llmkern.dispatch import implementation
 from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
 from llmkern.swap.derive import as_before, derive
 from llmkern.swap.found import Found, agrees, linear_like
+from llmkern.swap.granted import Part, Path, below, noted
 from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import mlp as mlp_rule
 from llmkern.swap.rules import norms as norms_rule
 from llmkern.swap.rules import rope as rope_rule
-from llmkern.swap.whole_layer import LinearPart, NormPart, called_within
+from llmkern.swap.whole_layer import LinearPart, NormPart
 
 SWITCHES = ("attention", "norms", "mlp", "rope")
 
@@ -67,20 +69,21 @@ def _parts_of(module: nn.Module) -> DecoderParts | None:
     if form is None or form.per_pair or linears is None or heads is None:
         return None
     norms = [_norm((name,), children[name]) for name in kinds["norm"]] + heads
-    if len({(number, offset) for _, number, offset in norms}) != 1:
+    if len({(norm.eps, norm.offset) for norm in norms}) != 1:
         return None
     gated: Any = mlp_rule.find(children[mlp])
     linears = (*linears, *_mlp_linears(mlp, children[mlp], gated.cls))
+    granted = [*[norm.granted for norm in norms], below((mlp,), gated.cls._llmkern_parts)]
     return DecoderParts(
         attention=attention,
-        norms=(*[part for part, _, _ in norms], *[None] * (4 - len(norms))),
+        norms=(*[norm.part for norm in norms], *[None] * (4 - len(norms))),
         linears=linears,
-        classes=called_within(module, linears),
-        norm_offset=norms[0][2],
+        norm_offset=norms[0].offset,
         head_dim=within.head_dim,
         kv_heads=_key_rows(within) // within.head_dim,
         interleaved=form.interleaved,
         activation=gated.cls._llmkern_activation,
+        granted=tuple(chain.from_iterable(granted)),
     )
 
 
@@ -95,14 +98,23 @@ def _kind(child: nn.Module) -> str:
     return "other"
 
 
-def _norm(path: tuple[str, ...], norm: nn.Module) -> tuple[NormPart, float, float]:
-    """The norm with its eps and its offset as numbers."""
+class _Norm(NamedTuple):
+    """A norm with its eps and its offset as numbers."""
+
+    part: NormPart
+    eps: float
+    offset: float
+    granted: tuple[Part, ...]
+
+
+def _norm(path: Path, norm: nn.Module) -> _Norm:
     found: Any = norms_rule.find(norm)
     weight, bias, eps, offset = found.cls._llmkern_norm
-    return NormPart(path, weight, bias, eps), norms_rule.eps_of(norm, eps, torch.empty(0)), offset
+    number = norms_rule.eps_of(norm, eps, torch.empty(0))
+    return _Norm(NormPart(path, weight, bias, eps), number, offset, below(path, found.cls._llmkern_parts))
 
 
-def _head_norms(name: str, attention: nn.Module) -> list[tuple[NormPart, float, float]] | None:
+def _head_norms(name: str, attention: nn.Module) -> list[_Norm] | None:
     """Those of queries and keys, [] where there are none; None where the attention has other children."""
     others = {n: as_before(c) for n, c in attention._modules.items() if c is not None and not linear_like(c)}
     if not others:
@@ -110,7 +122,8 @@ def _head_norms(name: str, attention: nn.Module) -> list[tuple[NormPart, float, 
     if others.keys() != {"q_norm", "k_norm"} or any(_kind(child) != "norm" for child in others.values()):
         return None
     heads = [_norm((name, part), others[part]) for part in ("q_norm", "k_norm")]
-    sizes = {others[part.path[-1]]._parameters[part.weight].numel() for part, _, _ in heads}  # type: ignore[union-attr]
+    held = [others[norm.part.path[-1]]._parameters[norm.part.weight] for norm in heads]
+    sizes = {None if weight is None else weight.numel() for weight in held}
     return heads if sizes == {attention.head_dim} else None
 
 
@@ -150,8 +163,9 @@ def _mlp_linears(name: str, mlp: nn.Module, cls: Any) -> tuple[LinearPart, ...]:
 def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts | None:
     """The layer with what its attention asks for, if a small copy of it computes what the op does."""
     call, asked = _small_call(layer, module._modules[layer.attention]), Asked()
+    copy = small_copy(module, _stand_ins(layer, call), (layer.attention,), asked)
     out = run(
-        small_copy(module, _stand_ins(layer, call), (layer.attention,), asked),
+        copy,
         call["hidden"],
         attention_mask=call["mask"],
         position_ids=torch.arange(_LENGTH)[None],
@@ -162,8 +176,10 @@ def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts | None:
     scale, window = asked.arguments.pop("scaling", None), asked.arguments.pop("sliding_window", -1)
     if out is None or scale is None or any(asked.arguments.values()):
         return None
-    expected = implementation(OP, "reference").fn(**call, sm_scale=scale)
-    return replace(layer, sm_scale=float(scale), window=int(window)) if agrees(out, expected) else None
+    granted = noted(copy)
+    if granted is None or not agrees(out, implementation(OP, "reference").fn(**call, sm_scale=scale)):
+        return None
+    return replace(layer, sm_scale=float(scale), window=int(window), granted=granted + layer.granted)
 
 
 def _small_call(layer: DecoderParts, attention: Any) -> dict[str, Any]:

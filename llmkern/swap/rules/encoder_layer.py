@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found
+from llmkern.swap.granted import UNSEEN, changed, stated
 
 SWITCHES = ("attention", "norms", "mlp")
 
@@ -19,7 +20,10 @@ SWITCHES = ("attention", "norms", "mlp")
 def find(module: nn.Module) -> Found | None:
     if type(module).forward is not nn.TransformerEncoderLayer.forward:
         return None
-    return Found("layer", "", cls=derive(type(module), _forward))
+    granted = stated(module, "activation", "activation_relu_or_gelu")  # the fused path goes by the latter alone
+    if granted is None:
+        return Found("layer", "", UNSEEN)
+    return Found("layer", "", cls=derive(type(module), _forward, ("_llmkern_parts", granted)))
 
 
 def _forward(
@@ -29,8 +33,10 @@ def _forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
+    reason = changed(self, self._llmkern_parts)
     if src.is_nested:
         reason = "torch.nn.TransformerEncoder has packed the padded batch into a nested tensor"
+    if reason is not None:
         return untouched(self, "attention", reason, (src, src_mask, src_key_padding_mask, is_causal), {})
     if self.norm_first:
         x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)

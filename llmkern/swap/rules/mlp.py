@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, agrees, is_stateless, linear_like, probe, stand_in
+from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("mlp",)
 
@@ -46,12 +47,16 @@ def find(module: nn.Module) -> Found | None:
             continue
         for activation, (op, function, _) in _GATED.items():
             for packed_gate_first in (True, False) if len(names) == 2 else (True,):
-                if _computes_gated(module, names, function, packed_gate_first):
+                shell = _gated_shell(module, names, function, packed_gate_first)
+                if shell is not None:
+                    parts = noted(shell)
+                    if parts is None:
+                        return Found("mlp", "", UNSEEN)
                     attributes = (
                         ("_llmkern_linears", names),
                         ("_llmkern_activation", activation),
                         ("_llmkern_gate_first", packed_gate_first),
-                        ("_llmkern_dropout", _has_dropout(module)),
+                        ("_llmkern_parts", parts),
                     )
                     cls = derive(type(module), _forward, *attributes)
                     sample = partial(_sample, op, activation, linears[names[-1]].in_features)
@@ -88,25 +93,22 @@ def _small_layers(names: tuple[str, ...]) -> tuple[dict[str, nn.Module], Tensor]
     return small, torch.randn(2, 3, _HIDDEN, generator=generator)
 
 
-def _computes_gated(
+def _gated_shell(
     module: nn.Module, names: tuple[str, ...], activation: Callable[[Tensor], Tensor], gate_first: bool
-) -> bool:
-    """Whether the class's forward, run on small layers, is the gated MLP with these roles."""
+) -> nn.Module | None:
+    """The shell whose forward was run on small layers, if that is the gated MLP with these roles."""
     small, x = _small_layers(names)
     with torch.no_grad():
         *into, down = [small[name] for name in names]
         gate, up = _gate_and_up([layer(x) for layer in into], gate_first)
         expected = down(activation(gate) * up)
-    return agrees(probe(stand_in(module, small), x), expected)
+    shell = stand_in(module, small)
+    return shell if agrees(probe(shell, x), expected) else None
 
 
 def _gate_and_up(projected: list[Tensor], gate_first: bool) -> tuple[Tensor, Tensor]:
     first, second = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
     return (first, second) if gate_first else (second, first)
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module._modules.values())
 
 
 def _sample(op: str, activation: str, intermediate: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -120,9 +122,7 @@ def _beyond(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | N
     """The sentence why a call is not one for the op, or None."""
     if len(args) != 1 or kwargs:
         return "the MLP is called with more than its input, or by keyword"
-    if self._llmkern_dropout and self.training:
-        return "the MLP has dropout, in training"
-    return None
+    return changed(self, self._llmkern_parts)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, attention_sample
+from llmkern.swap.granted import changed, stated
 
 SWITCHES = ("attention",)
 
@@ -23,7 +24,9 @@ def find(module: nn.Module) -> Found | None:
         return Found("attention", "", "it overrides the forward of torch.nn.MultiheadAttention")
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
         return Found("attention", "", "it has kdim, vdim, add_bias_kv or add_zero_attn")
-    return Found("attention", "attention", cls=derive(type(module), _forward), sample=partial(_sample, module))
+    granted = stated(module, "_qkv_same_embed_dim", "bias_k", "bias_v", "add_zero_attn")
+    cls = derive(type(module), _forward, ("_llmkern_parts", granted))
+    return Found("attention", "attention", cls=cls, sample=partial(_sample, module))
 
 
 def _sample(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def _beyond_the_op(module: Any, query: Tensor, need_weights: bool) -> str | None
         return f"attention dropout is {module.dropout} in training"
     if query.is_nested or query.dim() != 3:
         return "the input is nested or not batched"
-    return None
+    return changed(module, module._llmkern_parts)
 
 
 def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +76,7 @@ def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
     else:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         projected = tuple(map(F.linear, (query, key, value), weight.chunk(3), biases))
-    q, k, v = (x.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for x in projected)
+    q, k, v = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in projected)
     return q, k, v
 
 

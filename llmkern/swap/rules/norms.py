@@ -13,6 +13,7 @@ from llmkern import ops
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
+from llmkern.swap.granted import UNSEEN, Part, changed, noted
 
 SWITCHES = ("norms",)
 
@@ -47,7 +48,8 @@ def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found 
         return None
     x = _inputs(sizes.pop())
     x = x.to(next((p.device for p in values.values()), x.device))
-    out = probe(stand_in(module, parameters=values), x)
+    shell = stand_in(module, parameters=values)
+    out = probe(shell, x)
     if out is None:
         return None
     for weight, bias in _roles(list(values)):
@@ -57,14 +59,21 @@ def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found 
             for offset in (0.0, 1.0) if w is not None else (0.0,):
                 call = {"x": x, "weight": w, "bias": b, "eps": number, "weight_offset": offset}
                 if agrees(out, implementation("rms_norm", "reference").fn(**call)):
-                    attributes = (weight, bias, eps, offset)
-                    cls = derive(type(module), _rms_forward, ("_llmkern_norm", attributes))
-                    return Found("norm", "rms_norm", cls=cls, sample=_sample(call))
+                    return _found(module, "rms_norm", (weight, bias, eps, offset), noted(shell, live=eps), call)
             call = {"x": x, "weight": w, "bias": b, "eps": number}
             if agrees(out, implementation("layer_norm", "reference").fn(**call)):
-                cls = derive(type(module), _layer_forward, ("_llmkern_norm", (weight, bias, eps)))
-                return Found("norm", "layer_norm", cls=cls, sample=_sample(call))
+                return _found(module, "layer_norm", (weight, bias, eps), noted(shell, live=eps), call)
     return None
+
+
+def _found(
+    module: nn.Module, op: str, norm: tuple[Any, ...], parts: tuple[Part, ...] | None, call: dict[str, Any]
+) -> Found:
+    if parts is None:
+        return Found("norm", "", UNSEEN)
+    forward = _rms_forward if op == "rms_norm" else _layer_forward
+    cls = derive(type(module), forward, ("_llmkern_norm", norm), ("_llmkern_parts", parts))
+    return Found("norm", op, cls=cls, sample=_sample(call))
 
 
 def _roles(names: list[str]) -> list[tuple[str | None, str | None]]:
@@ -106,12 +115,13 @@ def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[
     return lambda dtype, device: {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in call.items()}
 
 
-def _beyond(weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The sentence why a call is not `norm(x)` in the weight's dtype."""
+def _beyond(self: Any, weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The sentence why a call is not `norm(x)` in the weight's dtype, or None."""
     if len(args) != 1 or kwargs:
         return "the norm is called with more than its input, or by keyword"
-    dtype = None if weight is None else weight.dtype
-    return f"the input is {args[0].dtype} and the weight {dtype}, so the result has the promoted dtype"
+    if weight is not None and weight.dtype != args[0].dtype:
+        return f"the input is {args[0].dtype} and the weight {weight.dtype}, so the result has the promoted dtype"
+    return changed(self, self._llmkern_parts)
 
 
 def _held(self: Any, name: str | None) -> Any:
@@ -124,14 +134,16 @@ def _held(self: Any, name: str | None) -> Any:
 def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight_name, bias_name, eps, offset = self._llmkern_norm
     weight, bias = _held(self, weight_name), _held(self, bias_name)
-    if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
-        return untouched(self, "rms_norm", _beyond(weight, args, kwargs), args, kwargs)
+    reason = _beyond(self, weight, args, kwargs)
+    if reason is not None:
+        return untouched(self, "rms_norm", reason, args, kwargs)
     return ops.rms_norm(args[0], weight, eps_of(self, eps, args[0]), weight_offset=offset, bias=bias)
 
 
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     weight_name, bias_name, eps = self._llmkern_norm
     weight, bias = _held(self, weight_name), _held(self, bias_name)
-    if len(args) != 1 or kwargs or (weight is not None and weight.dtype != args[0].dtype):
-        return untouched(self, "layer_norm", _beyond(weight, args, kwargs), args, kwargs)
+    reason = _beyond(self, weight, args, kwargs)
+    if reason is not None:
+        return untouched(self, "layer_norm", reason, args, kwargs)
     return ops.layer_norm(args[0], weight, bias, eps_of(self, eps, args[0]))

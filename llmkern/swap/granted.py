@@ -1,0 +1,281 @@
+"""What a swapped module takes for granted: attributes that its own forward reads, and modules that are not called.
+
+What a module computes is found out by a probe, and holds while the module is what it was.  So the shells that are
+probed note which attributes the forward reads of them (`shell_class`, `noted`), and each call of the swapped module
+begins by looking whether these are what they were (`changed`).  Tensors and linear layers are none of this: a swapped
+forward takes them as they are at the call.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
+from llmkern.integrations.transformers.config_view import original_of
+
+__all__ = [
+    "UNSEEN",
+    "Part",
+    "Path",
+    "Read",
+    "are_inert",
+    "below",
+    "changed",
+    "noted",
+    "places",
+    "shell_class",
+    "why_hooks",
+]
+
+Path = tuple[str, ...]
+
+UNSEEN = "its forward reads an attribute that may change unseen"
+_NOTES = "_llmkern_notes"  # where a shell keeps the names that are read of it
+_CONFIG = "config"
+_INERT = "install_output_capuring_hook.<locals>.output_capturing_hook"  # transformers 5's, which stays once installed
+# Not noted: what every module has, but for `training`; and transformers' flag, which means something in training only.
+_NOT_NOTED = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"training"} | {"gradient_checkpointing"}
+
+
+class Read(NamedTuple):
+    """An attribute that is read: `name` in the dictionary `holder` of the module ("" for its own attributes), or of
+    its config; and the value that it had, `_ABSENT` where that dictionary had none (the class may have one)."""
+
+    holder: str
+    name: str
+    value: Any
+
+
+class Part(NamedTuple):
+    """The module itself (path ()) or one that is computed without being called: where it is from there, the class
+    that it had when it was found out what it computes, and what is read of it."""
+
+    path: Path
+    cls: type[nn.Module]
+    reads: tuple[Read, ...]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "not set"
+
+
+_ABSENT = _Absent()
+
+
+class _Partial(NamedTuple):
+    """A functools.partial by what it does: modules of one class have one each."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+class _Method(NamedTuple):
+    """A method of the module itself, which it keeps as an attribute."""
+
+    function: Any
+
+
+_COMPARED = (bool, int, float, str, bytes, tuple, torch.Size, torch.dtype, torch.device, type(None))
+_IDENTICAL = (types.FunctionType, types.BuiltinFunctionType, type, _Absent)
+
+
+def _own_class(module: nn.Module) -> Any:
+    """The class of the module, or what it was before it was swapped: not that of a class which was swapped and then
+    derived from."""
+    cls = type(module)
+    return cls.__dict__.get("_llmkern_original", cls)
+
+
+def shell_class(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class for a shell of the module that notes what is read, and the attributes that the shell is to have."""
+    attributes = {**vars(module), _NOTES: set()}
+    config = attributes.get(_CONFIG)
+    if hasattr(config, "__dict__"):
+        attributes[_CONFIG] = _NotedConfig(original_of(config), attributes[_NOTES])
+    return _noting(_own_class(module)), attributes
+
+
+@cache
+def _noting(cls: Any) -> Any:
+    def getattribute(self: Any, name: str) -> Any:
+        if name not in _NOT_NOTED:
+            object.__getattribute__(self, "__dict__")[_NOTES].add(("", name))
+        return super(noting, self).__getattribute__(name)
+
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": getattribute}
+    noting: Any = type(cls.__name__, (cls,), {**namespace, "_llmkern_noted": cls})
+    return noting
+
+
+class _NotedConfig:
+    def __init__(self, config: Any, notes: set[tuple[str, str]]) -> None:
+        self._llmkern_config, self._llmkern_notes = config, notes
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._llmkern_config, name)
+        if not isinstance(value, types.MethodType):
+            self._llmkern_notes.add((_CONFIG, name))
+        return value
+
+
+def noted(shell: Any, live: str | float = "", path: Path = ()) -> tuple[Part, ...] | None:
+    """The parts that a shell consists of, with what has been read of them; stand-ins that are no shells are left out.
+
+    live: an attribute that the swapped forward reads at each call.
+    None where a change of what was read would not be seen, as in the middle of a list.
+    """
+    names = vars(shell)[_NOTES] - {("", live)}
+    if isinstance(shell, _DropoutNd):
+        names = names & {("", "training")}  # the rest has a meaning in training only
+    part = _part(shell, path, type(shell)._llmkern_noted, names)
+    if part is None:
+        return None
+    found = [part]
+    for name, child in shell._modules.items():
+        if child is not None and _NOTES in vars(child):
+            within = noted(child, "", (*path, name))
+            if within is None:
+                return None
+            found += within
+    return tuple(found)
+
+
+def stated(module: nn.Module, *names: str) -> tuple[Part, ...] | None:
+    """The module with attributes of these names, and the modules that have one of these names in it, for a forward
+    of which it is known what it reads; None as of `noted`."""
+    parts = [_part(module, (), _own_class(module), {("", name) for name in names})]
+    for name in names:
+        child = module._modules.get(name)
+        if child is not None:
+            parts.append(Part((name,), _own_class(child), ()))
+    found = [part for part in parts if part is not None]
+    return tuple(found) if len(found) == len(parts) else None
+
+
+def below(path: Path, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The parts of the module at the path, as seen from where the path begins."""
+    return tuple([part._replace(path=path + part.path) for part in parts])
+
+
+def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+    """The sentence which says what of the parts is no longer what it was; None where nothing is."""
+    for path, cls, reads in parts:
+        child: Any = module
+        for name in path:
+            child = child._modules.get(name)
+        state = child.__dict__ if isinstance(child, nn.Module) else {}
+        if path:
+            now = type(child)
+            if now is not cls and _own_class(child) is not cls:
+                return f"{'.'.join(path)} is a {now.__name__}, not a plain {cls.__name__}"
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                reason = why_hooks(".".join(path), state)
+                if reason is not None:
+                    return reason
+        for holder, name, value in reads:
+            now = _value(state, holder, name)
+            if now is not value and not _equal(now, value):
+                names = [*path, holder if holder == _CONFIG else "", name]
+                return f"{'.'.join(filter(None, names))} is {_shown(now)}, and was {_shown(value)} when it was swapped"
+    return None
+
+
+def places(module: nn.Module, part: Part) -> Iterator[tuple[Any, str]]:
+    """The dictionaries, or configs, in which what is read of the module lies, or would lie, with the names."""
+    state = vars(module)
+    for holder, name, _ in part.reads:
+        if holder == _CONFIG:
+            yield state, _CONFIG
+            yield original_of(state[_CONFIG]), name
+        else:
+            yield state[holder] if holder else state, name
+
+
+def are_inert(hooks: dict[int, Any]) -> bool:
+    """Whether these forward hooks do nothing unless transformers 5 collects outputs."""
+    return all(getattr(hook, "__qualname__", "") == _INERT for hook in hooks.values())
+
+
+def why_hooks(name: str, state: dict[str, Any]) -> str | None:
+    """The sentence why a module with these attributes has to be called; None where its hooks do nothing."""
+    if state["_forward_pre_hooks"] or "forward" in state or not are_inert(state["_forward_hooks"]):
+        return f"{name} has hooks, or a forward of its own"
+    return WEIGHTS if collects_weights() else None
+
+
+class _Unseen(Exception):
+    pass
+
+
+def _part(module: nn.Module, path: Path, cls: type[nn.Module], names: set[tuple[str, str]]) -> Part | None:
+    try:
+        reads = [_read(module, cls, holder, name) for holder, name in sorted(names)]
+    except _Unseen:
+        return None
+    return Part(path, cls, tuple([read for read in reads if read is not None]))
+
+
+def _read(module: nn.Module, cls: type[nn.Module], holder: str, name: str) -> Read | None:
+    """What has been read under that name; None for modules and tensors, which are parts or taken at the call."""
+    state = vars(module)
+    if holder == _CONFIG:
+        return Read(holder, name, _frozen(getattr(state[_CONFIG]._llmkern_config, name), cls))
+    if name in state:
+        value = state[name]
+        return None if isinstance(value, _NotedConfig) else Read("", name, _frozen(value, cls))
+    for store in ("_parameters", "_buffers", "_modules"):
+        if name in state[store]:
+            if state[store][name] is None:
+                return Read(store, name, None)
+            if store == "_buffers":
+                raise _Unseen
+            return None
+    return Read("", name, _ABSENT)
+
+
+def _frozen(value: Any, owner: type[nn.Module]) -> Any:
+    """An attribute of an `owner` in a form that does not change; `_Unseen` where there is none."""
+    if isinstance(value, _IDENTICAL):
+        return value
+    if isinstance(value, tuple):
+        for each in value:
+            _frozen(each, owner)
+        return value
+    if type(value) in _COMPARED:
+        return value
+    if type(value) is partial:
+        kwargs = tuple([(name, _frozen(each, owner)) for name, each in sorted(value.keywords.items())])
+        return _Partial(_frozen(value.func, owner), tuple([_frozen(each, owner) for each in value.args]), kwargs)
+    if type(value) is types.MethodType and isinstance(value.__self__, owner):
+        return _Method(value.__func__)
+    raise _Unseen
+
+
+def _value(state: dict[str, Any], holder: str, name: str) -> Any:
+    if holder == _CONFIG:
+        return getattr(original_of(state[_CONFIG]), name, _ABSENT)
+    return (state[holder] if holder else state).get(name, _ABSENT)
+
+
+def _equal(now: Any, value: Any) -> bool:
+    if type(now) is partial:
+        return isinstance(value, _Partial) and (now.func, now.args, tuple(sorted(now.keywords.items()))) == value
+    if type(now) is types.MethodType:
+        return isinstance(value, _Method) and now.__func__ is value.function
+    return type(now) in _COMPARED and bool(now == value)
+
+
+def _shown(value: Any) -> str:
+    named = getattr(value, "function", value)
+    return getattr(named, "__name__", None) or (
+        repr(value) if isinstance(value, (*_COMPARED, _Absent)) else type(value).__name__
+    )
