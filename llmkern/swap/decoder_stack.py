@@ -218,10 +218,16 @@ class _Stack:
         mask = kwargs.get("attention_mask")
         if mask is not None:
             mask = layer_mask(mask, hidden, past + hidden.shape[1])
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = self.operator(
-                hidden, cos, sin, caches, past, mask, self.plan, *self.numbers, self._scheme(hidden)
-            )
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                out: Tensor = self.operator(
+                    hidden, cos, sin, caches, past, mask, self.plan, *self.numbers, self._scheme(hidden)
+                )
+        except RuntimeError as error:
+            # `weight.data = …` of another dtype, shape or layout: who computes a layer alone looks for that first.
+            # The cache holds what it held, as what has been written to it does not count yet.
+            self.watch.outdated = True
+            raise Unserved(str(error)) from None
         for advance in written:
             advance()
         return out
@@ -258,6 +264,7 @@ class _Watch:
     """What must be as it was for a `_Stack` to hold."""
 
     def __init__(self) -> None:
+        self.outdated = False
         self.modules: list[nn.Module] = []
         self.classes: list[type[nn.Module]] = []
         self.states: list[dict[str, Any]] = []
@@ -268,7 +275,7 @@ class _Watch:
         self.places: tuple[list[Any], list[str], list[Any]] = [], [], []
         self.absent: list[tuple[dict[str, Any], str]] = []
         self.configs: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self.views: list[tuple[Tensor, int]] = []
+        self.views: list[tuple[Tensor, tuple[Any, ...]]] = []
 
     def module(self, module: nn.Module) -> None:
         """Its class, and that it has no hooks but those that do nothing unless outputs are collected."""
@@ -293,13 +300,15 @@ class _Watch:
             column.append(entry)
 
     def storage(self, tensor: Tensor) -> None:
-        """The tensor lies where it lay."""
-        self.views.append((tensor, tensor.data_ptr()))
+        """The tensor lies where it lay, as it did."""
+        self.views.append((tensor, _place(tensor)))
 
     def has_changed(self, thorough: bool) -> bool:
         """Whether something is not as it was.  At every token thousands of objects would have to come from memory, so
         that hooks are looked at when torch has given out another handle of one, and attributes when there are more
         or fewer; thorough: in any case."""
+        if self.outdated:
+            return True
         handles, lengths = RemovableHandle.next_id, list(map(len, self.states))
         if thorough or handles != self.handles or lengths != self.lengths:
             if any(map(_has_own_call, self.states)) or any(self.hooks) or not all(map(are_inert, self.inert)):
@@ -313,10 +322,14 @@ class _Watch:
                 list(map(type, self.modules)) != self.classes
                 or not all(map(is_, map(getitem, held, names), objects))
                 or any([getattr(config, name, None) is not value for config, name, value in self.configs.values()])
-                or any([tensor.data_ptr() != place for tensor, place in self.views])
+                or any([_place(tensor) != place for tensor, place in self.views])
             )
         except KeyError:
             return True
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _has_own_call(state: dict[str, Any]) -> bool:

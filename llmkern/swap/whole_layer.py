@@ -36,10 +36,11 @@ __all__ = [
 
 
 class LinearPart(NamedTuple):
-    """Where a linear layer is: by names from the layer down, and which rows of it are meant (None for all)."""
+    """Where a linear layer is: by names from the layer down, and which rows of it are meant (None for all): from
+    which to which, of how many."""
 
     path: tuple[str, ...]
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int, int] | None = None
 
 
 class NormPart(NamedTuple):
@@ -122,8 +123,11 @@ def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Te
         parameter: Tensor | None = None if name is None else at(module, norm.path)._parameters[name]
     except KeyError:
         raise Unserved(f"the {name} of {norm.path[-1]} is no parameter") from None
-    if parameter is not None and (parameter.dtype is not like.dtype or type(parameter) not in PLAIN_TENSORS):
-        raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
+    if parameter is not None:
+        if parameter.dtype is not like.dtype or type(parameter) not in PLAIN_TENSORS:
+            raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
+        if not _is_row(parameter):
+            raise Unserved(f"the {name} of {norm.path[-1]} is not one contiguous row")
     return parameter
 
 
@@ -169,12 +173,21 @@ def linear_arguments(
             raise Unserved(f"the weight or bias of {path[-1]} has another type than the hidden states")
         if weight.stride(1) != 1 and weight.shape[1] > 1:
             raise Unserved(f"the rows of {path[-1]}'s weight are not contiguous")
+        if not (bias is None or _is_row(bias)) or not (scale is None or scale.is_contiguous()):
+            raise Unserved(f"the bias or scale of {path[-1]} is not contiguous")
         if rows is not None:
-            part = slice(*rows)
+            begin, end, count = rows
+            if weight.shape[0] != count:
+                raise Unserved(f"{path[-1]} has {weight.shape[0]} rows, and had {count} when it was swapped")
+            part = slice(begin, end)
             weight, scale, bias = (None if t is None else t[part] for t in (weight, scale, bias))
         found += (weight, scale, bias)
         schemes.append(scheme)
     return found, tuple(schemes)
+
+
+def _is_row(parameter: Tensor) -> bool:
+    return parameter.dim() == 1 and parameter.is_contiguous()
 
 
 def scheme_argument(schemes: tuple[str | None, ...], like: Tensor) -> str:

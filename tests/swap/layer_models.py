@@ -82,6 +82,13 @@ PADDED[1, :4] = 0
 decoders = pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
 
 
+on_each_layer = pytest.mark.parametrize("index", range(2))
+
+
+def named(*changes: Callable[[Any], None]) -> Any:
+    return pytest.mark.parametrize("change", changes, ids=lambda change: change.__name__)
+
+
 PARTS = (6, 1, 1, 2)  # a prompt, two steps, and a step of two tokens
 
 

@@ -15,19 +15,16 @@ from layer_models import (
     STEPS,
     TOGETHER,
     TOKENS,
-    Record,
     Sequence,
     built,
     give_class,
+    named,
     needs_kernels,
+    on_each_layer,
     optimized,
-    whole_layers,
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-import llmkern
-from llmkern import dispatch
 
 pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
 
@@ -55,6 +52,25 @@ def in_place(layer: Any) -> None:
 def data(layer: Any) -> None:
     for module in (layer.self_attn.v_proj, layer.mlp.down_proj, layer.post_attention_layernorm):
         module.weight.data = 2 * module.weight
+
+
+def layout(layer: Any) -> None:
+    for module in (layer.self_attn.v_proj, layer.mlp.down_proj):
+        module.weight.data = (2 * module.weight).t().contiguous().t()
+
+
+def layout_of_a_norm(layer: Any) -> None:
+    layer.input_layernorm.weight.data = (2 * layer.input_layernorm.weight).repeat_interleave(2)[::2]
+
+
+def layout_of_a_bias(layer: Any) -> None:
+    layer.mlp.up_proj.bias.data = (2 * layer.mlp.up_proj.bias).repeat_interleave(2)[::2]
+
+
+def fewer_rows(layer: Any) -> None:
+    for module in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        module.weight.data, module.bias.data = module.weight[:20], module.bias[:20]
+    layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight[:, :20]
 
 
 def loaded(layer: Any) -> None:
@@ -147,20 +163,16 @@ def own_forward(module: nn.Module) -> None:
 
 
 CALLED = ("", "mlp", "mlp.up_proj", "self_attn", "self_attn.o_proj", "post_attention_layernorm")
-FOLLOWED = (in_place, data, loaded)  # the same tensors: nothing is looked up again
+FOLLOWED = (in_place, data, loaded, fewer_rows)  # the same tensors: nothing is looked up again
 LOOKED_UP = (loaded_as_they_are, weight, norm_weight, bias, no_bias, linear, mlp)  # when there is a prompt again
 LEFT = (  # to the layers themselves
     *(class_of_a_linear, class_of_a_norm, class_of_the_layer, eps, eps_of_one_norm, parametrization),
+    *(layout, layout_of_a_norm, layout_of_a_bias),
     *[part(path, plain_tensor) for path in ("self_attn.q_proj", "post_attention_layernorm")],
     *[part(path, hook) for path in CALLED],
     *[part(path, pre_hook) for path in CALLED if path != "self_attn"],  # whose arguments have names
     *[part(path, own_forward) for path in CALLED],
 )
-on_each_layer = pytest.mark.parametrize("index", range(2))
-
-
-def named(*changes: Callable[[Any], None]) -> Any:
-    return pytest.mark.parametrize("change", changes, ids=lambda change: change.__name__)
 
 
 @on_each_layer
@@ -287,80 +299,3 @@ def test_the_same_change_of_all_layers() -> None:
     again = Sequence(*sequence.models)
     for tokens in (PROMPT, *STEPS):
         assert again.give(tokens) == TOGETHER
-
-
-def bits_of_each_layer_alone(model: Any, ours: Any, alone: Any, tokens: Tensor) -> list[str]:
-    """Compares the layers together, where they are, with what somebody who listens is told of; what was called."""
-    out: list[Tensor] = []
-    called = whole_layers(lambda: out.append(model(tokens, past_key_values=ours).logits))
-    with dispatch.recording(Record()):
-        assert torch.equal(out[0], model(tokens, past_key_values=alone).logits)
-    return called
-
-
-def packed_weights(layer: Any) -> None:
-    for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
-        packed.weight.data = -packed.weight
-
-
-def packed_scales(layer: Any) -> None:
-    for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
-        packed.weight_scale.data = 2 * packed.weight_scale
-
-
-def packed_in_place(layer: Any) -> None:
-    layer.mlp.gate_up_proj.weight.neg_()
-
-
-def other_scheme(layer: Any) -> None:
-    layer.mlp.down_proj.scheme = "w8a8" if layer.mlp.down_proj.scheme == "w8a16" else "w8a16"
-
-
-def new_scale(layer: Any) -> None:
-    layer.self_attn.o_proj.weight_scale = 2 * layer.self_attn.o_proj.weight_scale
-
-
-@on_each_layer
-@pytest.mark.parametrize(
-    ("name", "quantized", "change"),
-    [
-        *[("phi3", quantized, change) for quantized in (False, True) for change in (packed_weights, packed_in_place)],
-        ("phi3", True, packed_scales),
-        *[(name, True, change) for name in ("phi3", "llama") for change in (other_scheme, new_scale)],
-    ],
-)
-@torch.no_grad()
-def test_packed_and_int8_weights_change(name, quantized, change, index) -> None:
-    model = built(DECODERS[name])
-    if quantized:
-        llmkern.quantize_(model)
-    llmkern.optimize_(model)
-    caches = [llmkern.KVCache(model.config) for _ in range(2)]
-    assert bits_of_each_layer_alone(model, *caches, PROMPT) == TOGETHER
-    assert bits_of_each_layer_alone(model, *caches, STEPS[0]) == TOGETHER
-    before = model(TOKENS).logits
-    change(model.model.layers[index])
-    assert bits_of_each_layer_alone(model, *caches, STEPS[1]) == (TOGETHER if change is packed_in_place else APART)
-    assert bits_of_each_layer_alone(model, *caches, STEPS[2]) == TOGETHER
-    assert not torch.equal(model(TOKENS).logits, before)
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3"])
-@torch.no_grad()
-def test_the_model_in_another_dtype(name) -> None:
-    untouched, model = built(DECODERS[name]), optimized(DECODERS[name])
-    assert Sequence(untouched, model).give(TOKENS) == TOGETHER
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):  # each time less of the weights is left
-        for each in (untouched, model):
-            each.to(dtype)
-        caches = [llmkern.KVCache(model.config) for _ in range(2)]
-        for tokens in (PROMPT, *STEPS):
-            assert bits_of_each_layer_alone(model, *caches, tokens) == TOGETHER
-    sequence = Sequence(untouched, model)
-    assert sequence.give(PROMPT) == TOGETHER
-    for each in (untouched, model):
-        each.to(torch.bfloat16).to(torch.float32)
-    sequence.give(STEPS[0])
-    for each in (untouched, model):
-        each.to(torch.float64)
-    torch.testing.assert_close(model(TOKENS).logits, untouched(TOKENS).logits, rtol=1e-4, atol=1e-4)

@@ -146,7 +146,8 @@ def _attention_linears(name: str, attention: Any) -> tuple[LinearPart, ...] | No
     q = int(attention.o_proj.in_features)
     kv = _key_rows(attention)
     packed = (name, "qkv_proj")
-    rows = ((0, q), (q, q + kv), (q + kv, q + 2 * kv))
+    count = q + 2 * kv
+    rows = ((0, q, count), (q, q + kv, count), (q + kv, count, count))
     return (*[LinearPart(packed, each) for each in rows], LinearPart((name, "o_proj")))
 
 
@@ -156,7 +157,8 @@ def _mlp_linears(name: str, mlp: nn.Module, cls: Any) -> tuple[LinearPart, ...]:
     gate_and_up = [LinearPart((name, linear)) for linear in into]
     if len(into) == 1:
         half = int(mlp._modules[into[0]].out_features) // 2  # type: ignore[union-attr,arg-type]
-        gate_and_up = [LinearPart((name, into[0]), rows) for rows in ((0, half), (half, 2 * half))]
+        rows = ((0, half, 2 * half), (half, 2 * half, 2 * half))
+        gate_and_up = [LinearPart((name, into[0]), each) for each in rows]
     return (*(gate_and_up if cls._llmkern_gate_first else reversed(gate_and_up)), LinearPart((name, down)))
 
 
