@@ -150,13 +150,13 @@ def noted(shell: Any, live: str | float = "", path: Path = ()) -> tuple[Part, ..
 
 
 def stated(module: nn.Module, *names: str) -> tuple[Part, ...] | None:
-    """The module with attributes of these names, and the modules that have one of these names in it, for a forward
-    of which it is known what it reads; None as of `noted`."""
+    """The module with attributes of these names, and the modules that have one of these names in it, which are not in
+    training; for a forward of which it is known what it reads.  None as of `noted`."""
     parts = [_part(module, (), _own_class(module), {("", name) for name in names})]
     for name in names:
         child = module._modules.get(name)
         if child is not None:
-            parts.append(Part((name,), _own_class(child), ()))
+            parts.append(Part((name,), _own_class(child), (Read("", "training", False),)))
     found = [part for part in parts if part is not None]
     return tuple(found) if len(found) == len(parts) else None
 

@@ -138,6 +138,36 @@ def test_dropout_of_an_attention_that_alone_is_in_training() -> None:
 
 @needs_kernels
 @torch.no_grad()
+def test_an_mlp_in_training_is_still_the_same_without_dropout() -> None:
+    sequence = Sequence(built(DECODERS["llama"]), optimized(DECODERS["llama"]))
+    assert sequence.give(PROMPT) == TOGETHER
+    for model in sequence.models:
+        model.model.layers[1].mlp.train()
+    assert sequence.give(STEPS[0]) == TOGETHER
+    again = Sequence(*sequence.models)
+    assert again.give(PROMPT) == TOGETHER
+
+
+@needs_kernels
+@pytest.mark.parametrize("path", ["resid_attn_dropout", "resid_mlp_dropout"])
+@torch.no_grad()
+def test_a_dropout_of_the_layer_that_alone_is_in_training(path) -> None:
+    def make() -> nn.Module:
+        return hf.Phi3ForCausalLM(hf.Phi3Config(**DECODER, resid_pdrop=0.5))
+
+    sequence = Sequence(built(make), optimized(make))
+    assert sequence.give(PROMPT) == TOGETHER
+    logits = []
+    for model in sequence.models:
+        model.model.layers[1].get_submodule(path).train()
+        torch.manual_seed(2)
+        logits.append(model(STEPS[2], past_key_values=sequence.caches[len(logits)]).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert f"{path}.training is True, and was False when it was swapped" in recorded(lambda: model(TOKENS)).reasons
+
+
+@needs_kernels
+@torch.no_grad()
 def test_masks_of_the_layers_that_differ_since() -> None:
     sequence = Sequence(built(DECODERS["qwen3"]), optimized(DECODERS["qwen3"]))
     assert sequence.give(PROMPT) == TOGETHER
@@ -293,15 +323,26 @@ def test_a_change_of_a_module_alone(make, change) -> None:
     torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_function_of_the_activation_alone_changes_nothing_in_torchs_fused_path() -> None:
+FUSED = [
+    *[set_to("activation", torch.tanh), set_to("training", True)],
+    *[set_to(f"{path}.training", True) for path in ("self_attn", "dropout", "dropout1", "dropout2")],
+]
+
+
+@pytest.mark.parametrize("change", FUSED, ids=lambda change: change.__name__)
+def test_what_torchs_fused_path_leaves_out(change) -> None:
     x, untouched = torch.randn(2, 4, 12), encoder_of_torch().eval()
     model = copy.deepcopy(untouched)
     llmkern.optimize_(nn.ModuleDict({"m": model}))
-    for each in (untouched, model):
-        each.activation = torch.tanh
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), untouched(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(x), untouched(x), rtol=1e-4, atol=1e-5)
+    for grad in (False, True):  # with gradients there is no fused path
+        out = []
+        for each in (untouched, model):
+            change(each)
+            torch.manual_seed(1)
+            with torch.set_grad_enabled(grad):
+                out.append(each(x))
+        if not grad or change in FUSED[:2]:  # random numbers depend on how a tensor lies in memory
+            torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_may_change_unseen_is_not_swapped() -> None:

@@ -17,10 +17,14 @@ from llmkern.swap.granted import UNSEEN, changed, stated
 SWITCHES = ("attention", "norms", "mlp")
 
 
+# Of these the fused path goes by the second alone, if the layer itself is not in training.
+_LEFT_OUT = ("activation", "activation_relu_or_gelu", "self_attn", "dropout", "dropout1", "dropout2")
+
+
 def find(module: nn.Module) -> Found | None:
     if type(module).forward is not nn.TransformerEncoderLayer.forward:
         return None
-    granted = stated(module, "activation", "activation_relu_or_gelu")  # the fused path goes by the latter alone
+    granted = stated(module, *_LEFT_OUT)
     if granted is None:
         return Found("layer", "", UNSEEN)
     return Found("layer", "", cls=derive(type(module), _forward, ("_llmkern_parts", granted)))
@@ -33,7 +37,7 @@ def _forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    reason = changed(self, self._llmkern_parts)
+    reason = None if self.training else changed(self, self._llmkern_parts)
     if src.is_nested:
         reason = "torch.nn.TransformerEncoder has packed the padded batch into a nested tensor"
     if reason is not None:
