@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "FLOATING",
     "PLAIN_TENSORS",
+    "broadcasts",
     "check_choice",
     "check_finite",
     "check_floating",
@@ -34,6 +35,12 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 def shape_text(shape: Sequence[int]) -> str:
     """`[2, 3]` for a shape or a list of sizes."""
     return "[" + ", ".join([str(size) for size in shape]) + "]"
+
+
+def broadcasts(got: int, size: int) -> bool:
+    """Whether a dimension of `got` entries broadcasts to one of `size`."""
+    # Not `got in (1, size)`: torch.compile takes that for false where `size` is dynamic.
+    return got == 1 or got == size
 
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmkern.checks import (
+    broadcasts,
     check_choice,
     check_dtype,
     check_floating,
@@ -68,7 +69,7 @@ def check_layer_mask(op: str, mask: Tensor | None, like: Tensor, full: tuple[int
         return
     check_dtype(op, "mask", mask, *dict.fromkeys((torch.bool, like.dtype, torch.float32)))
     check_same_device(op, "hidden", like, mask=mask)
-    if mask.dim() != 4 or not all([got in (1, size) for got, size in zip(mask.shape, full, strict=True)]):
+    if mask.dim() != 4 or not all([broadcasts(*sizes) for sizes in zip(mask.shape, full, strict=True)]):
         raise ValueError(
             f"{op}: mask has shape {shape_text(mask.shape)}, expected one of 4 dimensions that broadcasts to "
             f"{shape_text(full)} (batch, query heads, queries, keys)"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern.checks import (
+    broadcasts,
     check_dtype,
     check_finite,
     check_floating,
@@ -198,7 +199,7 @@ def _check_mask(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
     check_dtype("attention", "attn_mask", attn_mask, *dict.fromkeys((torch.bool, q.dtype, torch.float32)))
     check_same_device("attention", "q", q, attn_mask=attn_mask)
     missing = len(full) - attn_mask.dim()
-    fits = missing >= 0 and all([got in (1, size) for got, size in zip(attn_mask.shape, full[missing:], strict=True)])
+    fits = missing >= 0 and all([broadcasts(*sizes) for sizes in zip(attn_mask.shape, full[missing:], strict=True)])
     if not fits:
         raise ValueError(
             f"attention: attn_mask has shape {shape_text(attn_mask.shape)}, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern.checks import (
+    broadcasts,
     check_choice,
     check_dtype,
     check_finite,
@@ -205,7 +206,7 @@ def _check_angles(op: str, hidden: Tensor, cos: Tensor, sin: Tensor, head_dim: i
     check_same_dtype(op, "cos", cos, sin=sin)
     check_same_device(op, "hidden", hidden, cos=cos, sin=sin)
     batch, length, _ = hidden.shape
-    if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
+    if cos.dim() != 3 or not broadcasts(cos.shape[0], batch) or cos.shape[1] != length:
         raise ValueError(f"{op}: cos has shape {shape_text(cos.shape)}, expected [{batch} or 1, {length}, W]")
     check_shape(op, "sin", sin, cos.shape, "the shape of cos")
     if cos.shape[2] % 2 or not 0 < cos.shape[2] <= head_dim:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.checks import check_floating, check_same_device, check_same_dtype, check_shape, shape_text
+from llmkern.checks import broadcasts, check_floating, check_same_device, check_same_dtype, check_shape, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
 
@@ -57,7 +57,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, inte
     batch, _, length, dim = q.shape
     heads = k.shape[1] if k.dim() == 4 else 1
     check_shape("rope", "k", k, (batch, heads, length, dim), "q's batch, length and head dimension")
-    if cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
+    if cos.dim() != 3 or not broadcasts(cos.shape[0], batch) or cos.shape[1] != length:
         expected = f"[{batch} or 1, {length}, W] or [{length}, W]"
         raise ValueError(f"rope: cos has shape {shape_text(cos.shape)}, expected {expected}")
     check_shape("rope", "sin", sin, cos.shape, "the shape of cos")

@@ -56,3 +56,20 @@ def test_a_compiled_model_notices_the_swap_and_its_undo() -> None:
         torch.testing.assert_close(compiled_model(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
         llmkern.restore_(model)
         assert torch.equal(compiled_model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("entry", [e for e in ZOO if e.name in ("llama", "gpt2", "bert")], ids=str)
+@torch.no_grad()
+def test_sizes_that_change_stay_in_one_graph(entry: Entry) -> None:
+    """From the second shape on torch.compile traces with sizes that are no numbers, and the checks must let them by."""
+    model = entry.build()
+    llmkern.optimize_(model)
+    torch.compiler.reset()
+    compiled_model = torch.compile(model, backend="eager", fullgraph=True)
+    for batch, padding in ((2, "none"), (3, "none"), (3, "right"), (4, "right")):
+        inputs = entry.inputs(batch, padding)
+        inputs = {name: tensor[:, batch:] for name, tensor in inputs.items()}
+        result, expected = (entry.output(m(**inputs)) for m in (compiled_model, model))
+        torch.testing.assert_close(
+            entry.at_kept_positions(result, inputs), entry.at_kept_positions(expected, inputs), rtol=1e-4, atol=1e-4
+        )
