@@ -17,25 +17,79 @@ inline constexpr int64_t kDecodeQueries = 16;  // up to here attention_decode is
 
 using Optional = std::optional<Tensor>;
 
-// The arguments of an op's call, for one layer.
-struct Call {
+// An op's arguments that are the same for every layer.
+struct Shared {
+  Shared(const char* op, const Tensor& hidden, const Tensor& cos, const Tensor& sin, int64_t past, const Optional& mask,
+         int64_t head_dim, double eps, double norm_offset, bool interleaved, double sm_scale, int64_t window,
+         double softcap, const std::string& activation)
+      : op(op),
+        hidden(hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden)),
+        cos(cos),
+        sin(sin),
+        past(past),
+        mask(mask),
+        head_dim(head_dim),
+        eps(static_cast<float>(eps)),
+        norm_offset(static_cast<float>(norm_offset)),
+        interleaved(interleaved),
+        sm_scale(static_cast<float>(sm_scale)),
+        window(window),
+        softcap(static_cast<float>(softcap)),
+        activation(activation_of(activation)) {}
+
   const char* op;
-  const Tensor &hidden, &cos, &sin;
-  const Optional &k_cache, &v_cache, &k_cache_scale, &v_cache_scale;
+  Tensor hidden;
+  const Tensor &cos, &sin;
   int64_t past;
   const Optional& mask;
-  const Tensor &input_norm, &post_norm;
-  const Optional &q_norm, &k_norm;
-  Linear q, k, v, o, gate, up, down;
   int64_t head_dim;
   float eps, norm_offset;
   bool interleaved;
   float sm_scale;
   int64_t window;
   float softcap;
-  Activation activation;
+  std::optional<Activation> activation;
+};
 
-  std::array<const Linear*, 7> linears() const { return {&q, &k, &v, &o, &gate, &up, &down}; }
+inline constexpr size_t kNorms = 4, kLinears = 7;
+inline constexpr size_t kCaches = 4;  // k_cache, v_cache, k_cache_scale and v_cache_scale
+inline constexpr size_t kParameters =
+    kNorms + kLinears * 3;  // from input_norm to down_bias, as decoder_layer_ has them
+
+// All arguments, for one layer.  The tensors stay where they are.
+struct Call : Shared {
+  Call(const Shared& shared, std::span<const Optional, kCaches> caches,
+       std::span<const Optional, kParameters> parameters, const Schemes& schemes)
+      : Shared(shared),
+        k_cache(caches[0]),
+        v_cache(caches[1]),
+        k_cache_scale(caches[2]),
+        v_cache_scale(caches[3]),
+        input_norm(*parameters[0]),
+        post_norm(*parameters[1]),
+        q_norm(parameters[2]),
+        k_norm(parameters[3]),
+        q(linear("q", 0, parameters, schemes)),
+        k(linear("k", 1, parameters, schemes)),
+        v(linear("v", 2, parameters, schemes)),
+        o(linear("o", 3, parameters, schemes)),
+        gate(linear("gate", 4, parameters, schemes)),
+        up(linear("up", 5, parameters, schemes)),
+        down(linear("down", 6, parameters, schemes)) {}
+
+  const Optional &k_cache, &v_cache, &k_cache_scale, &v_cache_scale;
+  const Tensor &input_norm, &post_norm;
+  const Optional &q_norm, &k_norm;
+  Linear q, k, v, o, gate, up, down;
+
+  std::array<const Linear*, kLinears> linears() const { return {&q, &k, &v, &o, &gate, &up, &down}; }
+
+ private:
+  static Linear linear(const char* name, size_t i, std::span<const Optional, kParameters> parameters,
+                       const Schemes& schemes) {
+    const auto parts = parameters.subspan(kNorms + 3 * i, 3);
+    return {name, *parts[0], parts[1], parts[2], schemes.w8a8(i)};
+  }
 };
 
 // Where a cache, or rows of projected keys or values, keeps its vectors.
@@ -116,7 +170,7 @@ class DecoderLayer : Layer {
     }
     products_(normed_, {c_.gate, c_.up}, {&gate_, &up_});
     if (!inner_.codes) inner_ = gate_;  // which torch's operator may have moved
-    activate(c_.activation, gate_, &up_, inner_, c_.gate.n());
+    activate(*c_.activation, gate_, &up_, inner_, c_.gate.n());
     if (products_.native(c_.down)) {
       products_.add(inner_, c_.down, total_, out);
     } else {
@@ -263,8 +317,9 @@ class DecoderLayer : Layer {
   char *read_k_ = nullptr, *read_v_ = nullptr;
 };
 
-// Whether the kernels have the types of everything that the call brings.
+// Whether the kernels have the activation and the types of everything that the call brings.
 inline bool kernels_take(const Call& c) {
+  if (!c.activation) return false;
   const ScalarType type = c.hidden.scalar_type();
   for (const Linear* l : c.linears())
     if (!llmkern::kernels_take(*l, type)) return false;

@@ -12,9 +12,12 @@ namespace llmkern {
 namespace {
 
 using decoder::Call;
+using decoder::kCaches;
+using decoder::kLinears;
+using decoder::kNorms;
+using decoder::kParameters;
+using decoder::Shared;
 using Optional = std::optional<Tensor>;
-
-constexpr size_t kNorms = 4, kParameters = kNorms + 7 * 3;  // of a layer, in the order of decoder_layer_'s arguments
 
 struct Plan {
   std::vector<Optional> parameters;
@@ -83,60 +86,24 @@ Tensor decoder_layers_(const Tensor& hidden, const Tensor& cos, const Tensor& si
   const size_t count = parameters.size() / kParameters, held = caches.size() / count;
   STD_TORCH_CHECK(caches.size() == count * held && (held == 0 || held == 2 || held == 4), kOp, ": caches has ",
                   caches.size(), " elements, expected 0, 2 or 4 for each of ", count, " layers");
-  const std::optional<Activation> gate = activation_of(activation);
   const std::vector<std::string> schemes = parts_of(scheme, ';');
   STD_TORCH_CHECK(schemes.size() == 1 || schemes.size() == count, kOp, ": scheme is for ", schemes.size(),
                   " layers, expected 1 or ", count);
-  const Tensor rows = hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden);
-  const std::vector<Optional> cached(caches.begin(), caches.end());
-  const Optional none;
+  const Shared shared(kOp, hidden, cos, sin, past, mask, head_dim, eps, norm_offset, interleaved, sm_scale, window,
+                      softcap, activation);
+  std::vector<std::array<Optional, kCaches>> cached(count);
+  for (size_t i = 0; i < caches.size(); ++i) cached[i / held][i % held] = caches[i];
   std::vector<Call> calls;
   calls.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const Optional* const tensor = parameters.data() + i * kParameters;
-    const auto cache = [&](size_t which) -> const Optional& { return which < held ? cached[i * held + which] : none; };
-    const Schemes each(kOp, schemes[schemes.size() == 1 ? 0 : i], 7);
-    const auto linear = [&](const char* name, size_t which) -> Linear {
-      const Optional* const part = tensor + kNorms + 3 * which;
-      return {name, *part[0], part[1], part[2], each.w8a8(which)};
-    };
-    calls.push_back({
-        .op = kOp,
-        .hidden = rows,
-        .cos = cos,
-        .sin = sin,
-        .k_cache = cache(0),
-        .v_cache = cache(1),
-        .k_cache_scale = cache(2),
-        .v_cache_scale = cache(3),
-        .past = past,
-        .mask = mask,
-        .input_norm = *tensor[0],
-        .post_norm = *tensor[1],
-        .q_norm = tensor[2],
-        .k_norm = tensor[3],
-        .q = linear("q", 0),
-        .k = linear("k", 1),
-        .v = linear("v", 2),
-        .o = linear("o", 3),
-        .gate = linear("gate", 4),
-        .up = linear("up", 5),
-        .down = linear("down", 6),
-        .head_dim = head_dim,
-        .eps = static_cast<float>(eps),
-        .norm_offset = static_cast<float>(norm_offset),
-        .interleaved = interleaved,
-        .sm_scale = static_cast<float>(sm_scale),
-        .window = window,
-        .softcap = static_cast<float>(softcap),
-        .activation = gate.value_or(Activation::none),
-    });
+    const std::span<const Optional, kParameters> of_layer(parameters.data() + i * kParameters, kParameters);
+    calls.emplace_back(shared, cached[i], of_layer, Schemes(kOp, schemes[schemes.size() == 1 ? 0 : i], kLinears));
   }
   for (const Call& call : calls) {
-    STD_TORCH_CHECK(gate && kernels_take(call), kOp, ": the kernels do not take these types, or this activation");
+    STD_TORCH_CHECK(kernels_take(call), kOp, ": the kernels do not take these types, or this activation");
     check(call);
   }
-  Tensor out = torch::stable::new_empty(rows, rows.sizes());
+  Tensor out = torch::stable::new_empty(shared.hidden, shared.hidden.sizes());
   decoder::run(calls, out);
   return out;
 }
