@@ -22,12 +22,19 @@ from layer_models import (
     optimized,
     whole_layers,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import llmkern
 from llmkern import dispatch
 
 pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
+
+
+def give_biases(model: Any) -> None:
+    """To the linear layers of the decoder's layers that have none, as Phi3's."""
+    for layer in model.model.layers:
+        for linear in [child for child in layer.modules() if isinstance(child, nn.Linear) and child.bias is None]:
+            linear.bias = nn.Parameter(torch.linspace(-1, 1, linear.out_features))
 
 
 def bits_of_each_layer_alone(model: Any, ours: Any, alone: Any, tokens: Tensor) -> list[str]:
@@ -42,6 +49,11 @@ def bits_of_each_layer_alone(model: Any, ours: Any, alone: Any, tokens: Tensor) 
 def packed_weights(layer: Any) -> None:
     for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
         packed.weight.data = -packed.weight
+
+
+def packed_biases(layer: Any) -> None:
+    for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
+        packed.bias.data = -packed.bias
 
 
 def packed_scales(layer: Any) -> None:
@@ -61,7 +73,7 @@ def new_scale(layer: Any) -> None:
     layer.self_attn.o_proj.weight_scale = 2 * layer.self_attn.o_proj.weight_scale
 
 
-PACKED = (packed_weights, packed_in_place)
+PACKED = (packed_weights, packed_biases, packed_in_place)
 
 
 @on_each_layer
@@ -76,6 +88,7 @@ PACKED = (packed_weights, packed_in_place)
 @torch.no_grad()
 def test_packed_and_int8_weights_change(name, quantized, change, index) -> None:
     model = built(DECODERS[name])
+    give_biases(model)
     if quantized:
         llmkern.quantize_(model)
     llmkern.optimize_(model)
