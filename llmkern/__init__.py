@@ -14,6 +14,8 @@ from llmkern.verify import Accuracy, verify
 if TYPE_CHECKING:
     from llmkern.integrations.transformers.cache import KVCache
 
+    __version__: str
+
 __all__ = [
     "Accuracy",
     "Info",
@@ -42,4 +44,8 @@ def __getattr__(name: str) -> Any:
         from llmkern.integrations.transformers import kv_cache
 
         return kv_cache()
+    if name == "__version__":
+        from llmkern.info import package_version
+
+        return package_version("llmkern") or "0+source"  # not installed, but run from where its source is
     raise AttributeError(f"module 'llmkern' has no attribute {name!r}")

@@ -14,7 +14,7 @@ import torch
 from llmkern import _native, dispatch
 from llmkern.table import render
 
-__all__ = ["Info", "info"]
+__all__ = ["Info", "info", "package_version"]
 
 # What the kernels of llmkern and of PyTorch look for, of the many flags that a CPU reports.
 _CPU_FLAGS = (
@@ -95,7 +95,8 @@ def _gpus() -> list[str]:
     ]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed package's version; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -105,7 +106,7 @@ def _version(package: str) -> str | None:
 def info() -> Info:
     """Hardware, versions, the native library, and each backend: available, or the sentence why not."""
     cpu, flags = _cpu()
-    software = {name: _version(name) for name in ("llmkern", "torch", "triton", "transformers")}
+    software = {name: package_version(name) for name in ("llmkern", "torch", "triton", "transformers")}
     ops = {
         b.name: {i.op for op in dispatch.ops() for i in dispatch.implementations(op) if i.backend is b}
         for b in dispatch.backends()

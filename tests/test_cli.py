@@ -364,6 +364,18 @@ def test_a_failure_of_llmkern_itself_is_status_3(llmkern_, monkeypatch) -> None:
     assert err.endswith("llmkern: AssertionError: a bug\n")
 
 
+@pytest.mark.parametrize("arguments", [(), ("bench",)], ids=["llmkern", "llmkern bench"])
+def test_without_a_command_the_help_is_printed_as_it_is(llmkern_, arguments: tuple[str, ...]) -> None:
+    status, out, err = llmkern_(*arguments)
+    assert (status, err) == (2, "")
+    assert out == llmkern_(*arguments, "--help")[1]
+
+
+def test_version(llmkern_) -> None:
+    assert llmkern_("--version") == (0, f"llmkern {llmkern.__version__}\n", "")
+    assert llmkern.__version__[0].isdigit()
+
+
 def test_json_has_no_nan(capsys) -> None:
     print_json({"a": float("nan"), "b": [float("inf"), 1.0]})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.0]}

@@ -48,6 +48,14 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from llmkern import __version__
+
+        print(f"llmkern {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     backend: Annotated[
@@ -55,6 +63,9 @@ def options(
         typer.Option(metavar="NAME", help="Serve every call by this backend, or fail with its reason."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where no kernel backend can serve a call.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     if backend is not None:
         settings.backend = backend
@@ -80,7 +91,11 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _UsageError as error:
-        return _fail(error, error.format_message(), 2)  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message.startswith("Usage:"):  # no command at all: the help, which is no line
+            print(message)
+            return 2
+        return _fail(error, message, 2)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(None, "interrupted", 130)
     except BrokenPipeError:
