@@ -61,9 +61,13 @@ inline bool kernel_types(const Tensor& t, const Optional&... more) {
 inline std::optional<Rows> rows_of(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t last = t.dim() - 1;
-  if (last < 0) return Rows{.count = 1};
-  if (strides[last] != 1 && sizes[last] > 1) return std::nullopt;
   Rows rows{.count = 1};
+  if (t.numel() == 0) {  // whatever its strides are: no copy would alter them, and nothing is there to be read
+    for (int64_t d = 0; d < last; ++d) rows.count *= sizes[d];
+    return rows;
+  }
+  if (last < 0) return rows;
+  if (strides[last] != 1 && sizes[last] > 1) return std::nullopt;
   int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};  // innermost first
   int used = 0;
   for (int64_t d = last - 1; d >= 0; --d) {

@@ -41,6 +41,13 @@ def _strided(make: Make, optional: Sequence[str]) -> Call:
     return call | {name: call[name].transpose(0, 1) for name in ("x", "residual") if name in call}
 
 
+def _strided_empty(make: Make, optional: Sequence[str]) -> Call:
+    """No rows, of elements that would not lie side by side: PyTorch calls that contiguous, whatever the strides."""
+    call = _call(make, optional, (0, 64))
+    apart = {name: call[name].new_empty(0, 128)[:, ::2] for name in ("x", "residual") if name in call}
+    return call | apart
+
+
 def _with_row(make: Make, optional: Sequence[str], value: float) -> Call:
     call = _call(make, optional, (3, 64))
     call["x"][1] = value
@@ -94,5 +101,6 @@ def norm_cases(
     add("4x64-fp32-parameters", partial(make, shape=(4, 64), bias=True, parameters=torch.float32), half)
     add("nan-row", partial(_with_row, optional=optional, value=float("nan")), (torch.float32,), ())
     add("0x64-empty", partial(make, shape=(0, 64)), (torch.float32,), ())
+    add("0x64-strided-empty", partial(_strided_empty, optional=optional), (torch.float32,), ())
     add("3x0-empty", partial(make, shape=(3, 0)), (torch.float32,), ())
     return found

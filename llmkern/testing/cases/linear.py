@@ -21,6 +21,12 @@ def _strided(make: Make) -> Call:
     return call | {"x": call["x"][:, 5:70], "weight": call["weight"][:, 3:68]}
 
 
+def _strided_empty(make: Make) -> Call:
+    """No rows, of elements that would not lie side by side: PyTorch calls that contiguous, whatever the strides."""
+    call = _call(make, (0,), 8, 32, bias=True)
+    return call | {name: call[name][:, ::2] for name in ("x", "weight")}
+
+
 def _special_rows(make: Make) -> Call:
     """A zero row, and rows with a NaN and an infinity; each may only spoil itself."""
     call = _call(make, (4,), 8, 64, bias=True)
@@ -55,6 +61,7 @@ CASES = [
         )
     ],
     *each_dtype("linear", "strided", _strided, differentiable=_GRAD),
+    *each_dtype("linear", "strided-empty", _strided_empty),
     *each_dtype("linear", "special-rows", _special_rows),
     *[
         case
