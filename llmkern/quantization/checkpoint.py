@@ -18,10 +18,12 @@ from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn.int8_linear import is_conv1d, weight_out_in
 from llmkern.quantization.layers import find_layers, places_of, replace
 from llmkern.quantization.undo import undoing
+from llmkern.quantization.vocabulary import mind_vocabulary
 from llmkern.swap.derive import original_class
 
 __all__ = ["describe_in_config", "forget_in_config", "load_"]
 
+_SCHEME = "_extra_state"  # an Int8Linear's, in its state
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
@@ -49,8 +51,8 @@ def describe_in_config(model: nn.Module) -> None:
         "config_groups": {name: group for name, group in groups.items() if group["targets"]},
     }
     # The scheme is in the config; stock loaders would report these keys as unexpected, one by one.
-    kept_out = [f"{path}._extra_state" for path, _ in layers]
-    model._keys_to_ignore_on_save = [*(type(model)._keys_to_ignore_on_save or []), *kept_out]  # type: ignore[attr-defined, assignment]
+    kept_out = [f"{path}.{_SCHEME}" for path, _ in layers]
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *kept_out}  # type: ignore[assignment, misc]
 
 
 def forget_in_config(model: nn.Module) -> None:
@@ -58,7 +60,9 @@ def forget_in_config(model: nn.Module) -> None:
     config = model.__dict__.get("config")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[union-attr]
-    model.__dict__.pop("_keys_to_ignore_on_save", None)
+    keys = model.__dict__.get("_keys_to_ignore_on_save")
+    if keys is not None:  # transformers has its own there
+        model._keys_to_ignore_on_save = {key for key in keys if not key.endswith(f".{_SCHEME}")}  # type: ignore[assignment]
 
 
 def load_(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -99,6 +103,7 @@ def load_(model: nn.Module, directory: str | Path) -> nn.Module:
             replace(layer.places, int8.train(layer.module.training))
         _load_all(model, state, directory)
         describe_in_config(model)
+    mind_vocabulary(model)
     return model
 
 

@@ -10,6 +10,7 @@ from llmkern.nn._int8_weight import Int8Weight
 from llmkern.quantization.checkpoint import forget_in_config
 from llmkern.quantization.layers import places_of, replace
 from llmkern.quantization.undo import undoing
+from llmkern.quantization.vocabulary import forget_vocabulary
 
 __all__ = ["dequantize_"]
 
@@ -40,4 +41,5 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         for layer, module in back.items():
             replace(places[layer], module)
         forget_in_config(model)
+    forget_vocabulary(model)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from llmkern.quantization.layers import FilterFn, Layer, places_of, why_not_plain_embedding, why_skipped
+from llmkern.quantization.layers import FilterFn, Layer, places_of, said, why_not_plain_embedding, why_skipped
 
 __all__ = ["EmbeddingLayer", "find_embeddings", "heads_of"]
 
@@ -27,8 +27,8 @@ class EmbeddingLayer:
 def heads_of(model: Any, layers: Sequence[Layer]) -> set[nn.Module]:
     """Layers that give the logits: the model says so, or an embedding has the same weight."""
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    said = _said(model, "get_output_embeddings")
-    return {layer.module for layer in layers if layer.module is said or id(layer.module.weight) in tied}
+    head = said(model, "get_output_embeddings")
+    return {layer.module for layer in layers if layer.module is head or id(layer.module.weight) in tied}
 
 
 def find_embeddings(
@@ -36,8 +36,8 @@ def find_embeddings(
 ) -> list[EmbeddingLayer]:
     """The embeddings tied to a layer, and a language model's input embedding; tables of positions stay as they are."""
     by_weight = {id(layer.module.weight): layer for layer in layers}
-    has_head = _said(model, "get_output_embeddings") is not None
-    words = _said(model, "get_input_embeddings") if has_head else None
+    has_head = said(model, "get_output_embeddings") is not None
+    words = said(model, "get_input_embeddings") if has_head else None
     places = places_of(model)
     found = []
     for path, module in model.named_modules():
@@ -48,14 +48,6 @@ def find_embeddings(
             reason = _why_leave(path, module, head, skip, filter_fn)
             found.append(EmbeddingLayer(path, module, tuple(places.get(module, ())), head, reason))
     return found
-
-
-def _said(model: Any, getter: str) -> Any:
-    """What a transformers model answers; None for other models, and where its class has no answer."""
-    try:
-        return getattr(model, getter)()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _why_leave(

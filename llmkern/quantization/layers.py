@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from llmkern.nn.int8_linear import is_conv1d, weight_out_in
 from llmkern.ops.int8_matmul import MAX_K
 from llmkern.swap.derive import original_class
 
-__all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace", "why_not_plain_embedding", "why_skipped"]
+__all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace", "said", "why_not_plain_embedding", "why_skipped"]
 
 FilterFn = Callable[[str, nn.Module], bool]
 
@@ -62,6 +63,14 @@ def replace(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
     """Put `module` in all of these places."""
     for parent, attribute in places:
         setattr(parent, attribute, module)
+
+
+def said(model: Any, getter: str) -> Any:
+    """What a transformers model answers; None for other models, and where its class has no answer."""
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _owners(names: dict[str, nn.Module]) -> dict[Tensor, list[str]]:

@@ -24,6 +24,7 @@ from llmkern.quantization.observe import MAX_ROWS, Observed, observe
 from llmkern.quantization.report import Action, QuantReport, QuantRow
 from llmkern.quantization.smooth import Fold, plan_folds
 from llmkern.quantization.undo import undoing
+from llmkern.quantization.vocabulary import mind_vocabulary
 
 __all__ = ["quantize_"]
 
@@ -109,6 +110,7 @@ def quantize_(
             if table is not None:
                 replace(found.places, table)
         describe_in_config(model)
+    mind_vocabulary(model)
     # Codes and what is left in floating point alike: the file of a checkpoint stays mapped for its last tensor.
     move_to_huge_pages_(model)
     rows = (*(row for _, row, _ in tables), *(plan.row for plan in plans))
