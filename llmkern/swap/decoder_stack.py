@@ -291,7 +291,7 @@ class _Watch:
         """held[name] is the same object, or still absent; held.name where it is no dictionary, but a config that many
         share."""
         if not isinstance(held, dict):
-            self.configs[id(held), name] = held, name, getattr(held, name)
+            self.configs[id(held), name] = held, name, getattr(held, name, None)
             return
         if name not in held:
             self.absent.append((held, name))

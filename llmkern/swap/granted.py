@@ -121,10 +121,9 @@ class _NotedConfig:
         self._llmkern_config, self._llmkern_notes = config, notes
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._llmkern_config, name)
-        if not isinstance(value, types.MethodType):
+        if not isinstance(getattr(self._llmkern_config, name, None), types.MethodType):
             self._llmkern_notes.add((_CONFIG, name))
-        return value
+        return getattr(self._llmkern_config, name)
 
 
 def noted(shell: Any, live: str | float = "", path: Path = ()) -> tuple[Part, ...] | None:
@@ -228,7 +227,7 @@ def _read(module: nn.Module, cls: type[nn.Module], holder: str, name: str) -> Re
     """What has been read under that name; None for modules and tensors, which are parts or taken at the call."""
     state = vars(module)
     if holder == _CONFIG:
-        return Read(holder, name, _frozen(getattr(state[_CONFIG]._llmkern_config, name), cls))
+        return Read(holder, name, _frozen(getattr(state[_CONFIG]._llmkern_config, name, _ABSENT), cls))
     if name in state:
         value = state[name]
         return None if isinstance(value, _NotedConfig) else Read("", name, _frozen(value, cls))

@@ -262,6 +262,23 @@ class Gated(nn.Module):
         return self.gain * self.dropout(self.down(self.act(self.gate(x)) * self.up(x)))
 
 
+class Configured(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = hf.PretrainedConfig(shift=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.config, "factor", 1.0) * super().forward(x) + self.config.shift
+
+
+def configured(**attributes: float) -> Callable[[Any], None]:
+    def change(module: Any) -> None:
+        module.config.update(attributes)
+
+    change.__name__ = f"{[*attributes]} of config"
+    return change
+
+
 def encoder_of_torch() -> nn.Module:
     return nn.TransformerEncoderLayer(12, 4, 20, batch_first=True)
 
@@ -294,6 +311,8 @@ ALONE = [
     *[(Gated, set_to("act", function)) for function in (F.relu, nn.ReLU())],
     (Gated, set_to("gain", 2.0)),
     (Gated, set_to("dropout", nn.Tanh())),
+    (Configured, configured(shift=1.0)),
+    (Configured, configured(factor=2.0)),
     (Gated, set_to("dropout.training", True)),
     (lambda: Attention(12, 4, batch_first=True), set_to("add_zero_attn", True)),
     (lambda: Attention(12, 4, batch_first=True), set_to("num_heads", 2)),
