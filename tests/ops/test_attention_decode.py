@@ -146,3 +146,11 @@ def test_a_table_into_an_empty_cache() -> None:
     empty = torch.zeros(0, 2, 4, 8)
     with pytest.raises(ValueError, match="k_cache has 0 blocks"):
         ops.attention_decode(**tensors(k_cache=empty, v_cache=empty, block_table=TABLE))
+
+
+def test_codes_are_read_in_the_precision_of_a_float64_query() -> None:
+    k = torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.int8)
+    scale, seq_lens = torch.full((1, 1, 2), 0.5), torch.tensor([2])
+    q, exact = torch.ones(1, 1, 1, 2, dtype=torch.float64), k.double() * 0.5
+    out = ops.attention_decode(q, k, k, seq_lens, k_scale=scale, v_scale=scale, return_lse=True)
+    torch.testing.assert_close(out, ops.attention_decode(q, exact, exact, seq_lens, return_lse=True))

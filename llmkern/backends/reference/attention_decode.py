@@ -26,6 +26,8 @@ def attention_decode(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     k_cache, v_cache = stored(k_cache, k_scale, block_table), stored(v_cache, v_scale, block_table)
+    dtype = torch.promote_types(q.dtype, k_cache.dtype)  # codes have scales in fp32, whatever q is
+    k_cache, v_cache = k_cache.to(dtype), v_cache.to(dtype)
     slots = k_cache.shape[2]
     live = before_end(seq_lens, slots)
     k, v = torch.where(live, k_cache, 0), torch.where(live, v_cache, 0)
