@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,16 +21,20 @@ __all__ = [
     "check_finite",
     "check_floating",
     "check_has_hidden",
+    "check_is_number",
+    "check_is_tensor",
     "check_non_negative",
     "check_parameter",
     "check_same_device",
     "check_same_dtype",
     "check_shape",
+    "given",
 ]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 """The types whose meaning is in their contents alone; any other subclass may mean more, or intercept what is done."""
+_NUMBERS = (int, float, np.number, torch.SymInt, torch.SymFloat)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -43,21 +48,29 @@ def broadcasts(got: int, size: int) -> bool:
     return got == 1 or got == size
 
 
-def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Each given tensor is fp32, bf16, fp16 or fp64."""
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None: of arguments that may be left out."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def check_is_tensor(op: str, name: str, value: object) -> None:
+    """`value` is a tensor."""
+    if not isinstance(value, Tensor):
+        got = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"{op}: {name} is {got}, expected a Tensor")
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Each is a tensor of fp32, bf16, fp16 or fp64."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+        check_is_tensor(op, name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, *accepted: torch.dtype) -> None:
-    """The tensor has one of the accepted dtypes."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+    """It is a tensor of one of the accepted dtypes."""
+    check_is_tensor(op, name, tensor)
     if tensor.dtype not in accepted:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {' or '.join([str(d) for d in accepted])}")
 
@@ -100,15 +113,23 @@ def check_parameter(op: str, lead_name: str, lead: Tensor, **parameters: Tensor 
         check_same_device(op, lead_name, lead, **{name: parameter})
 
 
+def check_is_number(op: str, name: str, value: object) -> None:
+    """`value` is a number: Python's, numpy's, or one that torch.compile traces."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} is {value!r}, expected a number")
+
+
 def check_non_negative(op: str, name: str, value: float) -> None:
     """`value` is a finite number, 0 or larger."""
+    check_is_number(op, name, value)
     if not 0 <= value < math.inf:  # False for NaN; math.isfinite does not trace
         raise ValueError(f"{op}: {name} is {value}, expected a finite number that is not negative")
 
 
-def check_finite(op: str, name: str, value: float | None) -> None:
-    """`value`, where given, is a finite number."""
-    if value is not None and not -math.inf < value < math.inf:
+def check_finite(op: str, name: str, value: float) -> None:
+    """`value` is a finite number."""
+    check_is_number(op, name, value)
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} is {value}, expected a finite number")
 
 

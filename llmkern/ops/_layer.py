@@ -12,14 +12,16 @@ from llmkern.checks import (
     check_choice,
     check_dtype,
     check_floating,
+    check_is_tensor,
     check_same_device,
     check_same_dtype,
     check_shape,
+    given,
     shape_text,
 )
 from llmkern.ops.int8_linear import SCHEMES, resolve_scheme
 
-__all__ = ["check_hidden", "check_layer_mask", "check_linear", "check_schemes", "resolve_schemes"]
+__all__ = ["check_hidden", "check_layer_mask", "check_linear", "check_matrix", "check_schemes", "resolve_schemes"]
 
 
 def check_hidden(op: str, hidden: Tensor) -> None:
@@ -45,6 +47,13 @@ def check_schemes(op: str, schemes: str, linears: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: scheme has {len(each)} parts, expected one, or one for each of {', '.join(linears)}")
 
 
+def check_matrix(op: str, name: str, weight: Tensor) -> None:
+    """A tensor of two dimensions."""
+    check_is_tensor(op, name, weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: {name} has shape {shape_text(weight.shape)}, expected [N, K]")
+
+
 def check_linear(
     op: str, name: str, like: Tensor, into: tuple[int, int], weight: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> None:
@@ -58,7 +67,7 @@ def check_linear(
         check_dtype(op, f"{name}_scale", scale, torch.float32)
         check_shape(op, f"{name}_scale", scale, (into[0], 1), f"one per row of {name}_weight")
     check_shape(op, f"{name}_weight", weight, into)
-    check_floating(op, **{f"{name}_bias": bias})
+    check_floating(op, **given(**{f"{name}_bias": bias}))
     check_shape(op, f"{name}_bias", bias, into[:1], f"one per row of {name}_weight")
     check_same_device(op, "hidden", like, **shape, **{f"{name}_scale": scale})
 

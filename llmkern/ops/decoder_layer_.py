@@ -18,11 +18,19 @@ from llmkern.checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    given,
     shape_text,
 )
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._layer import check_hidden, check_layer_mask, check_linear, check_schemes, resolve_schemes
+from llmkern.ops._layer import (
+    check_hidden,
+    check_layer_mask,
+    check_linear,
+    check_matrix,
+    check_schemes,
+    resolve_schemes,
+)
 from llmkern.ops.attention import check_numbers
 
 __all__ = ["decoder_layer_"]
@@ -191,9 +199,8 @@ def _heads(head_dim: int, q_weight: Tensor, k_weight: Tensor) -> tuple[int, int]
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"{op}: head_dim is {head_dim}, expected an even number from 2 up")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(weight).__name__}, expected a Tensor")
-        if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[0] % head_dim:
+        check_matrix(op, name, weight)
+        if weight.shape[0] == 0 or weight.shape[0] % head_dim:
             raise ValueError(f"{op}: {name} has shape {shape_text(weight.shape)}, expected [heads * {head_dim}, H]")
     q_heads, kv_heads = q_weight.shape[0] // head_dim, k_weight.shape[0] // head_dim
     if q_heads % kv_heads:
@@ -216,6 +223,7 @@ def _check_angles(op: str, hidden: Tensor, cos: Tensor, sin: Tensor, head_dim: i
 def _check_parameters(
     op: str, hidden: Tensor, head_dim: int, q_heads: int, kv_heads: int, tensors: dict[str, Any]
 ) -> None:
+    check_matrix(op, "gate_weight", tensors["gate_weight"])
     size, inner = hidden.shape[-1], tensors["gate_weight"].shape[0]
     sizes = {
         "q": (q_heads * head_dim, size),
@@ -229,8 +237,9 @@ def _check_parameters(
     for name in _LINEARS:
         parts = (tensors[f"{name}_{part}"] for part in ("weight", "scale", "bias"))
         check_linear(op, name, hidden, sizes[name], *parts)
+    check_floating(op, input_norm=tensors["input_norm"], post_norm=tensors["post_norm"])
+    check_floating(op, **given(q_norm=tensors["q_norm"], k_norm=tensors["k_norm"]))
     for name, width in (("input_norm", size), ("post_norm", size), ("q_norm", head_dim), ("k_norm", head_dim)):
-        check_floating(op, **{name: tensors[name]})
         check_shape(op, name, tensors[name], (width,))
         check_same_device(op, "hidden", hidden, **{name: tensors[name]})
 

@@ -7,10 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.checks import check_choice, check_non_negative, check_parameter, shape_text
+from llmkern.checks import check_choice, check_is_tensor, check_non_negative, check_parameter, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._layer import check_hidden, check_layer_mask, check_linear, check_schemes, resolve_schemes
+from llmkern.ops._layer import (
+    check_hidden,
+    check_layer_mask,
+    check_linear,
+    check_matrix,
+    check_schemes,
+    resolve_schemes,
+)
 from llmkern.ops.attention import check_numbers
 
 __all__ = ["encoder_layer"]
@@ -121,7 +128,11 @@ def _check(
     check_non_negative(op, "eps", eps)
     check_numbers(op, sm_scale, 0.0)
     q_weight = tensors["q_weight"]
-    if heads < 1 or q_weight.dim() != 2 or q_weight.shape[0] == 0 or q_weight.shape[0] % heads:
+    for name in ("q_weight", "up_weight"):
+        check_matrix(op, name, tensors[name])
+    for name in ("attention_norm", "output_norm"):
+        check_is_tensor(op, name, tensors[name])
+    if heads < 1 or q_weight.shape[0] == 0 or q_weight.shape[0] % heads:
         raise ValueError(f"{op}: q_weight has shape {shape_text(q_weight.shape)}, expected [{heads} heads * D, H]")
     size, across, inner = hidden.shape[-1], q_weight.shape[0], tensors["up_weight"].shape[0]
     into = dict.fromkeys("qkv", (across, size)) | {"o": (size, across), "up": (inner, size), "down": (size, inner)}

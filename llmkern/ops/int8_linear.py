@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.checks import check_choice, check_floating, check_has_hidden
+from llmkern.checks import check_choice, check_floating, check_has_hidden, check_is_tensor
 from llmkern.dispatch import dispatch
 from llmkern.library import define
 from llmkern.ops.int8_matmul import ACTIVATIONS, check_weight
@@ -55,6 +55,7 @@ def _check(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activat
     check_has_hidden(op, "x", x)
     check_choice(op, "activation", activation, ACTIVATIONS)
     check_choice(op, "scheme", scheme, SCHEMES)
+    check_is_tensor(op, "w_scale", w_scale)
     check_weight(op, "x", x, w_q, w_scale, bias)
 
 

@@ -13,6 +13,7 @@ from llmkern.checks import (
     check_has_hidden,
     check_same_device,
     check_shape,
+    given,
 )
 from llmkern.dispatch import dispatch
 from llmkern.library import define
@@ -86,7 +87,7 @@ def _check(
     if a_scale is not None:
         check_dtype(op, "a_scale", a_scale, torch.float32)
         check_shape(op, "a_scale", a_scale, (*a_q.shape[:-1], 1), "one scale per row of a_q")
-    check_floating(op, residual=residual)
+    check_floating(op, **given(residual=residual))
     check_shape(op, "residual", residual, (*a_q.shape[:-1], w_q.shape[0]), "the shape of the result")
     check_same_device(op, "a_q", a_q, a_scale=a_scale, residual=residual)
     if out_dtype == torch.int32:
@@ -112,7 +113,7 @@ def check_weight(
     if w_scale is not None:
         check_dtype(op, "w_scale", w_scale, torch.float32)
         check_shape(op, "w_scale", w_scale, (n, 1)[: max(w_scale.dim(), 1)], "one scale per row of w_q")
-    check_floating(op, bias=bias)
+    check_floating(op, **given(bias=bias))
     check_shape(op, "bias", bias, (n,), "one value per row of w_q")
     check_same_device(op, lead_name, lead, w_q=w_q, w_scale=w_scale, bias=bias)
 

@@ -13,6 +13,7 @@ from llmkern.checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    given,
 )
 from llmkern.dispatch import dispatch
 from llmkern.library import define
@@ -34,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    check_floating("linear", x=x, weight=weight)
+    check_floating("linear", x=x, weight=weight, **given(bias=bias))
     check_has_hidden("linear", "x", x)
     check_same_dtype("linear", "x", x, weight=weight, bias=bias)
     if weight.dim() != 2:

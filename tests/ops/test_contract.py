@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -186,3 +188,17 @@ def test_exports(case: Case) -> None:
 
     program = torch.export.export(Module(), (), inputs)
     assert_same_bits(program.module()(**inputs), Module()(**inputs))
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_an_argument_that_is_none_or_no_number_is_named(op: str) -> None:
+    call = next(c for c in cases(op) if c.dtype == torch.float32).make()
+    for argument in getattr(torch.ops.llmkern, op).default._schema.arguments:
+        wrong: tuple[Any, ...] = ()
+        if str(argument.type) == "Tensor":
+            wrong = (None, [1.0])
+        elif str(argument.type) == "float":
+            wrong = ("1", [1.0], torch.ones(2))
+        for value in wrong:
+            with pytest.raises(TypeError, match=f"^{op}: {argument.name} is .*expected"):
+                getattr(ops, op)(**{**call, argument.name: value})
