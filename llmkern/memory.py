@@ -76,9 +76,11 @@ def move_to_huge_pages_(model: nn.Module) -> int:
     with contextlib.suppress(OSError):  # no memory for more: what has been moved may stay
         for (begin, size), to in zip(sizes.items(), _places(list(sizes.values())), strict=True):
             tensors = storages.pop(begin)
-            to.copy_(torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), 0, (size,), (1,)))
+            to.copy_(
+                torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage(), 0, (size,), (1,))
+            )
             for tensor in tensors:
-                view = torch.empty(0, dtype=tensor.dtype)
+                view = torch.empty(0, dtype=tensor.dtype, device="cpu")
                 view.set_(to.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
                 tensor.data = view
             moved += size

@@ -225,7 +225,7 @@ def _output_error(module: nn.Module, int8: Int8Linear, s: Tensor | None, rows: T
     """Root mean square over the rows of ‖y − ŷ‖ / ‖y‖, before the bias; of normal noise where no rows were seen."""
     weight = weight_out_in(module).detach().float()
     if rows is None:
-        rows = torch.randn(MAX_ROWS // 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        rows = torch.randn(MAX_ROWS // 4, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
     rows = rows.float().to(weight.device)
     wanted = F.linear(rows, weight)
     smooth_rows = rows if s is None else rows / s.to(rows)

@@ -69,7 +69,8 @@ def _divided(norm: nn.Module, s: Tensor) -> dict[str, Tensor] | None:
     if weight is None or weight.shape != s.shape or set(_own(norm)) - {"weight", "bias"}:
         return None
     s = s.to(weight.device)
-    x = torch.randn(4, s.numel(), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(4, s.numel(), generator=torch.Generator().manual_seed(0), device="cpu")
+    x = x.to(weight.device, weight.dtype)
     original = {name: value.detach().clone() for name, value in _own(norm).items()}
     with torch.no_grad():
         wanted = norm(x) / s

@@ -80,7 +80,8 @@ def optimize_(
         "linear": linear,
         "kv_cache": kv_cache,
     }
-    sites = _settled(list(_sites(model, switches, filter_fn)))
+    with torch.device("cpu"):  # for the probes, whatever torch.set_default_device says
+        sites = _settled(list(_sites(model, switches, filter_fn)))
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))

@@ -347,3 +347,13 @@ def test_one_row_at_a_time_in_bf16_stays_close(tiny_llama, ids) -> None:
         cache = out.past_key_values
         steps.append(out.logits)
     assert relative(prefill.float(), torch.cat(steps, 1).float()) < 0.03
+
+
+def test_the_default_device_is_not_where_layers_are_measured(tiny_llama) -> None:
+    for usual in (stack(), tiny_llama):
+        model = copy.deepcopy(usual)
+        report = quantize_(usual)
+        with torch.device("meta"):
+            assert quantize_(model).to_dict() == report.to_dict()
+        for name, tensor in usual.state_dict().items():
+            assert_same_bits(model.state_dict()[name], tensor.to(model.state_dict()[name].device))

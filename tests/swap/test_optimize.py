@@ -294,3 +294,9 @@ def test_explain_leaves_no_hooks_behind_when_the_model_fails(model: Model) -> No
     assert not nn.modules.module._global_forward_hooks
     assert not nn.modules.module._global_forward_pre_hooks
     assert dispatch._state.recorder is None
+
+
+def test_the_default_device_is_not_where_modules_are_probed(model: Model) -> None:
+    usual = llmkern.optimize_(copy.deepcopy(model), on_unsupported="ignore")
+    with torch.device("meta"):
+        assert llmkern.optimize_(model, on_unsupported="ignore").rows == usual.rows
