@@ -1,9 +1,11 @@
 """Where compilers and ninja are, and build.ninja's lines: for setup.py, and for tests that compile kernels."""
 
+import importlib.machinery
 import importlib.util
 import os
 import shlex
 import shutil
+import site
 import sys
 from pathlib import Path
 
@@ -11,6 +13,10 @@ CSRC = Path(__file__).parent.resolve()
 ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch that the library loads into: 2.11
 RULES = "rule compile\n command = $tool -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc\n"
 RULES += "rule link\n command = $tool -o $out $in $libraries\n"
+
+
+# What is installed where the library will run: in a build that pip isolates these are not on sys.path.
+SITES = site.getsitepackages()
 
 
 class Unavailable(Exception):
@@ -37,7 +43,7 @@ def find_nvcc() -> tuple[str | None, str | None]:
         return None, "LLMKERN_CUDA=0 was set while building"
     if not any(CSRC.glob("cuda/*.cu")):
         return None, "there are no CUDA kernels in csrc/cuda"
-    wheels = [str(folder) for site in sys.path for folder in Path(site).glob("nvidia/*/bin")]
+    wheels = [str(folder) for path in [*sys.path, *SITES] for folder in Path(path).glob("nvidia/*/bin")]
     folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin", *wheels]
     found = shutil.which("nvcc", path=os.pathsep.join(folders))
     return found, None if found else "nvcc was not found in CUDA_HOME, PATH, /usr/local/cuda or NVIDIA's wheels"
@@ -45,7 +51,8 @@ def find_nvcc() -> tuple[str | None, str | None]:
 
 def folder_of(package: str) -> Path:
     """Where a Python package is, found without importing it."""
-    if (spec := importlib.util.find_spec(package)) is None:
+    spec = importlib.util.find_spec(package) or importlib.machinery.PathFinder.find_spec(package, SITES)
+    if spec is None:
         raise Unavailable(f"{package} was not found while building; install it, and build with --no-build-isolation")
     return Path(spec.origin).parent
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmkern import _native
 
@@ -61,6 +62,14 @@ def test_a_build_that_cannot_be_says_why(source: Path, env: dict[str, str], reas
     told = "import sys; sys.path.insert(0, '.'); from llmkern import _native; print(_native.reason())"
     run = subprocess.run([sys.executable, "-c", told], cwd=source, capture_output=True, text=True, timeout=120)
     assert f"the native library was not built: {reasons['library']}" in run.stdout
+
+
+def test_torch_is_found_from_a_build_that_pip_isolates() -> None:
+    """There sys.path is without the environment that the package is installed into."""
+    code = "import sys; sys.path[:] = [p for p in sys.path if 'packages' not in p]; sys.path.append('csrc')\n"
+    code += "import toolchain; print(toolchain.folder_of('torch'))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert Path(run.stdout.strip()).samefile(Path(torch.__file__).parent)
 
 
 @pytest.mark.parametrize(
