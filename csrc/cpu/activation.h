@@ -34,9 +34,5 @@ inline auto with_activation(Activation activation, const F& f) {
   __builtin_unreachable();
 }
 
-inline F32 activate(Activation activation, F32 z) {
-  return with_activation(activation, [z]<Activation kActivation>() { return activate<kActivation>(z); });
-}
-
 }  // namespace
 }  // namespace llmkern::LLMKERN_ISA

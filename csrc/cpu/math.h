@@ -69,6 +69,52 @@ inline F32 silu(F32 x) {
 }
 
 // x Φ(x), Φ the normal distribution function: within 4 ulp where x > 0 and within 10⁻⁷ where x < 0, as PyTorch's own.
+#if LLMKERN_ISA_LEVEL == 2
+// Φ(-a) near 32 values of a >= 0, kStep apart, as polynomials in the distance from the nearest one: Taylor's, to the
+// fifth power, of which Chebyshev's T₅ takes away the last with the least error (5 · 10⁻⁹).  The last is 0: Φ(-5.7) is
+// 6 · 10⁻⁹.
+struct NormalTail {
+  static constexpr int kPoints = 32, kPowers = 5;
+  static constexpr double kStep = 0.1875;
+  alignas(64) float power[kPowers][kPoints] = {};
+
+  constexpr NormalTail() {
+    double tail = 0.5, density = 0.3989422804014327;  // Φ(-a) and its derivative's magnitude
+    for (int i = 0; i + 1 < kPoints; ++i) {
+      const double a = i * kStep, half = kStep / 2;
+      double derivative[24] = {-density, density * a};  // of -density, the n-th: Hermite's polynomials, by recursion
+      for (int n = 2; n < 24; ++n) derivative[n] = -a * derivative[n - 1] - (n - 1) * derivative[n - 2];
+      double c[25] = {tail}, factorial = 1;
+      for (int n = 1; n < 25; ++n) c[n] = derivative[n - 1] / (factorial *= n);
+      power[0][i] = c[0];
+      power[1][i] = c[1] - c[5] * half * half * half * half * 5 / 16;
+      power[2][i] = c[2];
+      power[3][i] = c[3] + c[5] * half * half * 20 / 16;
+      power[4][i] = c[4];
+      double to_next = 1;
+      for (int n = 1; n < 25; ++n) tail += c[n] * (to_next *= kStep);
+      double ratio = 1, term = 1;  // of the next density to this: e^(-kStep (a + kStep / 2))
+      for (int n = 1; n < 30; ++n) ratio += term *= -kStep * (a + half) / n;
+      density *= ratio;
+    }
+  }
+};
+
+inline F32 gelu(F32 x) {
+  static constexpr NormalTail kTail;
+  const F32 a = bits_as<F32>(bits_as<S32>(x) & 0x7fffffff);
+  const F32 m = _mm512_maskz_min_ps(0xffff, a, broadcast(31 * NormalTail::kStep));
+  const F32 rounder = F32{} + 0x1.8p23f, nearest = m * static_cast<float>(1 / NormalTail::kStep) + rounder;
+  const F32 distance = m - (nearest - rounder) * static_cast<float>(NormalTail::kStep);
+  const auto coefficient = [&](int i) -> F32 {
+    return _mm512_permutex2var_ps(load(kTail.power[i]), bits_as<__m512i>(nearest), load(kTail.power[i] + kLanes));
+  };
+  F32 tail = coefficient(NormalTail::kPowers - 1);
+#pragma GCC unroll 4
+  for (int i = NormalTail::kPowers - 2; i >= 0; --i) tail = tail * distance + coefficient(i);
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+#else
 // Φ(-a) = e^(g(a) - a²/2) for a >= 0, g the polynomial of least error in a Φ(-a) (2 · 10⁻⁸) up to 5.6.  There Φ(-a) is
 // 10⁻⁸, and g stays what it is.
 inline F32 gelu(F32 x) {
@@ -85,6 +131,7 @@ inline F32 gelu(F32 x) {
   const F32 tail = exp_or_0(a * -0.5f * a + g);
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
+#endif
 
 // ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), as x / (1 + e^(-2 …)): within 3 ulp where x > -1, and as the exponent is
 // rounded, 70 at -6.

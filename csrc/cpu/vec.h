@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if LLMKERN_ISA_LEVEL > 0
 #include <immintrin.h>
@@ -157,6 +158,19 @@ inline F32 load_at_most(const T* p, int64_t n) {
 template <class T>
 inline void store_at_most(T* p, F32 v, int64_t n) {
   n >= kLanes ? store(p, v) : store_first(p, v, static_cast<int>(n));
+}
+
+// Two registers, one after the other.
+template <class T>
+inline void store_two(T* p, F32 first, F32 second) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);  // what is subnormal becomes 0
+    return std::memcpy(p, &both, sizeof(both)), void();
+  }
+#endif
+  store(p, first);
+  store(p + kLanes, second);
 }
 
 // f(i, n) for each register of n <= kLanes elements from i on that it takes to hold `count`; only the last may be

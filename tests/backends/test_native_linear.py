@@ -74,7 +74,12 @@ def test_rows_gigabytes_apart(isa) -> None:
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "n", "k"), [(3, 33, 65), (37, 67, 131), (33, 17, 1100), (600, 33, 450)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"),
+    # Few rows; odd sizes; several parts of k; many rows; more strips than are packed at once; several passes of parts;
+    # rows that tiles multiply where they lie, and their rest.
+    [(3, 33, 65), (37, 67, 131), (33, 17, 1100), (600, 33, 450), (40, 2100, 64), (200, 40, 4200), (97, 70, 320)],
+)
 def test_linear_is_as_accurate_as_pytorch_on_any_number_of_rows(isa, dtype, rows, n, k) -> None:
     """The operator itself, which takes more rows than the dispatcher gives it; a row may only spoil itself."""
     x = torch.randn(rows, k)
@@ -83,6 +88,18 @@ def test_linear_is_as_accurate_as_pytorch_on_any_number_of_rows(isa, dtype, rows
     call["activation"] = "gelu"
     out = torch.ops.llmkern.linear(**call)
     assert_as_accurate(out, baseline=baseline("linear", call), exact=reference("linear", upcast(call)))
+
+
+@each_isa
+@pytest.mark.parametrize("apart", [96, 128, 1024, 100])
+@pytest.mark.parametrize("offset", [0, 8])
+def test_linear_of_rows_in_a_wider_tensor(isa, apart, offset) -> None:
+    """Whole cache lines or not, where tiles read them or copies of them: the same bits."""
+    wide, w = torch.randn(70, 1100).bfloat16(), torch.randn(33, 96).bfloat16()
+    x = wide.flatten()[offset:].as_strided((70, 96), (apart, 1))
+    assert torch.equal(
+        torch.ops.llmkern.linear(x, w, None, "gelu"), torch.ops.llmkern.linear(x.clone(), w, None, "gelu")
+    )
 
 
 @each_isa

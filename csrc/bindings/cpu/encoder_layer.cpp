@@ -35,13 +35,10 @@ class EncoderLayer : Layer {
     allocate([this](Scratch& scratch) { place(scratch); });
     products_(quantized(input(), size_, {c_.q, c_.k, c_.v}), {c_.q, c_.k, c_.v}, {&q_, &k_, &v_});
     launch_attention(attention_params(q_, k_, v_, attended_, c_.sm_scale), threads_);
-    products_(attended_, {c_.o}, {&o_});
-    norm(o_, input(), c_.attention_norm, c_.attention_norm_bias, h_);
-    products_(quantized(h_, size_, {c_.up}), {c_.up}, {&inner_});
-    const Matrix activated = products_.takes_codes({c_.down}) ? codes_ : inner_;
-    activate(c_.activation, inner_, nullptr, activated, c_.up.n());
-    products_(activated, {c_.down}, {&down_});
-    norm(down_, h_, c_.output_norm, c_.output_norm_bias, {.data = out.mutable_data_ptr(), .stride = size_});
+    norm(attended_, c_.o, input(), o_, c_.attention_norm, c_.attention_norm_bias, h_);
+    const Matrix activated = up();
+    norm(activated, c_.down, h_, down_, c_.output_norm, c_.output_norm_bias,
+         {.data = out.mutable_data_ptr(), .stride = size_});
   }
 
  private:
@@ -74,10 +71,26 @@ class EncoderLayer : Layer {
     return codes_;
   }
 
-  // out = layer_norm(x + residual); the sum takes x's place.
-  void norm(const Matrix& x, const Matrix& residual, const Tensor& weight, const Optional& bias, const Matrix& out) {
-    NormParams p = norm_params(x, weight, out);
-    add_first(p, residual, x);
+  // The activated input of `down`, as numbers or codes.
+  Matrix up() {
+    const Matrix x = quantized(h_, size_, {c_.up});
+    if (products_.native(c_.up)) {
+      products_(x, {c_.up}, {&inner_}, c_.activation);
+      return inner_;
+    }
+    products_(x, {c_.up}, {&inner_});
+    const Matrix activated = products_.takes_codes({c_.down}) ? codes_ : inner_;
+    activate(c_.activation, inner_, nullptr, activated, c_.up.n());
+    return activated;
+  }
+
+  // out = layer_norm(x · lᵀ + residual); the sum is kept in `total`.
+  void norm(const Matrix& x, const Linear& l, const Matrix& residual, Matrix& total, const Tensor& weight,
+            const Optional& bias, const Matrix& out) {
+    const bool added = products_.native(l);
+    added ? products_.add(x, l, residual, total) : products_(x, {l}, {&total});
+    NormParams p = norm_params(total, weight, out);
+    if (!added) add_first(p, residual, total);
     p.norm = Norm::layer;
     p.bias = bias ? bias->const_data_ptr() : nullptr;
     p.bias_dtype = dtype_or_f32(bias);

@@ -19,8 +19,8 @@
 
 namespace llmkern {
 
-// With a floating-point weight, more rows than these are multiplied by torch's own operator (oneDNN, MKL), which then
-// reads the weight about as fast and multiplies faster.
+// With a floating-point weight and without tiles for it, more rows than these are multiplied by torch's own operator
+// (oneDNN, MKL), which then reads the weight about as fast and multiplies faster.
 inline constexpr int64_t kFewRows = 16;
 
 // A linear layer, as an op's arguments <name>_weight, <name>_scale and <name>_bias.
@@ -34,6 +34,12 @@ struct Linear {
   int64_t n() const { return weight.size(0); }
   int64_t k() const { return weight.size(1); }
   bool int8() const { return scale.has_value(); }
+  WeightType type() const {
+    if (int8()) return WeightType::s8;
+    return weight.scalar_type() == ScalarType::Float      ? WeightType::f32
+           : weight.scalar_type() == ScalarType::BFloat16 ? WeightType::bf16
+                                                          : WeightType::f16;
+  }
   bool takes_codes() const { return w8a8 && int8(); }
 };
 
@@ -171,7 +177,7 @@ struct Matrix {
 
 // Is this layer, of so many rows, multiplied by launch_linear?
 inline bool is_native(const Linear& l, int64_t rows) {
-  return l.int8() || rows <= kFewRows;
+  return l.int8() || rows <= kFewRows || linear_has_tiles(l.type());
 }
 
 template <class Linears>
@@ -211,8 +217,10 @@ class Products {
 
   void set_workspace(char* workspace) { workspace_ = workspace; }
 
-  // out[i] = x · layers[i]ᵀ + bias.  Where torch multiplies, out[i] is pointed at its result.
-  void operator()(const Matrix& x, std::initializer_list<Linear> layers, std::initializer_list<Matrix*> outs) {
+  // out[i] = activation(x · layers[i]ᵀ + bias).  Where torch multiplies, out[i] is pointed at its result, and nothing
+  // is activated.
+  void operator()(const Matrix& x, std::initializer_list<Linear> layers, std::initializer_list<Matrix*> outs,
+                  Activation activation = Activation::none) {
     auto out = outs.begin();
     LinearParams p;
     p.segments = 0;
@@ -220,9 +228,10 @@ class Products {
       if (!native(l)) {
         **out = dense(x, l);
       } else {
-        if (p.segments && (p.weight_type != weight_type(l) || p.w8a8 != l.takes_codes())) launch(p);
+        if (p.segments && (p.weight_type != l.type() || p.w8a8 != l.takes_codes())) launch(p);
         if (p.segments == 0) p = params(x, l);
-        p.segment[p.segments++] = segment(l, **out);
+        p.segment[p.segments] = segment(l, **out);
+        p.segment[p.segments++].activation = activation;
       }
       ++out;
     }
@@ -251,11 +260,6 @@ class Products {
   }
 
  private:
-  WeightType weight_type(const Linear& l) const {
-    if (l.int8()) return WeightType::s8;
-    return dtype_ == DType::f32 ? WeightType::f32 : dtype_ == DType::bf16 ? WeightType::bf16 : WeightType::f16;
-  }
-
   LinearParams params(const Matrix& x, const Linear& l) const {
     LinearParams p;
     p.x = x.codes ? nullptr : x.data;
@@ -265,7 +269,7 @@ class Products {
     p.segments = 0;
     p.rows = {.count = rows_, .stride0 = x.codes ? l.k() : x.stride};
     p.k = l.k();
-    p.weight_type = weight_type(l);
+    p.weight_type = l.type();
     p.dtype = p.out_dtype = p.bias_dtype = p.residual_dtype = dtype_;
     p.w8a8 = l.takes_codes();
     return p;

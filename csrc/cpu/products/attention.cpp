@@ -38,10 +38,14 @@ template <class T>
 constexpr bool kTiles = false;
 #endif
 
-// What one task keeps of its rows.
-struct Rows {
+// kM rows of a key head, perhaps fewer.
+struct Task {
   int64_t batch, head, first_row;
-  int count;                                 // of kM
+  int count;
+};
+
+// What a task keeps of its rows.
+struct Rows : Task {
   int32_t first[kM], last[kM];               // keys that each sees; none where first > last
   int64_t mask_at[kM];                       // where their rows of the mask begin, in elements
   int32_t some_first, some_last;             // that some row sees
@@ -63,7 +67,39 @@ struct Call {
 
   int64_t query(int64_t row) const { return row / group; }
   int64_t head(int64_t kv_head, int64_t row) const { return kv_head * group + row % group; }
+
+  Task task(int64_t at) const {
+    // The first block, the last, the second, the last but one: neighbours' work sums up alike under causality.
+    const int64_t i = at % blocks, block = i % 2 ? blocks - 1 - i / 2 : i / 2;
+    return {at / blocks / p.kv_heads, at / blocks % p.kv_heads, block * kM,
+            static_cast<int>(rows - block * kM < kM ? rows - block * kM : kM)};
+  }
 };
+
+// Brings `count` vectors near: where a head's are far apart no hardware sees what comes next.
+template <class T>
+inline void fetch(const T* from, int64_t stride, int64_t count, int64_t dim) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + j * stride + d);
+}
+
+template <class T>
+void fetch_keys(const AttentionParams& p, const Task& task, int64_t first) {
+  const int64_t count = p.keys - first < kMostKeys ? p.keys - first : kMostKeys;
+  fetch(static_cast<const T*>(p.k) + p.k_strides.offset(task.batch, task.head, first), p.k_strides.position, count,
+        p.dim);
+  fetch(static_cast<const T*>(p.v) + p.v_strides.offset(task.batch, task.head, first), p.v_strides.position, count,
+        p.value_dim);
+}
+
+template <class T>
+void fetch_queries(const Call& c, const Task& task) {
+  for (int r = 0; r < task.count; ++r) {
+    const int64_t row = task.first_row + r;
+    fetch(static_cast<const T*>(c.p.q) + c.p.q_strides.offset(task.batch, c.head(task.head, row), c.query(row)), 0, 1,
+          c.p.dim);
+  }
+}
 
 // Which keys the rows see, by causality and window.
 void set_limits(const Call& c, Rows& rows) {
@@ -98,17 +134,6 @@ inline F32 load_lanes(const T* p, int64_t n) {
 template <class T>
 void start(const Call& c, Rows& rows) {
   const AttentionParams& p = c.p;
-  set_limits(c, rows);
-  for (int r = 0; r < kM; ++r) {
-    rows.top[r] = -kInfinity;
-    rows.total[r] = 0.0f;
-    if (!p.sinks || r >= rows.count) continue;
-    const int64_t h = c.head(rows.head, rows.first_row + r);
-    const float sink =
-        with_type(p.sinks_dtype, [&]<class S>() { return load_first(static_cast<const S*>(p.sinks) + h, 1)[0]; });
-    if (sink > -kInfinity) rows.top[r] = sink;  // not NaN
-    rows.total[r] = exp(broadcast(sink == -kInfinity ? sink : sink - rows.top[r]))[0];
-  }
   for (int r0 = 0; r0 < kM; r0 += kLanes) {
     const T* q[kLanes];
     for (int r = 0; r < kLanes; ++r) {
@@ -125,6 +150,17 @@ void start(const Call& c, Rows& rows) {
       const int n = kTiles<T> || p.dim - d > kLanes ? kLanes : p.dim - d;
       for (int i = 0; i < n; ++i) store(rows.q + (d / kPerLane + i) * kM + r0, square[i]);
     }
+  }
+  set_limits(c, rows);
+  for (int r = 0; r < kM; ++r) {
+    rows.top[r] = -kInfinity;
+    rows.total[r] = 0.0f;
+    if (!p.sinks || r >= rows.count) continue;
+    const int64_t h = c.head(rows.head, rows.first_row + r);
+    const float sink =
+        with_type(p.sinks_dtype, [&]<class S>() { return load_first(static_cast<const S*>(p.sinks) + h, 1)[0]; });
+    if (sink > -kInfinity) rows.top[r] = sink;  // not NaN
+    rows.total[r] = exp(broadcast(sink == -kInfinity ? sink : sink - rows.top[r]))[0];
   }
   const int64_t value_dim = kTiles<T> ? (p.value_dim + 31) / 32 * 32 : p.value_dim;
   std::memset(rows.out, 0, value_dim * kM * sizeof(float));
@@ -273,6 +309,41 @@ void add_mask(const Call& c, Rows& rows, int64_t j0, int count, F32 scale) {
     }
 }
 
+// The largest of `count` scores, a row's in each lane, NaN left out: it comes back with its weight.
+inline F32 largest(const float* scores, int count) {
+  F32 top[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
+  for (int j = 0; j < count; ++j) {
+    const F32 score = load(scores + j * kM);
+    top[j % 2] = score > top[j % 2] ? score : top[j % 2];
+  }
+  return top[0] > top[1] ? top[0] : top[1];
+}
+
+// e^(scores · factor - shift) takes the place of `count` scores; returns their sum.
+template <class T>
+inline F32 weigh(float* scores, int count, F32 factor, F32 shift) {
+  F32 total[2] = {};
+#ifdef __AMX_BF16__
+  if constexpr (kTiles<T>) {
+    const auto weight = [&](int j) { return exp2_or_0((load(scores + j * kM) * factor - shift) * 0x1.715476p0f); };
+    // Pairs overtake no score that is still to be read: pair j / 2 is not behind key j.
+    for (int j = 0; j < count; j += 2) {
+      const F32 even = weight(j), odd = j + 1 < count ? weight(j + 1) : F32{};
+      total[0] += even, total[1] += odd;
+      store(scores + j / 2 * kM, pairs(even, odd));
+    }
+    for (int j = (count + 1) / 2; j % 16 != 0; ++j) store(scores + j * kM, F32{});
+    return total[0] + total[1];
+  }
+#endif
+  for (int j = 0; j < count; ++j) {
+    const F32 weight = exp_or_0(load(scores + j * kM) * factor - shift);
+    total[j % 2] += weight;
+    store(scores + j * kM, weight);
+  }
+  return total[0] + total[1];
+}
+
 // scores → weights of keys [j0, j0 + count); keep is what the rows' sums so far are to be multiplied with.
 template <class T>
 void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 (&keep)[kC]) {
@@ -280,50 +351,38 @@ void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 
   const bool by_row = p.mask && !c.mask_by_key;
   const bool all_see = j0 >= rows.every_first && j0 + count - 1 <= rows.every_last;
   const bool simple = !by_row && p.softcap <= 0.0f;
-  const F32 scale = broadcast(p.sm_scale);
+  const F32 scale = broadcast(p.sm_scale), one = broadcast(1.0f);
   if (p.softcap > 0.0f) {
     const F32 cap = broadcast(p.softcap);
     for (int i = 0; i < count * kM; i += kLanes)
       store(rows.scores + i, tanh(load(rows.scores + i) * scale / cap) * cap);
   }
-  if (by_row) add_mask(c, rows, j0, count, p.softcap > 0.0f ? broadcast(1.0f) : scale);
+  if (by_row) add_mask(c, rows, j0, count, p.softcap > 0.0f ? one : scale);
+  // Scores that nothing but the scale changes are left as they are: the largest stays it.
+  const bool as_they_are = simple && !by_key && all_see && p.sm_scale > 0.0f;
+  const F32 factor = as_they_are ? scale : one;
   for (int i = 0; i < kC; ++i) {
     float* s = rows.scores + i * kLanes;
-    F32 top = load(rows.top + i * kLanes);
-    S32 first, last;
-    std::memcpy(&first, rows.first + i * kLanes, sizeof(first));
-    std::memcpy(&last, rows.last + i * kLanes, sizeof(last));
-    for (int j = 0; j < count; ++j) {
-      F32 score = load(s + j * kM);
-      if (simple) score *= scale;
-      if (by_key) score += broadcast(rows.key_bias[j]);
-      if (!all_see) {
-        const S32 key = S32{} + static_cast<int32_t>(j0 + j);
-        score = (key >= first) & (key <= last) ? score : broadcast(-kInfinity);
+    if (!as_they_are) {
+      S32 first, last;
+      std::memcpy(&first, rows.first + i * kLanes, sizeof(first));
+      std::memcpy(&last, rows.last + i * kLanes, sizeof(last));
+      for (int j = 0; j < count; ++j) {
+        F32 score = load(s + j * kM);
+        if (simple) score *= scale;
+        if (by_key) score += broadcast(rows.key_bias[j]);
+        if (!all_see) {
+          const S32 key = S32{} + static_cast<int32_t>(j0 + j);
+          score = (key >= first) & (key <= last) ? score : broadcast(-kInfinity);
+        }
+        store(s + j * kM, score);
       }
-      top = score > top ? score : top;  // a NaN stays out of the maximum, and comes back with its weight
-      store(s + j * kM, score);
     }
+    const F32 before = load(rows.top + i * kLanes), here = largest(s, count) * factor;
+    const F32 top = here > before ? here : before;
     const F32 shift = top == -kInfinity ? F32{} : top;
-    F32 total = {};
-    const auto weight = [&](int j) {
-      const F32 weight = exp_or_0(load(s + j * kM) - shift);
-      total += weight;
-      return weight;
-    };
-    if constexpr (kTiles<T>) {
-#ifdef __AMX_BF16__
-      // Pairs overtake no score that is still to be read: pair j / 2 is not behind key j.
-      for (int j = 0; j < count; j += 2) {
-        const F32 even = weight(j), odd = j + 1 < count ? weight(j + 1) : F32{};
-        store(s + j / 2 * kM, pairs(even, odd));
-      }
-      for (int j = (count + 1) / 2; j % 16 != 0; ++j) store(s + j * kM, F32{});
-#endif
-    } else {
-      for (int j = 0; j < count; ++j) store(s + j * kM, weight(j));
-    }
-    keep[i] = exp_or_0(load(rows.top + i * kLanes) - shift);
+    keep[i] = exp_or_0(before - shift);
+    const F32 total = weigh<T>(s, count, factor, shift);
     store(rows.total + i * kLanes, load(rows.total + i * kLanes) * keep[i] + total);
     store(rows.top + i * kLanes, top);
   }
@@ -334,7 +393,7 @@ void finish(const Call& c, Rows& rows) {
   const AttentionParams& p = c.p;
   for (int r0 = 0; r0 < rows.count; r0 += kLanes) {
     const int n = rows.count - r0 < kLanes ? rows.count - r0 : kLanes;
-    const F32 total = load(rows.total + r0), divisor = total == 0.0f ? broadcast(1.0f) : total;
+    const F32 total = load(rows.total + r0), factor = 1.0f / (total == 0.0f ? broadcast(1.0f) : total);
     T* out[kLanes];
     for (int r = 0; r < n; ++r) {
       const int64_t row = rows.first_row + r0 + r, h = c.head(rows.head, row), i = c.query(row);
@@ -346,7 +405,7 @@ void finish(const Call& c, Rows& rows) {
     for (int64_t d = 0; d < p.value_dim; d += kLanes) {
       F32 square[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        square[i] = d + i < p.value_dim ? load(rows.out + (d + i) * kM + r0) / divisor : F32{};
+        square[i] = d + i < p.value_dim ? load(rows.out + (d + i) * kM + r0) * factor : F32{};
       transpose(square);
       for (int r = 0; r < n; ++r) store_at_most(out[r] + d, square[r], p.value_dim - d);
     }
@@ -363,6 +422,7 @@ void run(const Call& c, Rows& rows) {
   constexpr int kKeys = kTiles<T> ? kMostKeys : kN;
   for (int64_t j = rows.some_first; j <= rows.some_last; j += kKeys) {
     const int count = rows.some_last - j + 1 < kKeys ? rows.some_last - j + 1 : kKeys;
+    if (j + count <= rows.some_last) fetch_keys<T>(p, rows, j + count);
     if (by_key && !set_key_bias(c, rows, j, count)) continue;
     multiply_keys(rows, k + j * p.k_strides.position, p.k_strides.position, count, p.dim);
     F32 keep[kC];
@@ -378,19 +438,22 @@ void attention(const AttentionParams& p, const Threads& threads) {
   const Call c{p};
   const auto tasks = [&](int64_t begin, int64_t end) {
 #ifdef __AMX_BF16__
-    configure_tiles();  // not by an object's destructor: it would have the object file export what exceptions need
+    Tiles::begin();
 #endif
     Rows rows;
     for (int64_t at = begin; at < end; ++at) {
-      rows.batch = at / c.blocks / p.kv_heads, rows.head = at / c.blocks % p.kv_heads;
-      // The first block, the last, the second, the last but one: neighbours' work sums up alike under causality.
-      const int64_t i = at % c.blocks, block = i % 2 ? c.blocks - 1 - i / 2 : i / 2;
-      rows.first_row = block * kM;
-      rows.count = c.rows - rows.first_row < kM ? c.rows - rows.first_row : kM;
-      with_type(p.dtype, [&]<class T>() { run<T>(c, rows); });
+      static_cast<Task&>(rows) = c.task(at);
+      with_type(p.dtype, [&]<class T>() {
+        if (at + 1 < end) {
+          const Task next = c.task(at + 1);
+          fetch_queries<T>(c, next);
+          if (next.head != rows.head || next.batch != rows.batch) fetch_keys<T>(p, next, 0);
+        }
+        run<T>(c, rows);
+      });
     }
 #ifdef __AMX_BF16__
-    _tile_release();
+    Tiles::end();
 #endif
   };
   const int64_t products = kM * (p.keys + 1) * (p.dim + p.value_dim);

@@ -1,8 +1,9 @@
 // A block of attention in bf16 on AMX: the two products of attention.cpp, with rows still in the lanes of the sums.
-//   scores[key][row] = k · qᵀ     a tile of k lies in memory as it must; q is kept as pairs of dimensions, [dim /
-//   2][row] out[dim][row] += vᵀ · weights  v is transposed for each block; the weights are kept as pairs of keys, [key
-//   / 2][row]
-// 32 × 32 numbers are 2 × 2 tiles of sums, 0 to 3, of left operands 4 and 5 and right ones 6 and 7, 32 products a step.
+// scores   [key][row] = k · qᵀ.  A tile of k lies in memory as it must; q is kept as pairs of dimensions, [dim /
+// 2][row]. out      [dim][row] += vᵀ · weights.  v is transposed for each block; the weights are pairs of keys, [key /
+// 2][row]. tiles    32 × 32 numbers are 2 × 2 tiles of sums, 0 to 3, of left operands 4 and 5 and right ones 6 and 7,
+// 32 products
+//          a step.
 #pragma once
 
 #ifdef __AMX_BF16__
@@ -30,6 +31,18 @@ inline F32 pairs(F32 first, F32 second) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return bits_as<F32>(_mm512_permutexvar_epi16(order, bits_as<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
+}
+
+// 2ˣ for x <= 0 within 10⁻⁷ of itself; 0 below 2⁻¹²⁶, of NaN NaN.  A polynomial of least error in what x is above the
+// next integer.
+inline F32 exp2_or_0(F32 x) {
+  const F32 r = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  F32 g = r * 0x1.ec3210p-10f + 0x1.26900ap-7f;
+  g = g * r + 0x1.c95446p-5f;
+  g = g * r + 0x1.ebd5a8p-3f;
+  g = g * r + 0x1.62e4f6p-1f;
+  g = g * r + 0x1.fffffep-1f;
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(-126.0f), _CMP_NLT_UQ), g, x);
 }
 
 // to[i][r] (+)= Σ left[i] · right[r], for 32 i's and 32 r's; strides in bytes, `steps` of 32 products.

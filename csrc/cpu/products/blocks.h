@@ -1,12 +1,15 @@
-// A linear layer for many rows.  A strip of the weight, two registers of columns, is packed for a part of k: widened
-// and transposed, so that a register holds one lane of each column.  Then every row of x passes it by, a lane at a time
-// in all lanes of a register, so that the sums of neighbouring columns lie in neighbouring lanes.
-// panels   kGroups lanes of k × a strip, 24 KiB at most.  kStripsAtOnce of them come by turns from the L2 cache to one
-//          block of rows, of the same size at most, in L1: x is read from beyond L2 once for all of them.
-// sums     kRowsAtOnce × 2 registers; where k has several parts they wait on the stack, for kRowsPerPass rows
-// stack    at most 352 KiB
+// A linear layer for many rows.  A strip of the weight, two registers of columns, is packed by parts of k: widened and
+// transposed, so that a register holds one lane of each column.  Then every row of x passes it by, a lane at a time in
+// all lanes of a register, so that the sums of neighbouring columns lie in neighbouring lanes.
+// panels   kGroups lanes of k × a strip, 24 KiB at most, as much as a block of rows in the same lanes: both are to be
+// in
+//          the L1 cache.  kPanels of them, in L2, serve each block of rows in turn: x is read once for all of them.
+// sums     kRowsAtOnce × 2 registers; they wait on the stack for their other parts of k, for a whole pass where the
+//          panels of all parts are too many.
+// after    What follows a block's sums is done while the next one's products are under way.
+// stack    at most 1.3 MiB
 // threads  share the strips.  A row's sums are added up in an order that depends on k alone.
-// With AMX, tiles.h takes the place of block_rows.
+// With AMX, tiles.h takes the place of Vectors.
 #pragma once
 
 #include "epilogue.h"
@@ -15,15 +18,36 @@ namespace llmkern::LLMKERN_ISA {
 namespace {
 
 constexpr int kStripColumns = 2 * kLanes;
-constexpr int kStripsAtOnce = 4;
 constexpr int64_t kGroups = 192;  // 4-byte lanes of k in a panel; a multiple of kLanes
-constexpr int64_t kRowsPerPass = 512;
+constexpr int64_t kPanels = 32, kPartsPerPass = 4;
+constexpr int kWaitingBytes = 512 << 10;  // for sums
 constexpr int64_t kOperationsPerThread = 1 << 20;
+
+// How the work is cut: k into parts of about the same number of registers, each a panel of every strip, whatever the
+// rows are; and the parts into passes over the rows.  The fewer the rows the fewer panels are packed for a pass: x is
+// near anyway, and so they stay near.
+template <class Scheme>
+struct Parts {
+  int64_t k, registers, count, passes, strips_at_once;
+
+  Parts(int64_t k, int64_t blocks_of_rows)
+      : k(k),
+        registers((k + Scheme::kStep - 1) / Scheme::kStep),
+        count(std::max<int64_t>(1, (registers * kLanes + kGroups - 1) / kGroups)) {
+    const int64_t panels = std::clamp<int64_t>(4 * blocks_of_rows, 4, kPanels);
+    const int64_t most = std::min(panels / 4, kPartsPerPass);
+    passes = (count + most - 1) / most;
+    strips_at_once = panels / ((count + passes - 1) / passes);
+  }
+
+  int64_t code(int64_t part) const { return std::min(k, registers * part / count * Scheme::kStep); }
+  int64_t pass(int64_t i) const { return count * i / passes; }
+};
 
 // panel[g][0, 1] = lane g of columns [0, kLanes) and [kLanes, 2 kLanes) of the strip, for k in [begin, end); lanes up
 // to a whole transposition are padded.  The next strip's part is fetched meanwhile.
 template <class Scheme, class W>
-void pack(const Strip& from, int64_t begin, int64_t end, Bytes* panel) {
+void pack(const Columns<Scheme>& from, int64_t begin, int64_t end, Bytes* panel) {
   const int64_t stride = from.segment->w_stride;
   for (int half = 0; half < 2; ++half) {
     const W* w[kLanes];  // beyond the last column the last one again: computed and not used
@@ -71,18 +95,34 @@ inline void block(const char* x, int64_t stride, const Bytes* panel, int64_t gro
     }
 }
 
+// A block of rows in a strip's columns whose sums are there, and what follows them not yet.
+template <class Scheme>
+struct Unfinished {
+  const Columns<Scheme>* columns = nullptr;
+  int64_t r = 0;
+  int rows = 0;  // left
+  const typename Scheme::Sum* sums = nullptr;
+
+  void finish(const LinearParams& p, int most) {
+    if (rows == 0) return;
+    const int n = std::min(rows, most);
+    columns->finish(p, *columns, r, n, sums, kStripColumns);
+    r += n, rows -= n, sums += n * kStripColumns;
+  }
+};
+
 // Registers: 2 sums for each row, 2 of the panel, 1 of x.
 struct Vectors {
   static constexpr int kRowsAtOnce = LLMKERN_ISA_LEVEL == 2 ? 12 : 6;
 
-  struct Session {  // what a thread sets up before it calls rows()
-    Session() {}
-  };
+  // A thread calls the one before rows() and the other after.
+  static void begin() {}
+  static void end() {}
 
   // Sums of at most kRowsAtOnce rows.
   template <class Scheme>
   static void rows(const char* x, int64_t stride, int rows, const Bytes* panel, int64_t groups, bool add,
-                   typename Scheme::Sum* sums) {
+                   typename Scheme::Sum* sums, const LinearParams&, Unfinished<Scheme>&) {
     if (rows == kRowsAtOnce) return block<Scheme, kRowsAtOnce>(x, stride, panel, groups, add, sums);
     int r = 0;
     for (; r + 4 <= rows; r += 4)
@@ -93,51 +133,61 @@ struct Vectors {
   }
 };
 
-// Up to kStripsAtOnce strips of columns, all rows.
+// At most strips_at_once strips of columns, all rows.
 template <class Scheme, class W, class Kernel>
-void block_strips(const LinearParams& p, const Strip* to, int strips) {
+void block_strips(const LinearParams& p, const Parts<Scheme>& parts, const Columns<Scheme>* to, int strips) {
   using Sum = typename Scheme::Sum;
-  constexpr int kRows = Kernel::kRowsAtOnce;
-  constexpr int64_t kRowsWaiting = (kRowsPerPass + kRows - 1) / kRows * kRows;
-  alignas(64) Bytes panels[kStripsAtOnce][2 * kGroups];
-  alignas(64) Sum sums[kStripsAtOnce][kRowsWaiting * kStripColumns];
-  const int64_t row_bytes = linear_row_bytes(p.k, p.w8a8);
-  const int64_t vectors = (p.k + Scheme::kStep - 1) / Scheme::kStep;  // along k
-  const int64_t parts = (vectors * kLanes + kGroups - 1) / kGroups;
-  const int64_t part = parts > 0 ? (vectors + parts - 1) / parts * Scheme::kStep : 0;  // of k, in one panel
-  const int64_t pass = parts > 1 ? kRowsWaiting : p.rows.count;
-  for (int64_t first = 0; first < p.rows.count; first += pass) {
-    const int64_t last = first + pass < p.rows.count ? first + pass : p.rows.count;
-    int64_t k = 0;
-    do {
-      const int64_t end = k + part < p.k ? k + part : p.k;
-      for (int i = 0; i < strips; ++i) pack<Scheme, W>(to[i], k, end, panels[i]);
-      const int64_t groups = (end - k + Scheme::kPerLane - 1) / Scheme::kPerLane;
-      for (int64_t r = first; r < last; r += kRows) {
-        const int rows = last - r < kRows ? last - r : kRows;
-        const char* x = reinterpret_cast<const char*>(prepared_row<Scheme>(p, r) + k);
-        for (int i = 0; i < strips; ++i) {
-          Sum* here = sums[i] + (parts > 1 ? (r - first) * kStripColumns : 0);
-          Kernel::template rows<Scheme>(x, row_bytes, rows, panels[i], groups, k > 0, here);
-          if (end == p.k) finish<Scheme>(p, to[i], r, rows, here, kStripColumns);
+  constexpr int kRows = Kernel::kRowsAtOnce, kSums = kRows * kStripColumns;
+  constexpr int kWaiting = kWaitingBytes / (kSums * sizeof(Sum));
+  alignas(64) Bytes panels[kPanels][2 * kGroups];
+  alignas(64) Sum sums[kWaiting][kSums];
+  Unfinished<Scheme> before;
+  int turn = 0;
+  const int64_t most_rows = parts.passes == 1 ? p.rows.count : kWaiting / strips * kRows;
+  for (int64_t first = 0; first < p.rows.count; first += most_rows) {
+    const int64_t rows_end = std::min(first + most_rows, p.rows.count);
+    for (int64_t pass = 0; pass < parts.passes; ++pass) {
+      const int64_t part0 = parts.pass(pass), part_end = parts.pass(pass + 1);
+      Bytes(*panel)[2 * kGroups] = panels;
+      for (int64_t part = part0; part < part_end; ++part)
+        for (int i = 0; i < strips; ++i) pack<Scheme, W>(to[i], parts.code(part), parts.code(part + 1), *panel++);
+      for (int64_t r = first; r < rows_end; r += kRows) {
+        const int rows = std::min<int64_t>(rows_end - r, kRows);
+        const Source x = source<Scheme>(p, r, rows);
+        const int64_t block = (r - first) / kRows;
+        Sum(*const here)[kSums] = sums + (parts.passes == 1 ? block % 2 : block) * strips;
+        panel = panels;
+        for (int64_t part = part0; part < part_end; ++part) {
+          const int64_t begin = parts.code(part), end = parts.code(part + 1);
+          const int64_t groups = (end - begin + Scheme::kPerLane - 1) / Scheme::kPerLane;
+          const char* const lanes = x.rows + begin * sizeof(typename Scheme::Code);
+          for (int i = 0; i < strips; ++i) {
+            Sum* const sum = parts.count == 1 ? sums[turn++ % 2] : here[i];
+            Kernel::template rows<Scheme>(lanes, x.stride, rows, *panel++, groups, part > 0, sum, p, before);
+            before.finish(p, kRows);
+            if (part + 1 == parts.count) before = {&to[i], r, rows, sum};
+          }
         }
       }
-      k = end;
-    } while (k < p.k);
+      before.finish(p, kRows);
+    }
   }
 }
 
 template <class Scheme, class W, class Kernel = Vectors>
 void blocks(const LinearParams& p, const Threads& threads) {
   const int64_t operations = (p.k + 1) * kStripColumns * p.rows.count;
+  const Parts<Scheme> parts(p.k, (p.rows.count + Kernel::kRowsAtOnce - 1) / Kernel::kRowsAtOnce);
   const auto body = [&](int64_t begin, int64_t end) {
-    const typename Kernel::Session session;
-    for (int64_t i = begin; i < end; i += kStripsAtOnce) {
-      Strip to[kStripsAtOnce];
-      int count = 0;
-      for (; count < kStripsAtOnce && i + count < end; ++count) to[count] = strip(p, kStripColumns, i + count);
-      block_strips<Scheme, W, Kernel>(p, to, count);
+    Kernel::begin();
+    const int64_t turns = (end - begin + parts.strips_at_once - 1) / parts.strips_at_once;
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t i = begin + (end - begin) * turn / turns, after = begin + (end - begin) * (turn + 1) / turns;
+      Columns<Scheme> to[kPanels];
+      for (int64_t s = i; s < after; ++s) set_columns(p, kStripColumns, s, to[s - i]);
+      block_strips<Scheme, W, Kernel>(p, parts, to, after - i);
     }
+    Kernel::end();
   };
   threads.parallel_for(strips(p, kStripColumns), kOperationsPerThread / operations + 1, body);
 }

@@ -45,6 +45,7 @@ void integers(const LinearParams& p, const Threads& threads) {
   blocks<Integers, int8_t>(p, threads);
 }
 
+#ifdef LLMKERN_VNNI
 // The call for row r alone.
 LinearParams row_of(LinearParams p, int64_t r) {
   p.x = static_cast<const char*>(p.x) + p.rows.offset(r) * size_of(p.dtype);
@@ -57,6 +58,7 @@ LinearParams row_of(LinearParams p, int64_t r) {
   p.rows = dense_rows(1, p.k);
   return p;
 }
+#endif
 
 void floats(const LinearParams& p, const Threads& threads) {
 #ifdef __AMX_INT8__
@@ -97,5 +99,11 @@ void linear(const LinearParams& p, const Threads& threads) {
 }
 
 }  // namespace llmkern::LLMKERN_ISA
+
+#if LLMKERN_ISA_LEVEL == 0
+bool llmkern::linear_has_tiles(WeightType weight) {
+  return isa() == Isa::amx && weight == WeightType::bf16;
+}
+#endif
 
 LLMKERN_PRODUCTS_LAUNCHER(linear, LinearParams)

@@ -26,6 +26,11 @@ namespace {
 
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));  // a register, whatever is in it
 
+// A scheme that says nothing else prepares every row of x.
+struct Prepared {
+  static constexpr int kRowsInPlace = 0;  // so many are multiplied where they lie, if they lie well
+};
+
 // What is kept beside each prepared row of x.
 struct Header {
   float scale;
@@ -51,7 +56,7 @@ inline Bytes broadcast_lane(const void* p) {
   return bits_as<Bytes>(S32{} + lane);
 }
 
-struct Floats {
+struct Floats : Prepared {
   using Code = float;
   using Sum = float;
   using Sums = F32;
@@ -77,7 +82,7 @@ struct Floats {
   static F32 finish(const float* sums, int64_t, const Header&) { return LLMKERN_ISA::load(sums); }
 };
 
-struct Integers {
+struct Integers : Prepared {
   using Sum = int32_t;
   using Sums = S32;
   static constexpr int kSums = 1;

@@ -48,7 +48,7 @@ inline void stream_block(const typename Scheme::Code* const (&x)[kRows], const W
 
 // out[r0, r0 + kRows) in the strip's columns.
 template <class Scheme, int kRows, class W>
-void stream_columns(const LinearParams& p, int64_t r0, const Strip& to) {
+void stream_columns(const LinearParams& p, int64_t r0, const Columns<Scheme>& to) {
   constexpr int kSums = kRows * Scheme::kSums;
   constexpr int kMost = kAccumulators / kSums;
   constexpr bool kWide = kSums == 1 && sizeof(W) > 1;  // memory alone sets the pace: the fewer streams the faster
@@ -68,7 +68,7 @@ void stream_columns(const LinearParams& p, int64_t r0, const Strip& to) {
       stream_block<Scheme>(x, w, ahead, k, end, y + c0);
     }
   }
-  finish<Scheme>(p, to, r0, kRows, y, kColumnsAtOnce);
+  to.finish(p, to, r0, kRows, y, kColumnsAtOnce);
 }
 
 template <class Scheme, class W>
@@ -76,7 +76,8 @@ void stream(const LinearParams& p, const Threads& threads) {
   const int64_t grain = kWeightsPerThread / (kColumnsAtOnce * (p.k + 1)) + 1;
   threads.parallel_for(strips(p, kColumnsAtOnce), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Strip to = strip(p, kColumnsAtOnce, i);
+      Columns<Scheme> to;
+      set_columns(p, kColumnsAtOnce, i, to);
       constexpr int kMost = kRowsAtOnce / Scheme::kSums;
       int64_t r = 0;
       for (; r + kMost <= p.rows.count; r += kMost) stream_columns<Scheme, kMost, W>(p, r, to);

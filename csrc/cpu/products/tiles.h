@@ -6,7 +6,7 @@
 
 #include <atomic>
 
-#include "schemes.h"
+#include "blocks.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -38,6 +38,7 @@ struct TileIntegers : Integers {
 };
 
 struct TileBf16 {
+  static constexpr int kRowsInPlace = 32;
   static constexpr int kParts = 1;
   static constexpr int kSums = 1;
   using Code = BFloat16;
@@ -69,6 +70,7 @@ struct TileBf16 {
 // fp32 is the sum of three bf16, exactly: 24 bits of it are 8 and 8 and 8.  The weight's codes are bf16, so that three
 // products are one of fp32, in a fifth of the time.  A row has the parts by turns, 64 bytes of each.
 struct TileFloats : TileBf16 {
+  static constexpr int kRowsInPlace = 0;
   static constexpr int kParts = 3;
   struct Code {
     BFloat16 parts[kParts];
@@ -113,19 +115,17 @@ struct Tiles {
   static constexpr int kRowsAtOnce = 32;
   static constexpr int kGroupsPerTile = 16;
 
-  struct Session {
-    Session() { configure_tiles(); }
-    ~Session() { _tile_release(); }
-    Session(const Session&) = delete;
-  };
+  // Not by an object's life: its destructor would have the object file export what exceptions need.
+  static void begin() { configure_tiles(); }
+  static void end() { _tile_release(); }
 
   // Tiles 0 to 3 hold the sums, 4 and 5 x, 6 and 7 the panel.  Of a row in parts the small ones are added up first, and
   // those of a panel apart from the others: each sum is rounded less often beside a large one.
   template <class Scheme>
   static void rows(const char* x, int64_t stride, int rows, const Bytes* panel, int64_t groups, bool add,
-                   typename Scheme::Sum* sums) {
+                   typename Scheme::Sum* sums, const LinearParams& p, Unfinished<Scheme>& before) {
     constexpr bool kApart = Scheme::kParts > 1;
-    alignas(64) typename Scheme::Sum apart[kApart ? kRowsAtOnce * kColumns : 1];
+    alignas(64) typename Scheme::Sum apart[kApart ? kRowsAtOnce * kStripColumns : 1];
     typename Scheme::Sum* const to = kApart && add ? apart : sums;
     std::atomic_signal_fence(std::memory_order_seq_cst);  // the intrinsics do not say that they read memory
     if (add && !kApart) {
@@ -136,34 +136,34 @@ struct Tiles {
       _tile_zero(2);
       _tile_zero(3);
     }
+    const int64_t turns = groups * Scheme::kParts / (2 * kGroupsPerTile) + 1;
+    const int meanwhile = (kRowsAtOnce + turns - 1) / turns;  // rows of `before`, at every other step
     for (int part = Scheme::kParts - 1; part >= 0; --part)
-      add_products<Scheme>(x + part * kTileBytes, stride, rows, panel, groups);
+      for (int64_t g = 0; g < groups; g += kGroupsPerTile) {
+        add_products<Scheme>(x + part * kTileBytes + Scheme::kParts * 4 * g, stride, rows, panel + 2 * g);
+        if (g / kGroupsPerTile % 2 == 0) before.finish(p, meanwhile);
+      }
     store_sums(to);
     if constexpr (kApart) {
       if (!add) return;
-      for (int i = 0; i < rows * kColumns; i += kLanes) store(sums + i, load(sums + i) + load(apart + i));
+      for (int i = 0; i < rows * kStripColumns; i += kLanes) store(sums + i, load(sums + i) + load(apart + i));
     }
   }
 
  private:
-  static constexpr int kColumns = 2 * kLanes;
-  static constexpr int64_t kTileBytes = 64, kSumsStride = kColumns * 4, kPanelStride = 2 * kVectorBytes;
+  static constexpr int64_t kTileBytes = 64, kSumsStride = kStripColumns * 4, kPanelStride = 2 * kVectorBytes;
 
   template <class Scheme>
-  static void add_products(const char* x, int64_t stride, int rows, const Bytes* panel, int64_t groups) {
-    const char* const lower = x + 16 * stride;
-    for (int64_t g = 0; g < groups; g += kGroupsPerTile) {
-      const int64_t at = Scheme::kParts * 4 * g;
-      _tile_loadd(6, panel + 2 * g, kPanelStride);
-      _tile_loadd(4, x + at, stride);
-      Scheme::template multiply_tiles<0>();
-      _tile_loadd(7, panel + 2 * g + 1, kPanelStride);
-      Scheme::template multiply_tiles<1>();
-      if (rows > 16) {
-        _tile_loadd(5, lower + at, stride);
-        Scheme::template multiply_tiles<2>();
-        Scheme::template multiply_tiles<3>();
-      }
+  static __attribute__((always_inline)) void add_products(const char* x, int64_t stride, int rows, const Bytes* panel) {
+    _tile_loadd(6, panel, kPanelStride);
+    _tile_loadd(4, x, stride);
+    Scheme::template multiply_tiles<0>();
+    _tile_loadd(7, panel + 1, kPanelStride);
+    Scheme::template multiply_tiles<1>();
+    if (rows > 16) {
+      _tile_loadd(5, x + 16 * stride, stride);
+      Scheme::template multiply_tiles<2>();
+      Scheme::template multiply_tiles<3>();
     }
   }
 
@@ -171,16 +171,16 @@ struct Tiles {
   static void load_sums(const Sum* sums) {
     _tile_loadd(0, sums, kSumsStride);
     _tile_loadd(1, sums + 16, kSumsStride);
-    _tile_loadd(2, sums + 16 * kColumns, kSumsStride);
-    _tile_loadd(3, sums + 16 * kColumns + 16, kSumsStride);
+    _tile_loadd(2, sums + 16 * kStripColumns, kSumsStride);
+    _tile_loadd(3, sums + 16 * kStripColumns + 16, kSumsStride);
   }
 
   template <class Sum>
   static void store_sums(Sum* sums) {
     _tile_stored(0, sums, kSumsStride);
     _tile_stored(1, sums + 16, kSumsStride);
-    _tile_stored(2, sums + 16 * kColumns, kSumsStride);
-    _tile_stored(3, sums + 16 * kColumns + 16, kSumsStride);
+    _tile_stored(2, sums + 16 * kStripColumns, kSumsStride);
+    _tile_stored(3, sums + 16 * kStripColumns + 16, kSumsStride);
   }
 };
 

@@ -35,7 +35,7 @@ struct LinearSegment {
 inline constexpr int64_t kMostExactProducts = 131071;
 
 struct LinearParams {
-  const void* x = nullptr;         // [rows.count, k], dtype; rows at rows.offset(r), each contiguous
+  const void* x = nullptr;         // [rows.count, k], dtype; rows at rows.offset(r), each contiguous; apart from out
   const int8_t* x_q = nullptr;     // instead of x: its codes, at the same places; any int8; needs w8a8
   const float* x_scale = nullptr;  // [rows.count], of x_q; null for 1
   char* workspace;                 // linear_workspace_bytes(rows.count, k, w8a8) bytes, 64-byte aligned
@@ -49,9 +49,8 @@ struct LinearParams {
   bool sums = false;  // out is int32: the sums of x_q · w themselves, and nothing else is applied
 };
 
-// Bytes from one row of x to the next in the workspace, where it is padded with zeros to whole vectors of any
-// instruction set, with room for int16 codes or three bf16 for each fp32.  An odd number of cache lines: rows 4096
-// bytes apart would share a few lines of the L1 cache.
+// At most so many bytes lie between two rows of x in the workspace, where they are padded with zeros to whole vectors
+// of any instruction set: int16 codes, or three bf16 for each fp32, and a cache line.
 constexpr int64_t linear_row_bytes(int64_t k, bool w8a8) {
   return ((k + 63) / 64 * (w8a8 ? 2 : 6) | 1) * 64;
 }
@@ -63,5 +62,9 @@ constexpr int64_t linear_workspace_bytes(int64_t rows, int64_t k, bool w8a8) {
 }
 
 void launch_linear(const LinearParams& p, const Threads& threads);
+
+// Whether this CPU's instructions multiply many rows in 16 bits with a weight of 16 bits of this type: then
+// launch_linear is as fast as the best libraries at any number of rows.
+bool linear_has_tiles(WeightType weight);
 
 }  // namespace llmkern
