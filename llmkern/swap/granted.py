@@ -31,6 +31,7 @@ __all__ = [
     "noted",
     "places",
     "shell_class",
+    "stated",
     "why_hooks",
 ]
 
@@ -38,15 +39,16 @@ Path = tuple[str, ...]
 
 UNSEEN = "its forward reads an attribute that may change unseen"
 _NOTES = "_llmkern_notes"  # where a shell keeps the names that are read of it
-_CONFIG = "config"
+_CONFIG, _COMPUTED = _CONFIGS = "config", "config:"  # the second: what has no place in the config's `__dict__`
+_BEHIND = "_internal"  # where transformers' configs keep what a property of the name without it checks
 _INERT = "install_output_capuring_hook.<locals>.output_capturing_hook"  # transformers 5's, which stays once installed
 # Not noted: what every module has, but for `training`; and transformers' flag, which means something in training only.
 _NOT_NOTED = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"training"} | {"gradient_checkpointing"}
 
 
 class Read(NamedTuple):
-    """An attribute that is read: `name` in the dictionary `holder` of the module ("" for its own attributes), or of
-    its config; and the value that it had, `_ABSENT` where that dictionary had none (the class may have one)."""
+    """An attribute that is read: `name` in the dictionary `holder` of the module ("" for its own attributes, "config"
+    for its config's); and the value that it had, `_ABSENT` where there was none (the class may have one)."""
 
     holder: str
     name: str
@@ -171,20 +173,25 @@ def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
         child: Any = module
         for name in path:
             child = child._modules.get(name)
-        state = child.__dict__ if isinstance(child, nn.Module) else {}
         if path:
-            now = type(child)
-            if now is not cls and _own_class(child) is not cls:
+            now: Any = type(child)
+            if now is not cls and now.__dict__.get("_llmkern_original") is not cls:
                 return f"{'.'.join(path)} is a {now.__name__}, not a plain {cls.__name__}"
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-                reason = why_hooks(".".join(path), state)
-                if reason is not None:
-                    return reason
+        state = child.__dict__
+        if path and (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state):
+            reason = why_hooks(".".join(path), state)
+            if reason is not None:
+                return reason
         for holder, name, value in reads:
-            now = _value(state, holder, name)
-            if now is not value and not _equal(now, value):
-                names = [*path, holder if holder == _CONFIG else "", name]
-                return f"{'.'.join(filter(None, names))} is {_shown(now)}, and was {_shown(value)} when it was swapped"
+            if not holder:
+                now = state.get(name, _ABSENT)
+            elif holder == _CONFIG and not torch.compiler.is_compiling():
+                # transformers' configs have a __getattribute__ in Python, which takes a microsecond.
+                now = object.__getattribute__(state[_CONFIG], "__dict__").get(name, _ABSENT)
+            else:
+                now = _value(state, holder, name)
+            if now is not value and (type(now) is not type(value) or now != value) and not _equal(now, value):
+                return _sentence(path, holder, name, now, value)
     return None
 
 
@@ -192,9 +199,10 @@ def places(module: nn.Module, part: Part) -> Iterator[tuple[Any, str]]:
     """The dictionaries, or configs, in which what is read of the module lies, or would lie, with the names."""
     state = vars(module)
     for holder, name, _ in part.reads:
-        if holder == _CONFIG:
+        if holder in _CONFIGS:
+            config = original_of(state[_CONFIG])
             yield state, _CONFIG
-            yield original_of(state[_CONFIG]), name
+            yield vars(config) if holder == _CONFIG else config, name
         else:
             yield state[holder] if holder else state, name
 
@@ -227,7 +235,12 @@ def _read(module: nn.Module, cls: type[nn.Module], holder: str, name: str) -> Re
     """What has been read under that name; None for modules and tensors, which are parts or taken at the call."""
     state = vars(module)
     if holder == _CONFIG:
-        return Read(holder, name, _frozen(getattr(state[_CONFIG]._llmkern_config, name, _ABSENT), cls))
+        config = state[_CONFIG]._llmkern_config
+        value = getattr(config, name, _ABSENT)
+        for key in (name, getattr(config, "attribute_map", {}).get(name, name), name + _BEHIND):
+            if vars(config).get(key, _ABSENT) is value:
+                return Read(_CONFIG, key, _frozen(value, cls))
+        return Read(_COMPUTED, name, _frozen(value, cls))
     if name in state:
         value = state[name]
         return None if isinstance(value, _NotedConfig) else Read("", name, _frozen(value, cls))
@@ -260,9 +273,9 @@ def _frozen(value: Any, owner: type[nn.Module]) -> Any:
 
 
 def _value(state: dict[str, Any], holder: str, name: str) -> Any:
-    if holder == _CONFIG:
+    if holder in _CONFIGS:
         return getattr(original_of(state[_CONFIG]), name, _ABSENT)
-    return (state[holder] if holder else state).get(name, _ABSENT)
+    return state[holder].get(name, _ABSENT)
 
 
 def _equal(now: Any, value: Any) -> bool:
@@ -271,6 +284,13 @@ def _equal(now: Any, value: Any) -> bool:
     if type(now) is types.MethodType:
         return isinstance(value, _Method) and now.__func__ is value.function
     return type(now) in _COMPARED and bool(now == value)
+
+
+def _sentence(path: Path, holder: str, name: str, now: Any, value: Any) -> str:
+    if torch.compiler.is_compiling():  # values have no names there
+        return f"{name} is no longer what it was when it was swapped"
+    names = [*path, _CONFIG if holder in _CONFIGS else "", name.removesuffix(_BEHIND)]
+    return f"{'.'.join(filter(None, names))} is {_shown(now)}, and was {_shown(value)} when it was swapped"
 
 
 def _shown(value: Any) -> str:

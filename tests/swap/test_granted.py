@@ -262,13 +262,22 @@ class Gated(nn.Module):
         return self.gain * self.dropout(self.down(self.act(self.gate(x)) * self.up(x)))
 
 
+class Config(hf.PretrainedConfig):
+    attribute_map = {"moved": "shift"}
+
+    @property
+    def doubled(self) -> float:
+        return 2 * self.base
+
+
 class Configured(Gated):
     def __init__(self) -> None:
         super().__init__()
-        self.config = hf.PretrainedConfig(shift=0.0)
+        self.config = Config(shift=0.0, base=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.config, "factor", 1.0) * super().forward(x) + self.config.shift
+        factor = getattr(self.config, "factor", 1.0) * self.config.doubled
+        return factor * super().forward(x) + self.config.moved
 
 
 def configured(**attributes: float) -> Callable[[Any], None]:
@@ -311,8 +320,7 @@ ALONE = [
     *[(Gated, set_to("act", function)) for function in (F.relu, nn.ReLU())],
     (Gated, set_to("gain", 2.0)),
     (Gated, set_to("dropout", nn.Tanh())),
-    (Configured, configured(shift=1.0)),
-    (Configured, configured(factor=2.0)),
+    *[(Configured, configured(**{name: 2.0})) for name in ("shift", "factor", "base")],
     (Gated, set_to("dropout.training", True)),
     (lambda: Attention(12, 4, batch_first=True), set_to("add_zero_attn", True)),
     (lambda: Attention(12, 4, batch_first=True), set_to("num_heads", 2)),
@@ -340,6 +348,19 @@ def test_a_change_of_a_module_alone(make, change) -> None:
         out.append(each(x))
     assert (out[0] - before).abs().max() > 1e-4
     torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [set_to("gain", 2.0), set_to("act", F.relu), configured(factor=2.0)])
+@torch.no_grad()
+def test_a_compiled_module_sees_the_change_too(change) -> None:
+    x, untouched = torch.randn(2, 4, 12), Configured().eval()
+    model = copy.deepcopy(untouched)
+    llmkern.optimize_(nn.ModuleDict({"m": model}))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), untouched(x), rtol=1e-4, atol=1e-5)
+        change(untouched)
+        change(model)
 
 
 FUSED = [
