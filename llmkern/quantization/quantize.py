@@ -55,7 +55,8 @@ def quantize_(
         beyond it, weight-only error ≤ 5%             "int8 weight-only"
         beyond both                                   "left" in floating point, with the reason
     An output head is at most weight-only.  With it go the embedding tied to it, which shares its codes and scales, and
-    a language model's input embedding; tables of positions and types stay in floating point.
+    a language model's input embedding; tables of positions and types stay in floating point.  transformers'
+    `resize_token_embeddings` keeps the codes of the tokens that stay, and `tie_weights` ties scales as well.
     Smoothing: where a norm's output goes to quantized layers alone, its loud channels are divided by a power of two
     and the weights multiplied by it, which leaves the floating-point model the same to the bit (SmoothQuant,
     arXiv:2211.10438, α = 0.4; `quantization/smooth.py`).

@@ -67,7 +67,9 @@ def optimize_(
     on_unsupported: what to do where a module of these kinds cannot be swapped: warn once, raise `RuntimeError`
         before anything has changed, or say nothing.  The report has the reasons in any case.
     Returns the report.  Calling it again adds what was left out before and changes nothing else; `restore_` undoes
-    all of it.  Modules are found by structure and by what they compute on a small probe, never by name.
+    all of it.  What changes in a module afterwards counts at once: where the swapped one cannot follow, its calls run
+    untouched, with the reason in `explain`, until this is called again.
+    Modules are found by structure and by what they compute on a small probe, never by name.
     Raises TypeError for what is not a module, ValueError for a model on the meta device; a failure half-way leaves
     the model as it was.
     """
