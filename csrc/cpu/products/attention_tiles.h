@@ -1,36 +1,41 @@
-// A block of attention in bf16 on AMX: the two products of attention.cpp, with rows still in the lanes of the sums.
-// scores   [key][row] = k · qᵀ.  A tile of k lies in memory as it must; q is kept as pairs of dimensions, [dim /
-// 2][row]. out      [dim][row] += vᵀ · weights.  v is transposed for each block; the weights are pairs of keys, [key /
-// 2][row]. tiles    32 × 32 numbers are 2 × 2 tiles of sums, 0 to 3, of left operands 4 and 5 and right ones 6 and 7,
-// 32 products
+// attention in bf16 on AMX, as flash-attention has it: lanes are keys.
+// scores   [row][key] = q · kᵀ.  Tiles of q are its rows; a block of k becomes pairs of dimensions, [dim / 2][key].
+// weights  [row][key], rounded to bf16.
+// out      [row][dim] += weights · v; a block of v becomes pairs of keys, [key / 2][dim].
+// tiles    32 × 32 numbers are 2 × 2 tiles of sums, 0 to 3, of left operands 4 and 5 and right ones 6 and 7, 32
+// products
 //          a step.
 #pragma once
 
 #ifdef __AMX_BF16__
 
-#include "../vec.h"
+#include "attention_rows.h"
 #include "tiles.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kTileKeys = 64;  // of a block
+constexpr int kBlockRegisters = kMostKeys / kLanes;
 
-constexpr int64_t padded_to_tiles(int64_t dim) {
-  return (dim + 31) / 32 * 32;
+constexpr int64_t padded_to_tiles(int64_t n) {
+  return (n + 31) / 32 * 32;
 }
+
+struct TileRows : Seen {
+  alignas(64) BFloat16 q[kM * kMaxHeadDim];              // [row][dim], padded with zeros to whole tiles, as all are
+  alignas(64) BFloat16 keys[kMostKeys * kMaxHeadDim];    // [dim / 2][key][2]
+  alignas(64) BFloat16 values[kMostKeys * kMaxHeadDim];  // [key / 2][dim][2]
+  alignas(64) BFloat16 weights[kM * kMostKeys];          // [row][key]
+  alignas(64) float scores[kM * kMostKeys];              // [row][key]
+  alignas(64) float totals[kM * kLanes];                 // [row][key % kLanes]: each row's, to be added up
+  alignas(64) float keep[kM], shift[kM];                 // of the online softmax, for each row
+  alignas(64) float out[kM * kMaxHeadDim];               // [row][dim]
+  bool any;                                              // whether something was added to out
+};
 
 // 16 pairs of numbers from p on, which has n > 0 left; 0 beyond.
-inline F32 load_pairs(const BFloat16* p, int64_t n) {
-  return n >= 32 ? _mm512_castsi512_ps(_mm512_loadu_si512(p))
-                 : _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
-}
-
-// The first of two numbers in the lower half of each lane, the second in the upper.
-inline F32 pairs(F32 first, F32 second) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return bits_as<F32>(_mm512_permutexvar_epi16(order, bits_as<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
+inline __m512i load_pairs(const BFloat16* p, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
 }
 
 // 2ˣ for x <= 0 within 10⁻⁷ of itself; 0 below 2⁻¹²⁶, of NaN NaN.  A polynomial of least error in what x is above the
@@ -77,33 +82,183 @@ inline void multiply_tiles(const void* left, int64_t left_stride, const void* ri
   _tile_stored(3, below + 16, to_stride);
 }
 
-// `count` vectors as tiles read them: themselves where they fill whole tiles, else copied and padded with zeros.
-inline const BFloat16* whole_tiles(const BFloat16* from, int64_t& stride, int count, int64_t dim, BFloat16* copy) {
-  if (count % 32 == 0 && dim % 32 == 0) return from;
-  const int64_t to_stride = padded_to_tiles(dim);
-  const int padded = (count + 31) / 32 * 32;
-  for (int j = 0; j < padded; ++j)
-    for (int64_t d = 0; d < dim; d += 32)
-      store(reinterpret_cast<float*>(copy + j * to_stride + d),
-            j < count ? load_pairs(from + j * stride + d, dim - d) : F32{});
-  stride = to_stride;
-  return copy;
+inline void start(const Call& c, TileRows& rows) {
+  start_softmax(c, rows);
+  const int64_t dim = padded_to_tiles(c.p.dim);
+  for (int r = 0; r < kM; ++r) {
+    const BFloat16* const q = query_at<BFloat16>(c.p, rows, r);
+    for (int64_t d = 0; d < dim; d += 32) _mm512_store_si512(rows.q + r * dim + d, load_pairs(q + d, c.p.dim - d));
+    store(rows.totals + r * kLanes, first(broadcast(rows.total[r]), 1));
+  }
+  rows.any = false;
 }
 
-// turned[dim][key] of `count` vectors v[key][dim], both padded with zeros; a row of `turned` has kTileKeys keys.
-inline void turn(const BFloat16* v, int64_t stride, int count, int64_t dim, BFloat16* turned) {
-  for (int j = 0; j < count; j += 32)
-    for (int64_t d = 0; d < padded_to_tiles(dim); d += kLanes) {
-      F32 square[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const auto half = [&](int key) {
-          return key < count && d < dim ? bits_as<U32>(load_at_most(v + key * stride + d, dim - d)) : U32{};
-        };
-        square[i] = bits_as<F32>(half(j + 2 * i) >> 16 | half(j + 2 * i + 1));  // widened, the number is above
-      }
+// A block of k, transposed by pairs of dimensions.
+inline void turn_keys(const BFloat16* k, int64_t stride, int count, int64_t dim, BFloat16* to) {
+  for (int64_t d = 0; d < dim; d += 32)
+    for (int j = 0; j < padded_to_tiles(count); j += kLanes) {
+      U32 square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = j + i < count ? bits_as<U32>(load_pairs(k + (j + i) * stride + d, dim - d)) : U32{};
       transpose(square);
-      for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(turned + (d + i) * kTileKeys + j), square[i]);
+      for (int i = 0; i < kLanes; ++i) std::memcpy(to + ((d / 2 + i) * kMostKeys + j) * 2, &square[i], sizeof(U32));
     }
+}
+
+// A block of v, the pairs of its keys side by side.
+inline void pair_values(const BFloat16* v, int64_t stride, int count, int64_t dim, BFloat16* to) {
+  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+  const int64_t width = padded_to_tiles(dim);
+  for (int j = 0; j < padded_to_tiles(count); j += 2)
+    for (int64_t d = 0; d < width; d += 32) {
+      const auto key = [&](int i) {
+        return i < count ? load_pairs(v + i * stride + d, dim - d) : _mm512_setzero_si512();
+      };
+      const __m512i even = key(j), odd = key(j + 1);
+      BFloat16* const pairs = to + (j / 2 * width + d) * 2;
+      _mm512_store_si512(pairs, _mm512_permutex2var_epi16(even, lower, odd));
+      _mm512_store_si512(pairs + 32, _mm512_permutex2var_epi16(even, upper, odd));
+    }
+}
+
+// The scale, softcap, masks and limits of keys [j0, j0 + count); beyond them -infinity to the end of their register.
+inline void bias_scores(const Call& c, TileRows& rows, int64_t j0, int count, bool by_key, bool all_see) {
+  const AttentionParams& p = c.p;
+  const bool by_row = p.mask && !c.mask_by_key;
+  const F32 scale = broadcast(p.sm_scale), cap = broadcast(p.softcap);
+  for (int r = 0; r < rows.count; ++r)
+    for (int j = 0; j < count; j += kLanes) {
+      const int n = count - j < kLanes ? count - j : kLanes;
+      float* const s = rows.scores + r * kMostKeys + j;
+      F32 score = load(s) * scale;
+      if (p.softcap > 0.0f) score = tanh(score / cap) * cap;
+      if (by_row) score += bias(p, rows.mask_at[r], j0 + j, n);
+      if (by_key) score += load(rows.key_bias + j);
+      if (!all_see) {
+        const S32 key = lane_numbers() + static_cast<int32_t>(j0 + j);
+        score = (key >= rows.first[r]) & (key <= rows.last[r]) ? score : broadcast(-kInfinity);
+      }
+      store(s, lane_numbers() < n ? score : broadcast(-kInfinity));
+    }
+}
+
+// The lanes of 16 registers, combined by f: the j-th register's in lane j.
+template <class F>
+inline F32 across(F32 (&v)[kLanes], const F& f) {
+  transpose(v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = f(v[i], v[i + half]);
+  return v[0];
+}
+
+// scores → weights of keys [j0, j0 + count).
+inline void softmax(const Call& c, TileRows& rows, int64_t j0, int count, bool by_key) {
+  const AttentionParams& p = c.p;
+  const bool all_see = j0 >= rows.every_first && j0 + count - 1 <= rows.every_last;
+  // Scores that nothing but the scale changes are left as they are: the largest stays it.
+  const bool as_they_are = !(p.mask && !c.mask_by_key) && p.softcap <= 0.0f && !by_key && all_see &&
+                           p.sm_scale > 0.0f && count % kLanes == 0;
+  if (!as_they_are) bias_scores(c, rows, j0, count, by_key, all_see);
+  const F32 factor = broadcast(as_they_are ? p.sm_scale : 1.0f);
+  const int registers = (count + kLanes - 1) / kLanes;
+  for (int r0 = 0; r0 < rows.count; r0 += kLanes) {
+    F32 largest[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      largest[i] = broadcast(-kInfinity);
+      for (int j = 0; j < registers; ++j) {
+        const F32 score = load(rows.scores + (r0 + i) * kMostKeys + j * kLanes);
+        largest[i] = score > largest[i] ? score : largest[i];  // a NaN is left out, and comes back with its weight
+      }
+    }
+    const F32 before = load(rows.top + r0);
+    const F32 here = across(largest, [](F32 a, F32 b) { return a > b ? a : b; }) * factor;
+    const F32 top = here > before ? here : before, shift = top == -kInfinity ? F32{} : top;
+    store(rows.top + r0, top);
+    store(rows.shift + r0, shift);
+    store(rows.keep + r0, exp_or_0(before - shift));
+    for (int r = r0; r < r0 + kLanes; ++r) {
+      const F32 shift_r = broadcast(rows.shift[r]);
+      const float* const s = rows.scores + r * kMostKeys;
+      const auto weight = [&](int j) {
+        return j < registers ? exp2_or_0((load(s + j * kLanes) * factor - shift_r) * 0x1.715476p0f) : F32{};
+      };
+      F32 total = {};
+      for (int j = 0; j < registers; j += 2) {
+        const F32 first = weight(j), second = weight(j + 1);
+        store_two(rows.weights + r * kMostKeys + j * kLanes, first, second);
+        total += first + second;
+      }
+      float* const totals = rows.totals + r * kLanes;
+      store(totals, load(totals) * broadcast(rows.keep[r]) + total);
+    }
+  }
+}
+
+inline void add_values(const AttentionParams& p, TileRows& rows, int count) {
+  const int64_t width = padded_to_tiles(p.value_dim);
+  for (int r = 0; rows.any && r < rows.count; ++r) {
+    const F32 keep = broadcast(rows.keep[r]);
+    for (int64_t d = 0; d < width; d += kLanes) store(rows.out + r * width + d, load(rows.out + r * width + d) * keep);
+  }
+  for (int r = 0; r < rows.count; r += 32)
+    for (int64_t d = 0; d < width; d += 32)
+      multiply_tiles(rows.weights + r * kMostKeys, kMostKeys * 2, rows.values + d * 2, width * 4,
+                     padded_to_tiles(count) / 32, rows.any, rows.out + r * width + d, width * 4);
+  rows.any = true;
+}
+
+inline void finish(const Call& c, TileRows& rows) {
+  const AttentionParams& p = c.p;
+  const int64_t width = padded_to_tiles(p.value_dim);
+  if (!rows.any) std::memset(rows.out, 0, kM * width * sizeof(float));
+  for (int r0 = 0; r0 < rows.count; r0 += kLanes) {
+    F32 totals[kLanes];
+    for (int i = 0; i < kLanes; ++i) totals[i] = load(rows.totals + (r0 + i) * kLanes);
+    const F32 factors = finish_softmax(p, rows, r0, across(totals, [](F32 a, F32 b) { return a + b; }));
+    for (int r = r0; r < r0 + kLanes && r < rows.count; ++r) {
+      BFloat16* const out = out_at<BFloat16>(p, rows, r);
+      const float* const sums = rows.out + r * width;
+      const F32 factor = broadcast(factors[r - r0]);
+      for (int64_t d = 0; d < p.value_dim; d += 2 * kLanes) {
+        const F32 first = load(sums + d) * factor, second = load(sums + d + kLanes) * factor;
+        const int64_t left = p.value_dim - d;
+        if (left >= 2 * kLanes) {
+          store_two(out + d, first, second);
+        } else {
+          store_at_most(out + d, first, left);
+          if (left > kLanes) store_at_most(out + d + kLanes, second, left - kLanes);
+        }
+      }
+    }
+  }
+}
+
+inline void run(const Call& c, TileRows& rows) {
+  const AttentionParams& p = c.p;
+  start(c, rows);
+  const bool by_key = p.key_padding || c.mask_by_key;
+  const int64_t dim = padded_to_tiles(p.dim);
+  const auto* const k = static_cast<const BFloat16*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
+  const auto* const v = static_cast<const BFloat16*>(p.v) + p.v_strides.offset(rows.batch, rows.head, 0);
+  for (int64_t j = rows.some_first; j <= rows.some_last; j += kMostKeys) {
+    const int count = rows.some_last - j + 1 < kMostKeys ? rows.some_last - j + 1 : kMostKeys;
+    if (j + count <= rows.some_last) fetch_keys<BFloat16>(p, rows, j + count);
+    if (by_key && !set_key_bias(c, rows, j, count)) continue;
+    turn_keys(k + j * p.k_strides.position, p.k_strides.position, count, p.dim, rows.keys);
+    // (A tile that is loaded from what was stored a moment ago waits for the stores to reach the cache.)
+    pair_values(v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, rows.values);
+    for (int r = 0; r < rows.count; r += 32)
+      for (int i = 0; i < count; i += 32)
+        multiply_tiles(rows.q + r * dim, dim * 2, rows.keys + i * 2, kMostKeys * 4, dim / 32, false,
+                       rows.scores + r * kMostKeys + i, kMostKeys * 4);
+    softmax(c, rows, j, count, by_key);
+    add_values(p, rows, count);
+  }
+  finish(c, rows);
 }
 
 }  // namespace

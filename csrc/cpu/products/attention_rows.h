@@ -1,0 +1,180 @@
+// What attention's blocks share, whichever way they lie: the rows of a task, the keys that each of them sees, masks,
+// and fetching ahead.
+//   rows     The queries of a key head's group: row g is query g / group of the group's head g % group.
+//   task     kM rows against all the keys that one of them sees, a block of keys at a time; nothing is shared between
+//            tasks, so that a result does not depend on the number of threads.
+#pragma once
+
+#include "../math.h"
+#include "../vec.h"
+#include "llmkern/attention.h"
+
+namespace llmkern::LLMKERN_ISA {
+namespace {
+
+constexpr int kC = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;  // registers of rows
+constexpr int kM = kC * kLanes;
+constexpr int kMostKeys = 64;  // of any block
+constexpr float kInfinity = __builtin_inff();
+
+// kM rows of a key head, perhaps fewer.
+struct Task {
+  int64_t batch, head, first_row;
+  int count;
+};
+
+// What a task keeps of its rows, whichever way its blocks lie.
+struct Seen : Task {
+  int64_t of_head[kM], of_query[kM];      // what its rows are; beyond the last the last one again, not to be used
+  int32_t first[kM], last[kM];            // keys that each sees; none where first > last
+  int64_t mask_at[kM];                    // where their rows of the mask begin, in elements
+  int32_t some_first, some_last;          // that some row sees
+  int32_t every_first, every_last;        // that every row sees
+  alignas(64) float top[kM], total[kM];   // of the online softmax
+  alignas(64) float key_bias[kMostKeys];  // added to a key's scores in every row
+};
+
+struct Call {
+  const AttentionParams& p;
+  int64_t group = p.heads / p.kv_heads;
+  int64_t rows = group * p.queries;
+  int64_t blocks = (rows + kM - 1) / kM;
+  bool mask_by_key = p.mask && p.mask_strides.head == 0 && p.mask_strides.query == 0;
+
+  // f(r, head, query) for a task's rows; a division for each would take longer than some tasks.
+  template <class F>
+  void for_rows(const Task& task, const F& f) const {
+    int64_t query = task.first_row / group, member = task.first_row % group;
+    for (int r = 0; r < task.count; ++r) {
+      f(r, task.head * group + member, query);
+      if (++member == group) member = 0, ++query;
+    }
+  }
+
+  Task task(int64_t at) const {
+    // The first block, the last, the second, the last but one: neighbours' work sums up alike under causality.
+    const int64_t i = at % blocks, block = i % 2 ? blocks - 1 - i / 2 : i / 2;
+    return {at / blocks / p.kv_heads, at / blocks % p.kv_heads, block * kM,
+            static_cast<int>(rows - block * kM < kM ? rows - block * kM : kM)};
+  }
+};
+
+// Brings `count` vectors near: where a head's are far apart no hardware sees what comes next.
+template <class T>
+inline void fetch(const T* from, int64_t stride, int64_t count, int64_t dim) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + j * stride + d);
+}
+
+template <class T>
+void fetch_keys(const AttentionParams& p, const Task& task, int64_t first) {
+  const int64_t count = p.keys - first < kMostKeys ? p.keys - first : kMostKeys;
+  fetch(static_cast<const T*>(p.k) + p.k_strides.offset(task.batch, task.head, first), p.k_strides.position, count,
+        p.dim);
+  fetch(static_cast<const T*>(p.v) + p.v_strides.offset(task.batch, task.head, first), p.v_strides.position, count,
+        p.value_dim);
+}
+
+template <class T>
+void fetch_queries(const Call& c, const Task& task) {
+  const AttentionParams& p = c.p;
+  c.for_rows(task, [&](int, int64_t head, int64_t query) {
+    fetch(static_cast<const T*>(p.q) + p.q_strides.offset(task.batch, head, query), 0, 1, p.dim);
+  });
+}
+
+// Which keys the rows see, by causality and window.
+inline void set_limits(const Call& c, Seen& rows) {
+  const AttentionParams& p = c.p;
+  const int64_t right = p.causal ? 0 : p.window_right;
+  rows.some_first = INT32_MAX, rows.some_last = -1, rows.every_first = 0, rows.every_last = INT32_MAX;
+  for (int r = 0; r < kM; ++r) {
+    const int64_t position = rows.of_query[r] + p.keys - p.queries;
+    int64_t first = p.window_left >= 0 ? position - p.window_left : 0;
+    int64_t last = right >= 0 ? position + right : p.keys - 1;
+    first = first < 0 ? 0 : first;
+    last = last >= p.keys ? p.keys - 1 : last;
+    if (r >= rows.count || first > last) first = p.keys, last = -1;
+    rows.first[r] = first, rows.last[r] = last;
+    if (r >= rows.count) continue;
+    rows.some_first = rows.first[r] < rows.some_first ? rows.first[r] : rows.some_first;
+    rows.some_last = rows.last[r] > rows.some_last ? rows.last[r] : rows.some_last;
+    rows.every_first = rows.first[r] > rows.every_first ? rows.first[r] : rows.every_first;
+    rows.every_last = rows.last[r] < rows.every_last ? rows.last[r] : rows.every_last;
+  }
+}
+
+// What the rows are and see, and the softmax of no keys yet but a sink.
+inline void start_softmax(const Call& c, Seen& rows) {
+  const AttentionParams& p = c.p;
+  c.for_rows(rows, rows.count,
+             [&](int r, int64_t head, int64_t query) { rows.of_head[r] = head, rows.of_query[r] = query; });
+  for (int r = rows.count; r < kM; ++r)
+    rows.of_head[r] = rows.of_head[rows.count - 1], rows.of_query[r] = rows.of_query[rows.count - 1];
+  set_limits(c, rows);
+  for (int r = 0; r < kM; ++r) {
+    rows.mask_at[r] = rows.batch * p.mask_strides.batch + rows.of_head[r] * p.mask_strides.head +
+                      rows.of_query[r] * p.mask_strides.query;
+    rows.top[r] = -kInfinity;
+    rows.total[r] = 0.0f;
+    if (!p.sinks || r >= rows.count) continue;
+    const float sink = with_type(
+        p.sinks_dtype, [&]<class S>() { return load_first(static_cast<const S*>(p.sinks) + rows.of_head[r], 1)[0]; });
+    if (sink > -kInfinity) rows.top[r] = sink;  // not NaN
+    rows.total[r] = exp(broadcast(sink == -kInfinity ? sink : sink - rows.top[r]))[0];
+  }
+}
+
+template <class T>
+inline const T* query_at(const AttentionParams& p, const Seen& rows, int r) {
+  return static_cast<const T*>(p.q) + p.q_strides.offset(rows.batch, rows.of_head[r], rows.of_query[r]);
+}
+
+template <class T>
+inline T* out_at(const AttentionParams& p, const Seen& rows, int r) {
+  return static_cast<T*>(p.out) + p.out_strides.offset(rows.batch, rows.of_head[r], rows.of_query[r]);
+}
+
+// What the mask's row at element `at` adds to n <= kLanes scores from key j on: 0 or −infinity where it is bool.
+inline F32 bias(const AttentionParams& p, int64_t at, int64_t j, int n) {
+  const int64_t step = p.mask_strides.key;
+  const auto numbers = [&]<class M>(const M* mask) {
+    if (step == 1) return load_at_most(mask + j, n);
+    M few[kLanes] = {};
+    for (int l = 0; l < n; ++l) few[l] = mask[(j + l) * step];
+    return load(few);
+  };
+  if (p.mask_is_bool) {
+    const F32 seen = numbers(static_cast<const int8_t*>(p.mask) + at);
+    return seen != 0.0f ? F32{} : broadcast(-kInfinity);
+  }
+  return with_type(p.mask_dtype, [&]<class M>() { return numbers(static_cast<const M*>(p.mask) + at); });
+}
+
+// Fills key_bias for keys [j0, j0 + count); false where no row sees any of them.
+inline bool set_key_bias(const Call& c, Seen& rows, int64_t j0, int count) {
+  const AttentionParams& p = c.p;
+  bool any = false;
+  for (int j = 0; j < count; j += kLanes) {
+    const int n = count - j < kLanes ? count - j : kLanes;
+    const F32 mask = c.mask_by_key ? bias(p, rows.mask_at[0], j0 + j, n) : F32{};
+    for (int l = 0; l < n; ++l) {
+      const bool real =
+          !p.key_padding || p.key_padding[rows.batch * p.padding_strides.batch + (j0 + j + l) * p.padding_strides.key];
+      rows.key_bias[j + l] = real ? mask[l] : -kInfinity;
+      any |= rows.key_bias[j + l] != -kInfinity;
+    }
+  }
+  return any;
+}
+
+// What the rows' sums are divided by, as factors; writes the logarithms of their totals where they are wanted.
+inline F32 finish_softmax(const AttentionParams& p, const Seen& rows, int r0, F32 total) {
+  for (int r = 0; p.lse && r < kLanes && r0 + r < rows.count; ++r)
+    p.lse[(rows.batch * p.heads + rows.of_head[r0 + r]) * p.queries + rows.of_query[r0 + r]] =
+        total[r] == 0.0f ? -kInfinity : rows.top[r0 + r] + __builtin_logf(total[r]);
+  return 1.0f / (total == 0.0f ? broadcast(1.0f) : total);
+}
+
+}  // namespace
+}  // namespace llmkern::LLMKERN_ISA
