@@ -107,8 +107,7 @@ inline void set_limits(const Call& c, Seen& rows) {
 // What the rows are and see, and the softmax of no keys yet but a sink.
 inline void start_softmax(const Call& c, Seen& rows) {
   const AttentionParams& p = c.p;
-  c.for_rows(rows, rows.count,
-             [&](int r, int64_t head, int64_t query) { rows.of_head[r] = head, rows.of_query[r] = query; });
+  c.for_rows(rows, [&](int r, int64_t head, int64_t query) { rows.of_head[r] = head, rows.of_query[r] = query; });
   for (int r = rows.count; r < kM; ++r)
     rows.of_head[r] = rows.of_head[rows.count - 1], rows.of_query[r] = rows.of_query[rows.count - 1];
   set_limits(c, rows);
