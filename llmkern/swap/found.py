@@ -11,10 +11,23 @@ from torch import Tensor, nn
 
 from llmkern.swap.granted import shell_class
 
-__all__ = ["PROBE_TOLERANCE", "Found", "agrees", "attention_sample", "is_stateless", "linear_like", "probe", "stand_in"]
+__all__ = [
+    "FAR",
+    "PROBE_TOLERANCE",
+    "Found",
+    "agrees",
+    "attention_sample",
+    "is_stateless",
+    "linear_like",
+    "probe",
+    "stand_in",
+]
 
 PROBE_TOLERANCE = 1e-5
 """Of the largest value: probes run in fp32, and may sum in another order.  Another definition is off by far more."""
+
+FAR = 1e3
+"""Factor of a second probe's inputs: to show limits that some models set (gelu_10, swiglu_limit, clip_qkv)."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OF_ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
-from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in
 from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("mlp",)
@@ -21,11 +21,11 @@ def find(module: nn.Module) -> Found | None:
     if module._modules or module._parameters or not is_stateless(module):
         return None
     # Exact and tanh differ by 5e-4 around |x| = 2.3: several times what the probe allows.
-    x = torch.linspace(-6, 6, 1025)
+    near = torch.linspace(-6, 6, 1025)
     shell = stand_in(module)
-    out = probe(shell, x)
+    seen = [(x, probe(shell, x)) for x in (near, near * FAR)]
     for approximate in ("none", "tanh"):
-        if agrees(out, F.gelu(x, approximate=approximate)):
+        if all(agrees(out, F.gelu(x, approximate=approximate)) for x, out in seen):
             parts = noted(shell)
             if parts is None:
                 return Found("activation", "", UNSEEN)

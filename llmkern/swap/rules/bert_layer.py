@@ -22,7 +22,7 @@ from llmkern.dispatch import implementation
 from llmkern.ops.encoder_layer import ACTIVATIONS
 from llmkern.swap.derive import as_before, derive
 from llmkern.swap.encoder_forward import LINEARS, OP, EncoderParts, forward
-from llmkern.swap.found import Found, agrees, linear_like
+from llmkern.swap.found import FAR, Found, agrees, linear_like
 from llmkern.swap.granted import Part, Path, below, noted
 from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
 from llmkern.swap.rules import attention as attention_rule
@@ -50,8 +50,9 @@ def find(module: nn.Module) -> Found | None:
         positional=tuple(inspect.signature(type(module).forward).parameters)[2:],
         granted=norms[0][2] + norms[1][2],
     )
-    passed = _probed(module, layer, attentions[0], list(linears.values()))
-    if passed is None:
+    probed = partial(_probed, module, layer, attentions[0], list(linears.values()))
+    passed = probed(1.0)
+    if passed is None or probed(FAR) is None:
         return None
     cls = derive(type(module), forward, ("_llmkern_layer", passed))
     return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
@@ -80,12 +81,19 @@ def _norms(module: nn.Module) -> list[tuple[NormPart, float, tuple[Part, ...]]]:
     return found
 
 
-def _probed(module: nn.Module, layer: EncoderParts, attention: Path, linears: list[Any]) -> EncoderParts | None:
-    """The layer with what its attention asks for, if a small copy of it computes what the op does."""
+def _probed(
+    module: nn.Module, layer: EncoderParts, attention: Path, linears: list[Any], spread: float
+) -> EncoderParts | None:
+    """The layer with what its attention asks for, if a small copy of it computes what the op does.
+
+    spread: of the values, and of the activation's inputs; far out its forms cannot be told from each other.
+    """
     across = linears[0].out_features
     if any(linear.out_features != across for linear in linears[:3]) or linears[3].in_features != across:
         return None
     call, asked = _small_call(layer, across), Asked()
+    for name in ("v_weight", "up_weight"):
+        call[name] *= spread
     stand_ins: dict[Path, nn.Module] = {}
     for norm, name in zip(layer.norms, ("attention_norm", "output_norm"), strict=True):
         stand_ins[norm.path] = Computed(partial(_normed, call, name))

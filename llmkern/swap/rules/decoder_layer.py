@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmkern.dispatch import implementation
 from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
 from llmkern.swap.derive import as_before, derive
-from llmkern.swap.found import Found, agrees, linear_like
+from llmkern.swap.found import FAR, Found, agrees, linear_like
 from llmkern.swap.granted import Part, Path, below, noted
 from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
 from llmkern.swap.rules import attention as attention_rule
@@ -45,7 +45,7 @@ def find(module: nn.Module) -> Found | None:
     first, second, *heads = layer.norms
     for norms in ((first, second, *heads), (second, first, *heads)):
         passed = _probed(module, replace(layer, norms=norms))
-        if passed is not None:
+        if passed is not None and _probed(module, replace(layer, norms=norms), FAR) is not None:
             cls = derive(type(module), forward, ("_llmkern_layer", passed))
             return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
     return None
@@ -162,9 +162,13 @@ def _mlp_linears(name: str, mlp: nn.Module, cls: Any) -> tuple[LinearPart, ...]:
     return (*(gate_and_up if cls._llmkern_gate_first else reversed(gate_and_up)), LinearPart((name, down)))
 
 
-def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts | None:
-    """The layer with what its attention asks for, if a small copy of it computes what the op does."""
+def _probed(module: nn.Module, layer: DecoderParts, spread: float = 1.0) -> DecoderParts | None:
+    """The layer with what its attention asks for, if a small copy of it computes what the op does.
+
+    spread: of the values; queries and keys as large would leave softmax to rounding.
+    """
     call, asked = _small_call(layer, module._modules[layer.attention]), Asked()
+    call["v_weight"] *= spread
     copy = small_copy(module, _stand_ins(layer, call), (layer.attention,), asked)
     out = run(
         copy,

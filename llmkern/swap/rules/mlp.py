@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
-from llmkern.swap.found import Found, agrees, is_stateless, linear_like, probe, stand_in
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, stand_in
 from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("mlp",)
@@ -97,13 +97,16 @@ def _gated_shell(
     module: nn.Module, names: tuple[str, ...], activation: Callable[[Tensor], Tensor], gate_first: bool
 ) -> nn.Module | None:
     """The shell whose forward was run on small layers, if that is the gated MLP with these roles."""
-    small, x = _small_layers(names)
-    with torch.no_grad():
-        *into, down = [small[name] for name in names]
-        gate, up = _gate_and_up([layer(x) for layer in into], gate_first)
-        expected = down(activation(gate) * up)
+    small, near = _small_layers(names)
+    *into, down = [small[name] for name in names]
     shell = stand_in(module, small)
-    return shell if agrees(probe(shell, x), expected) else None
+    for x in (near, near * FAR):
+        with torch.no_grad():
+            gate, up = _gate_and_up([layer(x) for layer in into], gate_first)
+            expected = down(activation(gate) * up)
+        if not agrees(probe(shell, x), expected):
+            return None
+    return shell
 
 
 def _gate_and_up(projected: list[Tensor], gate_first: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import derive, untouched
-from llmkern.swap.found import Found, agrees, is_stateless, probe, stand_in
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in
 from llmkern.swap.granted import UNSEEN, Part, changed, noted
 
 SWITCHES = ("norms",)
@@ -104,11 +104,11 @@ def eps_of(module: Any, source: str | float, x: Tensor) -> float:
 
 
 def _inputs(hidden: int) -> Tensor:
-    """[3, s, hidden]: rows of very different size, so that eps decides the small ones; not centred, so that a mean
+    """[4, s, hidden]: rows of very different size, so that eps decides the small ones; not centred, so that a mean
     shows; and s is not hidden, so that a norm over another dimension fails."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 3 if hidden == 2 else 2, hidden, generator=generator)
-    return x * torch.tensor([1e-3, 1.0, 8.0]).view(3, 1, 1) + torch.tensor([0.0, 0.1, 1.0]).view(3, 1, 1)
+    x = torch.randn(4, 3 if hidden == 2 else 2, hidden, generator=generator)
+    return x * torch.tensor([1e-3, 1.0, 8.0, FAR]).view(4, 1, 1) + torch.tensor([0.0, 0.1, 1.0, 0.0]).view(4, 1, 1)
 
 
 def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[str, Any]]:
