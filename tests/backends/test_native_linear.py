@@ -77,8 +77,17 @@ def test_rows_gigabytes_apart(isa) -> None:
 @pytest.mark.parametrize(
     ("rows", "n", "k"),
     # Few rows; odd sizes; several parts of k; many rows; more strips than are packed at once; several passes of parts;
-    # rows that tiles multiply where they lie, and their rest.
-    [(3, 33, 65), (37, 67, 131), (33, 17, 1100), (600, 33, 450), (40, 2100, 64), (200, 40, 4200), (97, 70, 320)],
+    # rows that tiles multiply where they lie, and their rest; rows that are shared among threads.
+    [
+        (3, 33, 65),
+        (37, 67, 131),
+        (33, 17, 1100),
+        (600, 33, 450),
+        (40, 2100, 64),
+        (200, 40, 4200),
+        (97, 70, 320),
+        (3100, 67, 33),
+    ],
 )
 def test_linear_is_as_accurate_as_pytorch_on_any_number_of_rows(isa, dtype, rows, n, k) -> None:
     """The operator itself, which takes more rows than the dispatcher gives it; a row may only spoil itself."""

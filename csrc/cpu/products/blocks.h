@@ -8,7 +8,8 @@
 //          panels of all parts are too many.
 // after    What follows a block's sums is done while the next one's products are under way.
 // stack    at most 1.3 MiB
-// threads  share the strips.  A row's sums are added up in an order that depends on k alone.
+// threads  share the strips, or where rows are many the rows, so that a thread goes on with those that it has made, as
+//          other kernels do.  A row's sums are added up in an order that depends on k alone.
 // With AMX, tiles.h takes the place of Vectors.
 #pragma once
 
@@ -21,6 +22,7 @@ constexpr int kStripColumns = 2 * kLanes;
 constexpr int64_t kGroups = 192;  // 4-byte lanes of k in a panel; a multiple of kLanes
 constexpr int64_t kPanels = 32, kPartsPerPass = 4;
 constexpr int kWaitingBytes = 512 << 10;  // for sums
+constexpr int64_t kRowsPerChunk = 1024;   // so many are worth a strip's packing by several threads
 constexpr int64_t kOperationsPerThread = 1 << 20;
 
 // How the work is cut: k into parts of about the same number of registers, each a panel of every strip, whatever the
@@ -133,9 +135,10 @@ struct Vectors {
   }
 };
 
-// At most strips_at_once strips of columns, all rows.
+// At most strips_at_once strips of columns, rows [begin, end).
 template <class Scheme, class W, class Kernel>
-void block_strips(const LinearParams& p, const Parts<Scheme>& parts, const Columns<Scheme>* to, int strips) {
+void block_strips(const LinearParams& p, const Parts<Scheme>& parts, const Columns<Scheme>* to, int strips,
+                  int64_t rows_begin, int64_t rows_end) {
   using Sum = typename Scheme::Sum;
   constexpr int kRows = Kernel::kRowsAtOnce, kSums = kRows * kStripColumns;
   constexpr int kWaiting = kWaitingBytes / (kSums * sizeof(Sum));
@@ -144,15 +147,15 @@ void block_strips(const LinearParams& p, const Parts<Scheme>& parts, const Colum
   Unfinished<Scheme> before;
   int turn = 0;
   const int64_t most_rows = parts.passes == 1 ? p.rows.count : kWaiting / strips * kRows;
-  for (int64_t first = 0; first < p.rows.count; first += most_rows) {
-    const int64_t rows_end = std::min(first + most_rows, p.rows.count);
+  for (int64_t first = rows_begin; first < rows_end; first += most_rows) {
+    const int64_t last = std::min(first + most_rows, rows_end);
     for (int64_t pass = 0; pass < parts.passes; ++pass) {
       const int64_t part0 = parts.pass(pass), part_end = parts.pass(pass + 1);
       Bytes(*panel)[2 * kGroups] = panels;
       for (int64_t part = part0; part < part_end; ++part)
         for (int i = 0; i < strips; ++i) pack<Scheme, W>(to[i], parts.code(part), parts.code(part + 1), *panel++);
-      for (int64_t r = first; r < rows_end; r += kRows) {
-        const int rows = std::min<int64_t>(rows_end - r, kRows);
+      for (int64_t r = first; r < last; r += kRows) {
+        const int rows = std::min<int64_t>(last - r, kRows);
         const Source x = source<Scheme>(p, r, rows);
         const int64_t block = (r - first) / kRows;
         Sum(*const here)[kSums] = sums + (parts.passes == 1 ? block % 2 : block) * strips;
@@ -176,20 +179,38 @@ void block_strips(const LinearParams& p, const Parts<Scheme>& parts, const Colum
 
 template <class Scheme, class W, class Kernel = Vectors>
 void blocks(const LinearParams& p, const Threads& threads) {
-  const int64_t operations = (p.k + 1) * kStripColumns * p.rows.count;
-  const Parts<Scheme> parts(p.k, (p.rows.count + Kernel::kRowsAtOnce - 1) / Kernel::kRowsAtOnce);
+  constexpr int64_t kRows = Kernel::kRowsAtOnce;
+  const int64_t row_blocks = (p.rows.count + kRows - 1) / kRows, all = strips(p, kStripColumns);
+  const int64_t chunks = std::max<int64_t>(1, p.rows.count / kRowsPerChunk);
+  const Parts<Scheme> parts(p.k, row_blocks);
+  // Strips [first, last) of the rows of chunks [from, to).
+  const auto rectangle = [&](int64_t from, int64_t to, int64_t first, int64_t last) {
+    const int64_t rows_begin = row_blocks * from / chunks * kRows;
+    const int64_t rows_end = std::min(row_blocks * to / chunks * kRows, p.rows.count);
+    const int64_t turns = (last - first + parts.strips_at_once - 1) / parts.strips_at_once;
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t i = first + (last - first) * turn / turns, after = first + (last - first) * (turn + 1) / turns;
+      Columns<Scheme> columns[kPanels];
+      for (int64_t s = i; s < after; ++s) set_columns(p, kStripColumns, s, columns[s - i]);
+      block_strips<Scheme, W, Kernel>(p, parts, columns, after - i, rows_begin, rows_end);
+    }
+  };
+  // The strips of the first chunk, of the second, …: a thread's share begins and ends within a chunk, perhaps, and has
+  // whole ones between, for which a strip is packed once.
   const auto body = [&](int64_t begin, int64_t end) {
     Kernel::begin();
-    const int64_t turns = (end - begin + parts.strips_at_once - 1) / parts.strips_at_once;
-    for (int64_t turn = 0; turn < turns; ++turn) {
-      const int64_t i = begin + (end - begin) * turn / turns, after = begin + (end - begin) * (turn + 1) / turns;
-      Columns<Scheme> to[kPanels];
-      for (int64_t s = i; s < after; ++s) set_columns(p, kStripColumns, s, to[s - i]);
-      block_strips<Scheme, W, Kernel>(p, parts, to, after - i);
+    const int64_t from = (begin + all - 1) / all, to = end / all;
+    if (from > to) {
+      rectangle(to, from, begin - to * all, end - to * all);
+    } else {
+      if (begin < from * all) rectangle(from - 1, from, begin - (from - 1) * all, all);
+      if (from < to) rectangle(from, to, 0, all);
+      if (to * all < end) rectangle(to, to + 1, 0, end - to * all);
     }
     Kernel::end();
   };
-  threads.parallel_for(strips(p, kStripColumns), kOperationsPerThread / operations + 1, body);
+  const int64_t operations = (p.k + 1) * kStripColumns * (p.rows.count / chunks + 1);
+  threads.parallel_for(all * chunks, kOperationsPerThread / operations + 1, body);
 }
 
 }  // namespace
