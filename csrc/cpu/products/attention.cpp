@@ -9,8 +9,6 @@
 // ISA      fp32 arithmetic; with AMX, bf16 goes another way (attention_tiles.h).
 #include "llmkern/attention.h"
 
-#include <type_traits>
-
 #include "../isa.h"
 #include "attention_rows.h"
 #include "attention_tiles.h"
