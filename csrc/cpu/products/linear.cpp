@@ -11,7 +11,8 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 4;
+// At most so many rows stream the weight, which then sets the pace; with more, packing it pays.
+constexpr int64_t kFewIntegers = 8, kFewFloats = LLMKERN_ISA_LEVEL == 2 ? 8 : 4, kFewForTiles = 4;
 
 template <class F>
 void with_weight(WeightType type, const F& f) {
@@ -35,13 +36,13 @@ void prepare_codes(const LinearParams& p, const Threads& threads) {
 
 void integers(const LinearParams& p, const Threads& threads) {
 #ifdef __AMX_INT8__
-  if (p.rows.count > kFewRows) {
+  if (p.rows.count > kFewIntegers) {
     prepare_codes<TileIntegers>(p, threads);
     return blocks<TileIntegers, int8_t, Tiles>(p, threads);
   }
 #endif
   prepare_codes<Integers>(p, threads);
-  if (p.rows.count <= kFewRows) return stream<Integers, int8_t>(p, threads);
+  if (p.rows.count <= kFewIntegers) return stream<Integers, int8_t>(p, threads);
   blocks<Integers, int8_t>(p, threads);
 }
 
@@ -63,18 +64,18 @@ LinearParams row_of(LinearParams p, int64_t r) {
 void floats(const LinearParams& p, const Threads& threads) {
 #ifdef __AMX_INT8__
   const bool exact = p.weight_type == WeightType::bf16 || p.weight_type == WeightType::s8;
-  if (p.rows.count > kFewRows && p.dtype == DType::bf16 && exact) {
+  if (p.rows.count > kFewForTiles && p.dtype == DType::bf16 && exact) {
     prepare<TileBf16>(p, static_cast<const BFloat16*>(p.x), threads);
     if (p.weight_type == WeightType::bf16) return blocks<TileBf16, BFloat16, Tiles>(p, threads);
     return blocks<TileBf16, int8_t, Tiles>(p, threads);
   }
-  if (p.rows.count > kFewRows && p.weight_type == WeightType::s8) {
+  if (p.rows.count > kFewForTiles && p.weight_type == WeightType::s8) {
     with_type(p.dtype, [&]<class T>() { prepare<TileFloats>(p, static_cast<const T*>(p.x), threads); });
     return blocks<TileFloats, int8_t, Tiles>(p, threads);
   }
 #endif
 #ifdef LLMKERN_VNNI
-  if (p.rows.count <= kFewRows && p.weight_type == WeightType::s8 && p.k <= kMostExactProducts) {
+  if (p.rows.count <= kFewFloats && p.weight_type == WeightType::s8 && p.k <= kMostExactProducts) {
     with_type(p.dtype, [&]<class T>() { prepare<Digits>(p, static_cast<const T*>(p.x), threads); });
     const Header* const rows = headers(p);
     if (std::all_of(rows, rows + p.rows.count, Digits::served)) return stream<Digits, int8_t>(p, threads);
@@ -86,7 +87,7 @@ void floats(const LinearParams& p, const Threads& threads) {
 #endif
   with_type(p.dtype, [&]<class T>() { prepare<Floats>(p, static_cast<const T*>(p.x), threads); });
   with_weight(p.weight_type, [&]<class W>() {
-    if (p.rows.count <= kFewRows) return stream<Floats, W>(p, threads);
+    if (p.rows.count <= kFewFloats) return stream<Floats, W>(p, threads);
     blocks<Floats, W>(p, threads);
   });
 }
