@@ -40,21 +40,26 @@ struct Source {
   int64_t stride;
 };
 
+// Bytes from one row of x to the next where it lies, as codes of the scheme.
+template <class Scheme>
+inline int64_t x_stride(const LinearParams& p) {
+  return p.rows.stride0 * static_cast<int64_t>(sizeof(typename Scheme::Code));
+}
+
 // Are these rows of x, a block of them, multiplied where they lie?  Tiles are read to their ends, by whole cache lines,
 // and rows a multiple of 2048 bytes apart share a few lines of the L1 cache.
 template <class Scheme>
 inline bool in_place(const LinearParams& p, int64_t rows) {
-  const int64_t stride = p.rows.stride0 * static_cast<int64_t>(sizeof(typename Scheme::Code));
+  const int64_t stride = x_stride<Scheme>(p);
   return rows == Scheme::kRowsInPlace && p.k % Scheme::kStep == 0 && p.rows.size1 == 1 && p.rows.size2 == 1 &&
          reinterpret_cast<uintptr_t>(p.x) % 64 == 0 && stride % 64 == 0 && stride % 2048 != 0;
 }
 
 template <class Scheme>
 inline Source source(const LinearParams& p, int64_t r, int64_t rows) {
-  using Code = typename Scheme::Code;
   if (!in_place<Scheme>(p, rows))
     return {reinterpret_cast<const char*>(prepared_row<Scheme>(p, r)), row_bytes<Scheme>(p.k)};
-  const int64_t stride = p.rows.stride0 * static_cast<int64_t>(sizeof(Code));
+  const int64_t stride = x_stride<Scheme>(p);
   return {static_cast<const char*>(p.x) + r * stride, stride};
 }
 
