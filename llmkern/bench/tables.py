@@ -80,7 +80,7 @@ def _remarks(row: Row) -> list[str]:
     if "relative_error" in accuracy:
         found.append(f"{accuracy['relative_error']:.1e} relative")
     elif "error" in accuracy:
-        found.append(f"{accuracy['error']:.1e} of {accuracy['allowed']:.1e} allowed")
+        found.append(f"error {accuracy['error']:.1e}, PyTorch's {accuracy['baseline']:.1e}")
     elif "rule" in accuracy:
         found.append("exact" if accuracy["rule"] == "bits" else "right")
     return [*found, accuracy.get("approximate", ""), row.detail.get("note", ""), row.error or ""]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["Float64"]
+__all__ = ["Float64", "WidenCalls", "is_view", "written_by"]
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
@@ -32,7 +32,9 @@ _COMPARE_FIRST = (
 )
 
 
-class _WidenCalls(TorchFunctionMode):
+class WidenCalls(TorchFunctionMode):
+    """Widen the arguments of the calls that compare dtypes before an operator is dispatched."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -53,7 +55,7 @@ class Float64(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls = _WidenCalls()
+        self._calls = WidenCalls()
 
     def __enter__(self) -> Float64:
         self._calls.__enter__()
@@ -69,17 +71,22 @@ class Float64(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
-        if any(returned.alias_info is not None and not returned.alias_info.is_write for returned in schema.returns):
+        if is_view(schema):
             return func(*args, **kwargs)
         if func is _aten._grouped_mm.default:
             func = _grouped_mm
         if func in _GATHERS:
             return tree_map(_widen, func(*args, **kwargs))
         if schema.is_mutable:
-            written = _written(schema, args, kwargs)
+            written = written_by(schema, args, kwargs)
             narrow = next((t.dtype for t in written if t.is_floating_point()), torch.float64)
             return func(*_cast(args, narrow, written), **_cast(kwargs, narrow, written))
         return tree_map(_widen, func(*tree_map(_widen, args), **tree_map(_widen, kwargs)))
+
+
+def is_view(schema: Any) -> bool:
+    """Tell whether the operator returns views of its arguments."""
+    return any(returned.alias_info is not None and not returned.alias_info.is_write for returned in schema.returns)
 
 
 def _widen(value: Any) -> Any:
@@ -105,8 +112,8 @@ def _grouped_mm(
     return out if bias is None else out + bias
 
 
-def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the operator writes to."""
+def written_by(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that the operator writes to."""
     values = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
     writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     found = [values.get(name) for name in writes]

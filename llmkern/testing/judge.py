@@ -5,13 +5,14 @@ Three rules, chosen by `Case.rule`:
 - "bits": every output has the bits of the reference run in the case's own dtype.
 - "codes": the first two outputs are int8 codes q and their scale, which stand for the fp32 result of another op,
   `Case.value`.  Codes next to a tie may go either way, so q·scale is to be within half a step of the exact value,
-  plus the error that the accuracy rule allows that op in fp32; scale·127 is to be within that error of the row's
+  plus the largest error of a faithful result of that op in fp32; scale·127 is to be within that error of the row's
   largest exact magnitude.  Further outputs keep the accuracy rule.
 Arguments that an op writes (its schema marks them) are judged as further outputs, int8 codes to one step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,18 @@ from torch import Tensor
 
 from llmkern import dispatch
 from llmkern.testing.case import Call, Case
-from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, cast, errors, upcast
+from llmkern.testing.compare import (
+    as_list,
+    assert_as_accurate,
+    assert_same_bits,
+    cast,
+    faithful_unit,
+    spreads,
+    upcast,
+)
+from llmkern.testing.monte_carlo import draws_of
 
-__all__ = ["assert_right", "baseline", "reference", "written"]
+__all__ = ["assert_accurate", "assert_right", "baseline", "reference", "spreads_of", "written"]
 
 # Of q·scale against the value, relative: the scale, its inverse and their product are each rounded, half an ulp.
 CODE_ROUNDING = 1.5 * torch.finfo(torch.float32).eps
@@ -55,6 +65,18 @@ def _run(impl: dispatch.Implementation, call: Call) -> Any:
     return [*as_list(out), *copies.values()] if copies else out
 
 
+def spreads_of(op: str, call: Call, exact: Any) -> list[Callable[[], Tensor]]:
+    """Return the spreads of the op's definition on `call`; `exact` is the definition in float64."""
+    return spreads(exact, lambda: draws_of(lambda: reference(op, call)))
+
+
+def assert_accurate(op: str, call: Call, out: Any, names: Sequence[str] | None = None) -> None:
+    """Raise AssertionError, with the numbers, unless `out` keeps the accuracy rule as the result of `op` on `call`."""
+    exact = reference(op, upcast(call))
+    found = spreads_of(op, call, exact)
+    assert_as_accurate(out, baseline=baseline(op, call), exact=exact, spreads=found, names=names)
+
+
 def assert_right(case: Case, call: Call, out: Any) -> None:
     """Raise AssertionError, with the numbers, unless `out` is a right result of `case`, which was run on `call`."""
     outputs = as_list(out) + [call[name] for name in written(case.op) if call[name] is not None]
@@ -65,16 +87,17 @@ def assert_right(case: Case, call: Call, out: Any) -> None:
         assert_same_bits(outputs, expected)
         return
     base, exact = as_list(baseline(case.op, call)), as_list(reference(case.op, upcast(call)))
+    allowed = spreads_of(case.op, call, exact)
     names = [f"output {i}" for i in range(len(outputs))]
     if case.rule == "codes":
         _assert_codes(case, call, outputs[0], outputs[1])
-        names, outputs, base, exact = names[2:], outputs[2:], base[2:], exact[2:]
+        names, outputs, base, exact, allowed = names[2:], outputs[2:], base[2:], exact[2:], allowed[2:]
     for i in reversed(range(len(as_list(out)), len(outputs))):
         if not outputs[i].is_floating_point():
             gap = (outputs.pop(i).int() - exact.pop(i).int()).abs()
             assert gap.numel() == 0 or int(gap.max()) <= 1, f"{names[i]}: codes are {int(gap.max())} steps from exact"
-            del names[i], base[i]
-    assert_as_accurate(outputs, baseline=base, exact=exact, names=names)
+            del names[i], base[i], allowed[i]
+    assert_as_accurate(outputs, baseline=base, exact=exact, spreads=allowed, names=names)
 
 
 def _assert_codes(case: Case, call: Call, codes: Tensor, scale: Tensor) -> None:
@@ -84,11 +107,10 @@ def _assert_codes(case: Case, call: Call, codes: Tensor, scale: Tensor) -> None:
     value = reference(op, upcast(value_call))
     if value.numel() == 0:
         return
-    in_fp32 = baseline(op, value_call)
-    (error,) = errors(in_fp32, in_fp32, value)
+    unit = faithful_unit(value, torch.float32, spreads_of(op, value_call, value)[0]())
     largest, step = value.abs().amax(-1, keepdim=True), scale.double()
-    _assert_near("scale·127", step * 127, largest, error.allowed + SCALE_ROUNDING * largest)
-    _assert_near("q·scale", codes * step, value, error.allowed + CODE_ROUNDING * largest + step / 2)
+    _assert_near("scale·127", step * 127, largest, unit.amax(-1, keepdim=True) + SCALE_ROUNDING * largest)
+    _assert_near("q·scale", codes * step, value, unit + CODE_ROUNDING * largest + step / 2)
 
 
 def _assert_near(name: str, got: Tensor, exact: Tensor, allowed: Tensor) -> None:

@@ -9,8 +9,7 @@ from torch import Tensor
 from llmkern import _native, dispatch
 from llmkern.testing.case import Call
 from llmkern.testing.cases.attention import plain_call
-from llmkern.testing.compare import assert_as_accurate, upcast
-from llmkern.testing.judge import baseline, reference
+from llmkern.testing.judge import assert_accurate
 
 pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 ISAS = ("portable", "avx2", "avx512", "amx")
@@ -25,8 +24,7 @@ def decode_call(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: object) 
 
 
 def assert_native_is_as_accurate(op: str, call: Call) -> None:
-    out = getattr(torch.ops.llmkern, op)(**call)
-    assert_as_accurate(out, baseline=baseline(op, call), exact=reference(op, upcast(call)))
+    assert_accurate(op, call, getattr(torch.ops.llmkern, op)(**call))
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _native, dispatch
-from llmkern.testing.compare import assert_as_accurate, upcast
-from llmkern.testing.judge import baseline, reference
+from llmkern.testing.judge import assert_accurate, reference
 
 pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 each_isa = pytest.mark.parametrize("isa", _native.CPU_ISAS, indirect=True)
@@ -95,8 +94,7 @@ def test_linear_is_as_accurate_as_pytorch_on_any_number_of_rows(isa, dtype, rows
     x[0], x[1, 7], x[2, 7] = 0, float("nan"), float("inf")
     call = {"x": x.to(dtype), "weight": (torch.randn(n, k) * k**-0.5).to(dtype), "bias": torch.randn(n).to(dtype)}
     call["activation"] = "gelu"
-    out = torch.ops.llmkern.linear(**call)
-    assert_as_accurate(out, baseline=baseline("linear", call), exact=reference("linear", upcast(call)))
+    assert_accurate("linear", call, torch.ops.llmkern.linear(**call))
 
 
 @each_isa

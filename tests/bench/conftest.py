@@ -32,7 +32,9 @@ def op_row(provider: str, p50: float, *, spread: float = 0.1, hidden: int = 64) 
     x = {"sweep": "8 rows", "x": "hidden", "dtype": "float32", "mode": "forward", "rows": 8, "hidden": hidden}
     low, high = p50 * (1 - spread), p50 * (1 + spread)
     detail = {"gb_per_s": 1e3 / p50, "tflop_per_s": 0.0, "operations": 0, "bytes": 4096, "n": 9}
-    return Row("ops", "rms_norm", provider, "time_us", x, low, p50, high, 0.5, {"error": 1e-7, "allowed": 2e-7}, detail)
+    return Row(
+        "ops", "rms_norm", provider, "time_us", x, low, p50, high, 0.5, {"error": 1e-7, "baseline": 2e-7}, detail
+    )
 
 
 @pytest.fixture

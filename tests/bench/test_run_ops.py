@@ -60,7 +60,7 @@ def test_a_wrong_kernel_gets_no_time(point, ceilings) -> None:
     ran: list[int] = []
     (row,) = rows_of(point, ceilings, planted(1e-2, ran=ran))
     assert row.p50 is None
-    assert row.error.startswith("not timed, the result is wrong: error 0.0")
+    assert row.error.startswith("not timed, the result is wrong: output 0: 512 of 512 elements")
     assert len(ran) == 1  # judged, never timed
     (row,) = rows_of(point, ceilings, planted(0.0))
     assert row.p50 == 1000.0
@@ -230,8 +230,7 @@ for op in ("rms_norm", "layer_norm"):
         point = points(op, torch.device("cpu"), quick=True)[0]
         sweep = dataclasses.replace(point.sweep, sizes=dict.fromkeys(point.sweep.sizes, 8))
         judge = Judge(dataclasses.replace(point, sweep=sweep, value=48, mode=mode))
-        found = judge.check(lambda inputs: way.prepare(inputs.call), way.approximate)
-        assert found["error"] <= found["allowed"], (op, mode, found)
+        assert "error" in judge.check(lambda inputs: way.prepare(inputs.call), way.approximate)  # else Wrong is raised
         print("right:", op, mode)
 """
 

@@ -14,8 +14,8 @@ import torch
 from llmkern import dispatch
 from llmkern.testing.case import Call, Case, Make, cases
 from llmkern.testing.cases.attention import random_call
-from llmkern.testing.compare import assert_as_accurate, assert_same_bits, upcast
-from llmkern.testing.judge import baseline, reference
+from llmkern.testing.compare import assert_same_bits
+from llmkern.testing.judge import assert_accurate, reference
 
 OP = "attention_backward"
 NAMES = ["dq", "dk", "dv", "dmask", "dsinks"]
@@ -47,7 +47,7 @@ def judge(operators, call: Call) -> None:
         operators.set(seed=seed, late_copies=seed == 1)
         results.append(operators.op(OP, call))
     assert_same_bits(results[1], results[0])
-    assert_as_accurate(results[0], baseline=baseline(OP, call), exact=reference(OP, upcast(call)), names=NAMES)
+    assert_accurate(OP, call, results[0], NAMES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

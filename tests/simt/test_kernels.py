@@ -10,8 +10,8 @@ import torch
 from judging import CUDA, SEEDS, judge
 
 from llmkern.testing.case import Case, Make, cases
-from llmkern.testing.compare import assert_as_accurate, assert_same_bits, upcast
-from llmkern.testing.judge import baseline, reference
+from llmkern.testing.compare import assert_same_bits
+from llmkern.testing.judge import assert_accurate
 
 # Rows on either side of the number of SMs, 4; hidden sizes for a warp, for blocks and beyond the registers of one,
 # by vectors and element by element.
@@ -155,7 +155,7 @@ def test_backward_of_activations(operators, op: str, extra: dict, shape: tuple, 
         operators.set(seed=seed)
         results.append(operators.op(op, call | extra))
     assert_same_bits(results[1], results[0])
-    assert_as_accurate(results[0], baseline=baseline(op, call | extra), exact=reference(op, upcast(call | extra)))
+    assert_accurate(op, call | extra, results[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,5 +173,4 @@ def test_backward_of_norms(operators, op: str, shape: tuple[int, int], parameter
         operators.set(seed=seed)
         results.append(operators.op(op, call))
     assert_same_bits(results[1], results[0])
-    names = ["dx", "dweight", "dbias"]
-    assert_as_accurate(results[0], baseline=baseline(op, call), exact=reference(op, upcast(call)), names=names)
+    assert_accurate(op, call, results[0], ["dx", "dweight", "dbias"])

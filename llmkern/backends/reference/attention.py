@@ -89,6 +89,11 @@ def _softmax(
     return _Softmax(weights / total, sink_weight / total, lse, slope)
 
 
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round what is multiplied next: tensor cores multiply in the dtype of q, k and v, so every kernel may."""
+    return x.to(dtype).to(x.dtype)
+
+
 @implements("attention", REFERENCE, has_backward=True)
 def attention(
     q: Tensor,
@@ -107,7 +112,7 @@ def attention(
     kf, vf = (accumulate(x).repeat_interleave(group, 1) for x in (k, v))
     mask = merged_mask(q, k, attn_mask, key_padding_mask, causal, window)
     softmax = _softmax(accumulate(q), kf, mask, sinks, sm_scale, softcap)
-    out = in_token_order((softmax.weights @ vf).to(q.dtype))
+    out = in_token_order((_operand(softmax.weights, q.dtype) @ vf).to(q.dtype))
     return out, softmax.lse if return_lse else lse_like(q, False)
 
 
@@ -150,8 +155,8 @@ def attention_backward(
         dsinks = -(softmax.sink_weight * delta).sum((0, 2, 3)).to(sinks.dtype)
     if softmax.slope is not None:
         dscores = dscores * softmax.slope
-    dscores = dscores * sm_scale
+    dscores = _operand(dscores * sm_scale, q.dtype)
     dq = (dscores @ kf).to(q.dtype)
     dk = (dscores.transpose(2, 3) @ qf).unflatten(1, (-1, group)).sum(2).to(k.dtype)
-    dv = (softmax.weights.transpose(2, 3) @ dof).unflatten(1, (-1, group)).sum(2).to(v.dtype)
+    dv = (_operand(softmax.weights, q.dtype).transpose(2, 3) @ dof).unflatten(1, (-1, group)).sum(2).to(v.dtype)
     return dq, dk, dv, dmask, dsinks
