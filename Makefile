@@ -2,6 +2,7 @@
 # make demo      a real model, untouched and optimized, side by side
 # make test      lint and the whole test suite
 # make bench     ops and models against every peer at hand, on a CPU with nothing else to do; benchmarks/README.md
+#                ISA=avx2: the same as on a processor that has no more, for our kernels and for PyTorch's
 # make gpu       on a GPU, from the source tree, with the PYTHON of your choice: its tests, then the ops, in 9 minutes
 # make wheel     dist/llmkern-*.whl, for any Python and any torch from 2.11 on
 # make sanitize  the CPU kernels' tests on a build with AddressSanitizer and UBSan
@@ -11,7 +12,13 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 NATIVE := $(shell find csrc -type f)
 # Two workers, one thread each: two threads each would fight over two cores.  Triton kernels run in its interpreter.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
+# What holds our kernels, ATen, oneDNN and MKL to an older instruction set, whatever the machine has.
+AS_portable := LLMKERN_CPU_ISA=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+AS_avx2 := LLMKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+AS_avx2_vnni := $(AS_avx2) LLMKERN_CPU_ISA=avx2_vnni ONEDNN_MAX_CPU_ISA=AVX2_VNNI
+AS_avx512 := LLMKERN_CPU_ISA=avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+AS_avx512_vnni := $(AS_avx512) LLMKERN_CPU_ISA=avx512_vnni ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
+PYTEST := $(AS_$(ISA)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
 
 # What `make gpu` runs with; nothing is installed.
 PYTHON ?= python3
@@ -25,6 +32,8 @@ install: $(STAMPS)/build
 test: lint
 	@echo "Running the tests"
 	@$(PYTEST)
+	@echo "Judging the ops again beside PyTorch as on an AVX2 processor"
+	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(PYTEST) tests/ops/test_contract.py -k "test_implementation and not triton"; fi
 
 demo: install
 	@HF_HUB_OFFLINE=1 $(BIN)/llmkern demo
