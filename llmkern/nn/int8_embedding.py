@@ -12,12 +12,12 @@ from llmkern.nn._int8_weight import Int8Weight, quantized, with_hooks
 __all__ = ["Int8Embedding"]
 
 
-class Int8Embedding(Int8Weight, nn.Embedding):
+class Int8Embedding(Int8Weight, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` with int8 rows and one fp32 scale for each; a quarter of fp32's bytes.
 
-    weight: Parameter [num_embeddings, embedding_dim] int8, frozen.  weight_scale: buffer [num_embeddings, 1] fp32.
+    codes: [num_embeddings, embedding_dim] int8, frozen.  weight_scale: buffer [num_embeddings, 1] fp32.
+    weight: their product, as Int8Linear's.  An output head tied to it is an `Int8Linear` with the same codes (`tied`).
     dtype: of what it returns, codes times scale computed in fp32.  `.to(dtype)` changes it, never codes or scales.
-    An output head tied to it is an `Int8Linear` with the same weight (`tied`).
 
     A module made by the constructor gives 0; use `from_embedding` or load a state dict, which is checked as
     Int8Linear's is.
@@ -48,6 +48,8 @@ class Int8Embedding(Int8Weight, nn.Embedding):
         """
         if not isinstance(module, nn.Embedding):
             raise TypeError(f"Int8Embedding: module is a {type(module).__name__}, expected nn.Embedding")
+        if isinstance(module, Int8Weight):
+            raise TypeError("Int8Embedding: module is an Int8Embedding: it is quantized already")
         if module.max_norm is not None:
             raise ValueError(f"Int8Embedding: max_norm is {module.max_norm}, which writes to the weight; expected None")
         codes, scale = quantized("Int8Embedding", module.weight.detach())
@@ -59,14 +61,13 @@ class Int8Embedding(Int8Weight, nn.Embedding):
 
         The scales are copied: transformers would save shared ones under one of their names only.
         """
-        return cls._like(module, head.weight, head.weight_scale.clone())
+        return cls._like(module, head.codes, head.weight_scale.clone())
 
     @classmethod
     def _like(cls, module: nn.Embedding, codes: Tensor, scale: Tensor) -> Int8Embedding:
         rows, columns = codes.shape
         out = cls(rows, columns, module.padding_idx, device="meta", dtype=module.weight.dtype)
-        out.weight, out.weight_scale = codes, scale
-        out._floating = module.weight.new_empty(0)
+        out.hold(codes, scale)
         return with_hooks(out, module)
 
     def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
@@ -77,7 +78,10 @@ class Int8Embedding(Int8Weight, nn.Embedding):
         return with_hooks(out, self)
 
     def forward(self, input: Tensor) -> Tensor:
-        return (F.embedding(input, self.weight) * F.embedding(input, self.weight_scale)).to(self.dtype)
+        return (F.embedding(input, self.codes) * F.embedding(input, self.weight_scale)).to(self.dtype)
+
+    def _floating_class(self) -> type[nn.Module]:
+        return nn.Embedding
 
     def reset_parameters(self) -> None:
         raise RuntimeError("an Int8Embedding has no random initialisation: use from_embedding or load a state dict")

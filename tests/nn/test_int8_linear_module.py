@@ -77,9 +77,10 @@ def test_to_linear_goes_back_to_what_the_codes_stand_for() -> None:
 )
 def test_conversion_of_the_dtype_touches_neither_codes_nor_scales(convert) -> None:
     module = Int8Linear.from_linear(linear())
-    codes, scale = module.weight.clone(), module.weight_scale.clone()
+    codes, scale = module.codes.clone(), module.weight_scale.clone()
     convert(module)
-    assert_same_bits([module.weight, module.weight_scale], [codes, scale])
+    assert_same_bits([module.codes, module.weight_scale], [codes, scale])
+    assert module.weight.dtype == module.dtype
     assert module.bias.dtype == module.dtype == module.to_linear().weight.dtype
     assert module(rows(dtype=module.dtype)).dtype == module.dtype
 
@@ -163,7 +164,7 @@ def test_an_adapter_beside_it_trains() -> None:
     (module(x) + up(down(x))).square().sum().backward()
     assert x.grad is not None
     assert module.bias.grad is not None
-    assert module.weight.grad is None
+    assert module.codes.grad is None
 
 
 def test_hooks_and_training_flag_come_along() -> None:
