@@ -7,32 +7,39 @@ from llmkern import nn, ops
 from llmkern.dispatch import implements, register, use_backend
 from llmkern.explain import explain
 from llmkern.info import Info, info
-from llmkern.quantization import QuantReport, dequantize_, quantize_
+from llmkern.quantization import Int8, QuantReport, dequantize_, load, quantize_
+from llmkern.report import Report, report
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
 from llmkern.verify import Accuracy, verify
 
 if TYPE_CHECKING:
     from llmkern.integrations.transformers.cache import KVCache
+    from llmkern.quantization.transformers_quantizer import Int8Config
 
     __version__: str
 
 __all__ = [
     "Accuracy",
     "Info",
+    "Int8",
+    "Int8Config",
     "KVCache",
     "QuantReport",
+    "Report",
     "SwapReport",
     "SwapRow",
     "dequantize_",
     "explain",
     "implements",
     "info",
+    "load",
     "nn",
     "ops",
     "optimize_",
     "patched",
     "quantize_",
     "register",
+    "report",
     "restore_",
     "use_backend",
     "verify",
@@ -44,6 +51,10 @@ def __getattr__(name: str) -> Any:
         from llmkern.integrations.transformers import kv_cache
 
         return kv_cache()
+    if name == "Int8Config":
+        from llmkern.quantization.transformers_quantizer import Int8Config
+
+        return Int8Config
     if name == "__version__":
         from llmkern.info import package_version
 

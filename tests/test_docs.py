@@ -83,7 +83,8 @@ def test_the_changelog_names_every_op_and_function() -> None:
     assert {name for name in llmkern.__all__ if name[0].islower()} - {"ops", "nn", "use_backend"} <= named
 
 
-def test_the_readmes_python_runs(capsys) -> None:
+def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves a model
     torch.manual_seed(0)
     configuration = LlamaConfig(
         vocab_size=64,

@@ -162,6 +162,7 @@ def quantize(model: nn.Module, loaded: Loaded) -> QuantReport:
     Where the text or a tokenizer is missing, `quantize_` measures on inputs of its own.
     """
     from llmkern.quantization import quantize_
+    from llmkern.report import report
     from llmkern.testing.real_models import prose
 
     batches = None
@@ -169,7 +170,10 @@ def quantize(model: nn.Module, loaded: Loaded) -> QuantReport:
         with contextlib.suppress(ModuleNotFoundError):
             batches = [_calibration(loaded, text) for text in prose().splitlines()[-CALIBRATION_ARTICLES:]]
     with working("quantizing to int8"):
-        return quantize_(model, "int8", calib=batches)
+        quantize_(model, "int8", calib=batches)
+    found = report(model).quantization
+    assert found is not None
+    return found
 
 
 def _calibration(loaded: Loaded, text: str) -> dict[str, Tensor]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn._int8_weight import Int8Weight
+from llmkern.nn.int8_linear import LinearOfConv1D, conv1d_of
 from llmkern.quantization.checkpoint import forget_in_config
-from llmkern.quantization.layers import places_of, replace
+from llmkern.quantization.layers import places_of, put
+from llmkern.quantization.methods import forget_methods
+from llmkern.quantization.report import forget_report
 from llmkern.quantization.undo import undoing
-from llmkern.quantization.vocabulary import forget_vocabulary
 
 __all__ = ["dequantize_"]
 
@@ -29,17 +31,20 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         raise TypeError(f"dequantize_: model is a {type(model).__name__}, expected an nn.Module")
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
     tables = [module for module in model.modules() if isinstance(module, Int8Embedding)]
-    if not layers + tables or isinstance(model, Int8Weight):
+    written = [module for module in model.modules() if isinstance(module, LinearOfConv1D)]
+    if not layers + tables + written or isinstance(model, Int8Weight):
         raise ValueError("dequantize_: model has no Int8Linear in it")
     places = places_of(model)
     back: dict[nn.Module, nn.Module] = {
-        layer: layer.to_conv1d(dtype) if layer.from_conv1d else layer.to_linear(dtype) for layer in layers
+        layer: conv1d_of(layer.to_linear(dtype)) if layer.from_conv1d else layer.to_linear(dtype) for layer in layers
     }
-    weights = {id(layer.weight): back[layer].weight for layer in layers}
-    back |= {table: table.to_embedding(dtype, weights.get(id(table.weight))) for table in tables}  # type: ignore[arg-type]
+    weights: dict[Tensor, nn.Parameter] = {layer.codes: back[layer].weight for layer in layers}  # type: ignore[misc]
+    back |= {table: table.to_embedding(dtype, weights.get(table.codes)) for table in tables}
+    back |= {linear: conv1d_of(linear).to(dtype or linear.weight.dtype) for linear in written}
     with undoing(model):
         for layer, module in back.items():
-            replace(places[layer], module)
+            put(places[layer], module)
         forget_in_config(model)
-    forget_vocabulary(model)
+    forget_report(model)
+    forget_methods(model)
     return model

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from llmkern.quantization.layers import FilterFn, Layer, places_of, said, why_not_plain_embedding, why_skipped
+from llmkern.nn._int8_weight import Int8Weight
+from llmkern.quantization.layers import (
+    FilterFn,
+    Layer,
+    places_of,
+    said,
+    stored,
+    why_not_plain_embedding,
+    why_skipped,
+)
 
 __all__ = ["EmbeddingLayer", "find_embeddings", "heads_of"]
 
@@ -26,24 +35,24 @@ class EmbeddingLayer:
 
 def heads_of(model: Any, layers: Sequence[Layer]) -> set[nn.Module]:
     """Layers that give the logits: the model says so, or an embedding has the same weight."""
-    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tied = {stored(module) for module in model.modules() if isinstance(module, nn.Embedding)} - {None}
     head = said(model, "get_output_embeddings")
-    return {layer.module for layer in layers if layer.module is head or id(layer.module.weight) in tied}
+    return {layer.module for layer in layers if layer.module is head or stored(layer.module) in tied}
 
 
 def find_embeddings(
     model: Any, layers: Sequence[Layer], skip: Sequence[str], filter_fn: FilterFn | None
 ) -> list[EmbeddingLayer]:
     """The embeddings tied to a layer, and a language model's input embedding; tables of positions stay as they are."""
-    by_weight = {id(layer.module.weight): layer for layer in layers}
+    by_weight = {stored(layer.module): layer for layer in layers if stored(layer.module) is not None}
     has_head = said(model, "get_output_embeddings") is not None
     words = said(model, "get_input_embeddings") if has_head else None
     places = places_of(model)
     found = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(module, nn.Embedding) or isinstance(module, Int8Weight):
             continue
-        head = by_weight.get(id(module.weight))
+        head = by_weight.get(stored(module))
         if head is not None or module is words:
             reason = _why_leave(path, module, head, skip, filter_fn)
             found.append(EmbeddingLayer(path, module, tuple(places.get(module, ())), head, reason))
@@ -58,6 +67,6 @@ def _why_leave(
         return reason
     if head is not None:
         return f"its weight is shared with {head.path}, which is left" if head.reason else ""
-    if filter_fn is not None and not filter_fn(path, module):
+    if filter_fn is not None and not filter_fn(module, path):
         return "filter_fn returned False"
     return ""

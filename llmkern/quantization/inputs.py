@@ -61,7 +61,9 @@ def random_tokens(model: nn.Module) -> list[dict[str, Any]]:
     if not vocabulary:
         return []
     count, length = RANDOM_SHAPE
-    length = min(length, (getattr(text, "max_position_embeddings", None) or length) // 2 or 1)
+    positions = getattr(text, "max_position_embeddings", None) or 0
+    if positions > 0:  # XLNet says −1, for no limit
+        length = min(length, positions // 2 or 1)
     ids = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0), device="cpu")
     decoder = {"decoder_input_ids"} if getattr(config, "is_encoder_decoder", False) else set()
     return [dict.fromkeys({"input_ids"} | decoder, row[None]) for row in ids]

@@ -6,16 +6,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmkern.checks import FLOATING
-from llmkern.nn.int8_linear import is_conv1d, weight_out_in
+from llmkern.nn._int8_weight import Int8Weight
+from llmkern.nn.int8_linear import LinearOfConv1D, is_conv1d, weight_out_in
 from llmkern.ops.int8_matmul import MAX_K
 from llmkern.swap.derive import original_class
 
-__all__ = ["FilterFn", "Layer", "find_layers", "places_of", "replace", "said", "why_not_plain_embedding", "why_skipped"]
+__all__ = [
+    "FilterFn",
+    "Layer",
+    "find_layers",
+    "places_of",
+    "put",
+    "said",
+    "stored",
+    "why_not_plain_embedding",
+    "why_skipped",
+]
 
-FilterFn = Callable[[str, nn.Module], bool]
+FilterFn = Callable[[nn.Module, str], bool]
+"""Takes a module and its path, as torchao's does."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +51,14 @@ class Layer:
 
 
 def find_layers(model: nn.Module, skip: Sequence[str], filter_fn: FilterFn | None) -> list[Layer]:
-    """Every nn.Linear (subclasses too) and Conv1D, once each, in the model's order."""
+    """Every nn.Linear (subclasses too) and Conv1D that is not int8 yet, once each, in the model's order."""
     names = dict(model.named_modules())
     places = places_of(model)
     owners = _owners(names)
     return [
         Layer(path, module, tuple(places.get(module, ())), _why_leave(path, module, names, owners, skip, filter_fn))
         for path, module in names.items()
-        if isinstance(module, nn.Linear) or is_conv1d(module)
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, Int8Weight)
     ]
 
 
@@ -59,10 +72,15 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     return places
 
 
-def replace(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+def put(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
     """Put `module` in all of these places."""
     for parent, attribute in places:
         setattr(parent, attribute, module)
+
+
+def stored(module: nn.Module) -> Tensor | None:
+    """The tensor that the module holds as its weight: an int8 one's codes, None where another tensor makes it."""
+    return module._parameters.get("weight")
 
 
 def said(model: Any, getter: str) -> Any:
@@ -101,7 +119,7 @@ def _why_leave(
         # A plain embedding becomes int8 together with the head that is tied to it.
         if names[owner] is not module and (why := why_skipped(owner, skip) or _why_not_embedding(names[owner])):
             return f"its weight is shared with {owner}: {why}"
-    if filter_fn is not None and not filter_fn(path, module):
+    if filter_fn is not None and not filter_fn(module, path):
         return "filter_fn returned False"
     return ""
 
@@ -124,19 +142,23 @@ def why_not_plain_embedding(module: nn.Embedding) -> str:
         return "its forward was replaced on the instance, as accelerate's offloading does"
     if module.max_norm is not None:
         return "its max_norm writes to the weight"
+    if module.weight.layout is not torch.strided:
+        return f"its weight is laid out as {module.weight.layout}"
     if module.weight.dtype not in FLOATING:
         return f"its weight is {module.weight.dtype}"
     return ""
 
 
 def _why_not_plain(module: nn.Module) -> str:
-    if original_class(module) is not nn.Linear and not is_conv1d(module):
+    if original_class(module) not in (nn.Linear, LinearOfConv1D) and not is_conv1d(module):
         return f"a {type(module).__name__} may do more than nn.Linear does"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance, as accelerate's offloading does"
     weight = module.weight
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
+    if weight.layout is not torch.strided:
+        return f"its weight is laid out as {weight.layout}"
     if weight.dtype not in FLOATING:
         return f"its weight is {weight.dtype}"
     out, k = weight_out_in(module).shape

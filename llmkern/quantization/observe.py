@@ -1,4 +1,5 @@
-"""One forward per batch, watched: what each linear layer is given, and who uses the output of each norm."""
+"""One forward per batch, watched: what each linear layer is given, who uses the output of each norm, and whose weight
+is read by others."""
 
 from __future__ import annotations
 
@@ -23,11 +24,13 @@ class Observed:
     """rows: a sample of each layer's inputs, [rows, in].  amax: the largest magnitude of each input channel, fp32.
 
     groups: a norm, and the layers that use its output where nothing else does.
+    read_elsewhere: modules whose weight was read while none that holds it was running.
     """
 
     rows: dict[nn.Module, Tensor] = field(default_factory=dict)
     amax: dict[nn.Module, Tensor] = field(default_factory=dict)
     groups: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    read_elsewhere: set[nn.Module] = field(default_factory=set)
 
 
 def observe(model: nn.Module, layers: Iterable[nn.Module], batches: list[dict[str, Any]]) -> Observed:
@@ -61,8 +64,13 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
     return weight is not None and weight.dim() == 1 and next(module.children(), None) is None
 
 
+# What takes no more of a tensor than its dtype, device or shape.
+_BY_FORM = frozenset({Tensor.to, Tensor.type_as, torch.empty_like, torch.zeros_like, torch.ones_like})
+
+
 class _Watch(TorchFunctionMode):
-    """Follows the outputs of norms by identity; any torch function that makes a tensor of one is a user of it."""
+    """Follows the outputs of norms, and weights, by identity; any torch function that makes a tensor of one is a user
+    of it."""
 
     def __init__(self, layers: list[nn.Module], rows_per_call: int) -> None:
         super().__init__()
@@ -75,6 +83,9 @@ class _Watch(TorchFunctionMode):
         # Output tensors are kept until the forward ends, so that none of their identities is given out again.
         self._outputs: dict[int, tuple[Tensor, nn.Module]] = {}
         self._inside = 0
+        self._holders: dict[int, list[nn.Module]] = {}
+        self._running: list[nn.Module] = []
+        self._read_elsewhere: set[nn.Module] = set()
 
     def __torch_function__(
         self,
@@ -84,6 +95,11 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func not in _BY_FORM and any(isinstance(v, Tensor) for v in tree_leaves(result)):
+            for value in tree_leaves((args, kwargs)):
+                holders = self._holders.get(id(value), ())
+                if holders and not any(module in self._running for module in holders):
+                    self._read_elsewhere.update(holders)
         if not self._inside and self._outputs and any(isinstance(v, Tensor) for v in tree_leaves(result)):
             self._mark_used(tree_leaves((args, kwargs)))
         return result
@@ -97,6 +113,11 @@ class _Watch(TorchFunctionMode):
     def hooked(self, model: nn.Module) -> Iterator[None]:
         handles = []
         for module in model.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and (module in self._layers or isinstance(module, nn.Embedding)):
+                self._holders.setdefault(id(weight), []).append(module)
+                handles.append(module.register_forward_pre_hook(self._enter))
+                handles.append(module.register_forward_hook(self._leave))
             if module in self._layers:
                 handles.append(module.register_forward_pre_hook(self._before_layer, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._after_layer, prepend=True))
@@ -107,6 +128,12 @@ class _Watch(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
 
     def _after_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -144,4 +171,5 @@ class _Watch(TorchFunctionMode):
         groups = {
             norm: list(users) for norm, users in self._users.items() if users and norm not in self._used_elsewhere
         }
-        return Observed({m: torch.cat(parts) for m, parts in self._rows.items()}, self._amax, groups)
+        rows = {m: torch.cat(parts) for m, parts in self._rows.items()}
+        return Observed(rows, self._amax, groups, self._read_elsewhere)

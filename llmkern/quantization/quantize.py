@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern import ops
-from llmkern.checks import check_choice
 from llmkern.memory import move_to_huge_pages_
 from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn._int8_weight import Int8Weight
@@ -19,34 +19,33 @@ from llmkern.nn.int8_linear import weight_out_in
 from llmkern.quantization.checkpoint import describe_in_config
 from llmkern.quantization.embeddings import EmbeddingLayer, find_embeddings, heads_of
 from llmkern.quantization.inputs import RANDOM_SHAPE, calibration_batches, random_tokens
-from llmkern.quantization.layers import FilterFn, Layer, find_layers, replace
+from llmkern.quantization.layers import FilterFn, Layer, find_layers, put
+from llmkern.quantization.methods import give_methods
 from llmkern.quantization.observe import MAX_ROWS, Observed, observe
-from llmkern.quantization.report import Action, QuantReport, QuantRow
+from llmkern.quantization.report import Action, QuantReport, QuantRow, record_report, tensor_bytes
+from llmkern.quantization.schemes import Scheme, scheme_named
 from llmkern.quantization.smooth import Fold, plan_folds
-from llmkern.quantization.undo import undoing
-from llmkern.quantization.vocabulary import mind_vocabulary
+from llmkern.quantization.undo import plainly, undoing
 
 __all__ = ["quantize_"]
 
-SCHEMES = ("int8",)
-MAX_W8A8_ERROR = 0.025
-"""A layer whose W8A8 output error is larger stays weight-only; see `quantize_` for the measurements behind it."""
+Model = TypeVar("Model", bound=nn.Module)
+Found = TypeVar("Found", Layer, EmbeddingLayer)
+
 MAX_WEIGHT_ONLY_ERROR = 0.05
 """A layer whose output error is larger even weight-only stays in floating point.  1% is what int8 weights cost."""
 
 
 def quantize_(
-    model: nn.Module,
-    scheme: str = "int8",
+    model: Model,
+    scheme: Scheme | str = "int8",
     *,
     skip: Sequence[str] = (),
     filter_fn: FilterFn | None = None,
     calib: Any = None,
     tokenizer: Any = None,
-    smooth: bool = True,
-    max_error: float = MAX_W8A8_ERROR,
-) -> QuantReport:
-    """Linear layers and GPT-2's Conv1D become `nn.Int8Linear`, in place; the report has a row for each.
+) -> Model:
+    """Make linear layers and GPT-2's Conv1D `nn.Int8Linear`, in place; `llmkern.report(model)` has a row for each.
 
     Weights: int8, symmetric, one scale per output channel, amax / 127.  Each layer's output error is then measured
     on the inputs it sees in a forward of the floating-point model, and decides (errors: root mean square over
@@ -61,23 +60,26 @@ def quantize_(
     and the weights multiplied by it, which leaves the floating-point model the same to the bit (SmoothQuant,
     arXiv:2211.10438, α = 0.4; `quantization/smooth.py`).
 
-    scheme: "int8".
+    scheme: `Int8(max_error=0.025, smooth=True)`, for which "int8" stands; a checkpoint carries it.  max_error=0 makes
+        every layer weight-only.
     skip: module names, or runs of whole parts of them: "lm_head", "mlp.down_proj", "layers.0", "h.3.attn.c_proj".
-    filter_fn: takes (path, module); a layer for which it is false is left.
+    filter_fn: takes (module, path), as torchao's does; a layer for which it is false is left.  It warns where that
+        leaves nothing.
     calib: a list of texts (then `tokenizer` too; each is cut at 512 tokens), of tensors (the model's first
         argument) or of dicts (keyword arguments).  Without it a transformers model that takes input_ids is run on
         4×128 random tokens, always the same; for others the errors are those of normal noise, nothing is smoothed,
         and the report says so.
-    smooth: False leaves the norms alone.  max_error: the W8A8 bound; 0 makes every layer weight-only.
     Left alone whatever is asked: layers that share their weight with anything but plain embeddings, subclasses of
     nn.Linear and nn.Embedding (scaled embeddings, for one), embeddings with max_norm, layers with a forward of their
-    own, adapters, and layers whose weight others read directly.
+    own, adapters, and layers whose weight was read during that forward without the layer being called.
     On the CPU what the model then holds is copied to huge pages, as `optimize_` does, and the floating-point
     checkpoint's memory is given back.
     A transformers model's config then describes the quantization, so that `save_pretrained` gives a
     compressed-tensors checkpoint; `load_` reads it back, `dequantize_` undoes all but the rounding.
+    Returns the model.  Called again it quantizes what is in floating point by then: what was left before, and layers
+    whose weight was written since (`nn.Int8Linear`), as merging an adapter does.
     Raises TypeError and ValueError for bad arguments, for a model on the meta device, without linear layers, or
-    quantized already.  Whatever is raised, the model is as it was.
+    with nothing left to quantize.  Whatever is raised, the model is as it was.
 
     Measured on SmolLM2-135M-Instruct, fp32, 20,480 tokens of news in windows of 512; perplexity over the
     floating-point model's 30.845:
@@ -90,17 +92,30 @@ def quantize_(
     0.3% on 4,096 tokens, and is not done.  Few tokens at a time are decoded at the same speed whatever max_error is
     (`ops.int8_linear`, "auto"); max_error=1 makes long inputs the faster ones.
     """
-    _check(model, scheme, skip, filter_fn, max_error)
-    layers = find_layers(model, skip, filter_fn)
-    if not layers:
-        raise ValueError("quantize_: model has no nn.Linear and no Conv1D")
-    embeddings = find_embeddings(model, layers, skip, filter_fn)
-    heads = heads_of(model, layers)
-    before = _bytes(model)
+    with plainly():
+        _quantize(model, scheme_named(scheme), skip, filter_fn, calib, tokenizer)
+    return model
+
+
+def _quantize(
+    model: nn.Module, scheme: Scheme, skip: Sequence[str], filter_fn: FilterFn | None, calib: Any, tokenizer: Any
+) -> None:
+    _check(model, skip, filter_fn)
+    max_error = scheme.max_error
+    asked: list[bool] = []
+    layers = find_layers(model, skip, filter_fn and _noting(filter_fn, asked))
     wanted = [layer.module for layer in layers if not layer.reason]
+    _check_layers(model, layers, wanted)
+    if asked and not any(asked):
+        warnings.warn("quantize_: filter_fn is false for every layer; nothing is quantized", UserWarning, stacklevel=3)
+    heads = heads_of(model, layers)
+    before = tensor_bytes(model)
     observed, measured_on = _observe(model, wanted, calib, tokenizer)
-    # What is folded into a head would be missing from the embedding tied to it.
-    folds = [fold for fold in plan_folds(observed) if heads.isdisjoint(fold.layers)] if smooth else []
+    layers = [_unless_read(layer, observed) for layer in layers]
+    embeddings = [_unless_read(table, observed) for table in find_embeddings(model, layers, skip, filter_fn)]
+    # What is folded into a head would be missing from the embedding tied to it, or change what others read.
+    fixed = heads | observed.read_elsewhere
+    folds = [fold for fold in plan_folds(observed) if fixed.isdisjoint(fold.layers)] if scheme.smooth else []
     scale_of = {layer: fold.s for fold in folds for layer in fold.layers}
     plans = [_plan(layer, observed, scale_of.get(layer.module), max_error, layer.module in heads) for layer in layers]
     made = {id(plan.layer.module): plan.replacement for plan in plans}
@@ -109,13 +124,13 @@ def quantize_(
         _install(plans, folds, undo.save)
         for found, _row, table in tables:
             if table is not None:
-                replace(found.places, table)
-        describe_in_config(model)
-    mind_vocabulary(model)
+                put(found.places, table)
+        describe_in_config(model, scheme)
+    give_methods(model)
     # Codes and what is left in floating point alike: the file of a checkpoint stays mapped for its last tensor.
     move_to_huge_pages_(model)
     rows = (*(row for _, row, _ in tables), *(plan.row for plan in plans))
-    return QuantReport(rows, measured_on, before, _bytes(model))
+    record_report(model, QuantReport(rows, measured_on, before, tensor_bytes(model)))
 
 
 @dataclass(frozen=True)
@@ -128,24 +143,40 @@ class _Plan:
     rescale: Tensor | None = None
 
 
-def _check(
-    model: nn.Module, scheme: str, skip: Sequence[str], filter_fn: Callable[..., Any] | None, max_error: float
-) -> None:
+def _check(model: nn.Module, skip: Sequence[str], filter_fn: Callable[..., Any] | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model is a {type(model).__name__}, expected an nn.Module")
-    check_choice("quantize_", "scheme", scheme, SCHEMES)
     if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
         raise TypeError(f"quantize_: skip is {skip!r}, expected a sequence of module names")
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"quantize_: filter_fn is a {type(filter_fn).__name__}, expected a function of (path, module)")
-    if not max_error >= 0:
-        raise ValueError(f"quantize_: max_error is {max_error}, expected 0 or more")
-    for path, module in model.named_modules():
-        if isinstance(module, Int8Weight):
-            raise ValueError(f"quantize_: model is quantized already ({path or 'it'} is an {type(module).__name__})")
+        raise TypeError(f"quantize_: filter_fn is a {type(filter_fn).__name__}, expected a function of (module, path)")
     for name, tensor in model.named_parameters():
         if tensor.device.type == "meta":
             raise ValueError(f"quantize_: {name} is on the meta device, which has no values to quantize")
+
+
+def _check_layers(model: nn.Module, layers: list[Layer], wanted: list[nn.Module]) -> None:
+    int8 = [(path, module) for path, module in model.named_modules() if isinstance(module, Int8Weight)]
+    if int8 and not wanted:
+        path, module = int8[0]
+        raise ValueError(f"quantize_: model is quantized already ({path or 'it'} is an {type(module).__name__})")
+    if not layers:
+        raise ValueError("quantize_: model has no nn.Linear and no Conv1D")
+
+
+def _noting(filter_fn: FilterFn, answers: list[bool]) -> FilterFn:
+    def noting(module: nn.Module, path: str) -> bool:
+        answers.append(bool(filter_fn(module, path)))
+        return answers[-1]
+
+    return noting
+
+
+def _unless_read(found: Found, observed: Observed) -> Found:
+    """The layer or embedding; left where code that does not call it reads its weight."""
+    if found.reason or found.module not in observed.read_elsewhere:
+        return found
+    return replace(found, reason="its weight is read without the layer being called, which is slower from int8")
 
 
 def _observe(model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any) -> tuple[Observed, str]:
@@ -213,7 +244,7 @@ def _smoothed(module: nn.Module, s: Tensor) -> Int8Linear:
     int8 = Int8Linear.from_linear(module)
     weight = weight_out_in(module).detach()
     codes, scale = ops.quantize_int8(weight * s.to(weight))
-    int8.weight.data, int8.weight_scale = codes, scale
+    int8.hold(nn.Parameter(codes, requires_grad=False), scale)
     return int8
 
 
@@ -230,7 +261,7 @@ def _output_error(module: nn.Module, int8: Int8Linear, s: Tensor | None, rows: T
     rows = rows.float().to(weight.device)
     wanted = F.linear(rows, weight)
     smooth_rows = rows if s is None else rows / s.to(rows)
-    got = ops.int8_linear(smooth_rows, int8.weight, int8.weight_scale, scheme=scheme)
+    got = ops.int8_linear(smooth_rows, int8.codes, int8.weight_scale, scheme=scheme)
     size = wanted.norm(dim=-1)
     relative = ((got - wanted).norm(dim=-1) / size)[size > 0]
     return float(relative.square().mean().sqrt()) if relative.numel() else 0.0
@@ -250,10 +281,4 @@ def _install(plans: list[_Plan], folds: list[Fold], save: Callable[[Tensor], Non
                 weight.mul_(plan.rescale.to(weight))
     for plan in plans:
         if plan.replacement is not None:
-            replace(plan.layer.places, plan.replacement)
-
-
-def _bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}.values())
+            put(plan.layer.places, plan.replacement)

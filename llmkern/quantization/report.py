@@ -1,14 +1,19 @@
-"""What `quantize_` did, layer by layer."""
+"""What `quantize_` did, layer by layer, and what has become of it since."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
+from llmkern.nn import Int8Embedding, Int8Linear
+from llmkern.nn._int8_weight import Int8Weight
 from llmkern.table import collapse, render
 
-__all__ = ["Action", "QuantReport", "QuantRow"]
+__all__ = ["Action", "QuantReport", "QuantRow", "current", "forget_report", "record_report", "tensor_bytes"]
 
 Action = Literal["int8 w8a8", "int8 weight-only", "left"]
 
@@ -100,3 +105,69 @@ def _span(errors: list[float | None]) -> str:
         return ""
     low, high = f"{100 * known[0]:.2f}", f"{100 * known[-1]:.2f}"
     return f"{low}%" if low == high else f"{low}–{high}%"
+
+
+_RECORD = "_llmkern_quantized"  # in the `__dict__` of the model that was quantized: it is copied and pickled with it
+
+
+def record_report(model: nn.Module, report: QuantReport) -> None:
+    """Keep the report of a `quantize_` call for `current`; rows of earlier calls stay, but for the same modules."""
+    known: QuantReport | None = model.__dict__.get(_RECORD)
+    if known is not None:
+        now = {row.path for row in report.rows}
+        rows = (*(row for row in known.rows if row.path not in now), *report.rows)
+        report = replace(report, rows=rows, bytes_before=known.bytes_before)
+    model.__dict__[_RECORD] = report
+
+
+def forget_report(model: nn.Module) -> None:
+    """Undo `record_report`."""
+    for module in model.modules():
+        module.__dict__.pop(_RECORD, None)
+
+
+def current(model: nn.Module) -> QuantReport | None:
+    """The report of the model as it is now; None where nothing in it is or was quantized.
+
+    Errors are those that `quantize_` measured; a model that was loaded has none.
+    """
+    modules = dict(model.named_modules())
+    int8 = {path: module for path, module in modules.items() if isinstance(module, Int8Weight)}
+    recorded = [(path, module.__dict__[_RECORD]) for path, module in modules.items() if _RECORD in module.__dict__]
+    if not recorded and not int8:
+        return None
+    now = tensor_bytes(model)
+    if not recorded:
+        return QuantReport(tuple(_unmeasured(path, module) for path, module in int8.items()), "nothing", now, now)
+    prefix, report = recorded[0]
+    rows = tuple(_now(row, prefix, modules) for row in report.rows)
+    return replace(report, rows=rows, bytes_after=now)
+
+
+def _now(row: QuantRow, prefix: str, modules: dict[str, nn.Module]) -> QuantRow:
+    path = f"{prefix}.{row.path}".strip(".")
+    if f"{path}.base_layer" in modules:  # peft has wrapped it since
+        path = f"{path}.base_layer"
+    if row.action != "left" and not isinstance(modules.get(path), Int8Weight):
+        why = "it was written or replaced since (a merged adapter, for one); quantize_ makes it int8 again"
+        return replace(row, path=path, action="left", reason=why)
+    return replace(row, path=path)
+
+
+def _unmeasured(path: str, module: Int8Weight) -> QuantRow:
+    rows, columns = module.codes.shape
+    kind = "Embedding" if isinstance(module, Int8Embedding) else "Conv1D" if module.from_conv1d else "Linear"
+    w8a8 = isinstance(module, Int8Linear) and module.scheme != "w8a16"
+    action: Action = "int8 w8a8" if w8a8 else "int8 weight-only"
+    return QuantRow(path, kind, (rows, columns), action, None, None, False, "" if w8a8 else "the checkpoint says so")
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers, each storage once."""
+    sizes = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.numel():
+            place = tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+            stored = tensor.numel() if tensor.layout is torch.strided else tensor.values().numel()
+            sizes[place] = stored * tensor.element_size()
+    return sum(sizes.values())

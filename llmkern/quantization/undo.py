@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Undo", "undoing"]
+__all__ = ["Undo", "plainly", "undoing"]
 
 
 class Undo:
-    """The modules and tensors that each module held, and the values of the tensors that were saved."""
+    """The modules and tensors that each module held, its class, and the values of the tensors that were saved."""
 
     def __init__(self, model: nn.Module) -> None:
         holders: list[tuple[Any, Any]] = [
@@ -22,6 +22,7 @@ class Undo:
             for holder in (module._modules, module._parameters, module._buffers)
         ]
         self._held = holders
+        self._classes = [(module, type(module)) for module in model.modules()]
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def save(self, tensor: Tensor) -> None:
@@ -33,6 +34,8 @@ class Undo:
         for holder, content in self._held:
             holder.clear()
             holder.update(content)
+        for module, cls in self._classes:
+            module.__class__ = cls
         with torch.no_grad():
             for tensor, value in reversed(self._values):
                 tensor.copy_(value)
@@ -47,3 +50,14 @@ def undoing(model: nn.Module) -> Iterator[Undo]:
     except BaseException:
         undo.undo()
         raise
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Within the block tensors are made and computed as if the caller had set no mode: what `torch.inference_mode`
+    makes could never be trained, and autocast would choose another dtype than the model's."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

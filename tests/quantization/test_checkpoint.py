@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmkern.nn import Int8Linear
-from llmkern.quantization import load_, quantize_
+from llmkern.quantization import Int8, load_, quantize_
 from llmkern.testing.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
@@ -21,7 +21,7 @@ def empty_model(folder: Path):
 @pytest.fixture
 def saved(tiny_llama, tmp_path: Path) -> Path:
     # Between the errors of the layers, so that both schemes are there.
-    quantize_(tiny_llama, max_error=0.010)
+    quantize_(tiny_llama, Int8(max_error=0.010))
     schemes = {m.scheme for m in tiny_llama.modules() if isinstance(m, Int8Linear)}
     assert schemes == {"auto", "w8a16"}
     tiny_llama.save_pretrained(tmp_path)
@@ -96,7 +96,7 @@ UP = "model.layers.0.mlp.up_proj"
         (
             edit(lambda t: t.update({"more.weight_scale": torch.ones(2, 1)})),
             ValueError,
-            "int8 more, which is no linear",
+            "has an unexpected more.weight_scale",
         ),
         (edit(lambda t: t.update({"more": torch.ones(2)})), ValueError, "has an unexpected more"),
     ],

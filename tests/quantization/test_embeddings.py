@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import llmkern
 from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.quantization import dequantize_, load_, quantize_
 from llmkern.testing.compare import assert_same_bits
@@ -21,8 +22,8 @@ def table(**options) -> nn.Embedding:
     return nn.Embedding(6, 16, **options)
 
 
-def rows_of(report) -> dict:
-    return {row.path: row for row in report}
+def rows_of(model: nn.Module) -> dict:
+    return {row.path: row for row in llmkern.report(model).quantization}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,17 +36,17 @@ def test_rows_are_those_of_the_embedding_to_half_a_step(dtype: torch.dtype) -> N
     rounding = torch.finfo(dtype).eps * wanted.float().abs()
     assert bool(((got.float() - wanted.float()).abs() <= step / 2 * 1.001 + rounding).all())
     assert not got[0, 0].any()  # the padding row
-    assert int8.weight.dtype == torch.int8
+    assert int8.codes.dtype == torch.int8
     assert int8.weight_scale.shape == (6, 1)
     assert_same_bits(int8.to_embedding()(IDS), got.detach())
 
 
 def test_conversions_change_the_result_and_never_the_codes() -> None:
     int8 = Int8Embedding.from_embedding(table())
-    codes, scale = int8.weight.clone(), int8.weight_scale.clone()
+    codes, scale = int8.codes.clone(), int8.weight_scale.clone()
     assert int8.half()(IDS).dtype == torch.float16
     assert int8.to(torch.bfloat16).dtype == torch.bfloat16
-    assert_same_bits(int8.weight.detach(), codes)
+    assert_same_bits(int8.codes.detach(), codes)
     assert_same_bits(int8.weight_scale, scale)
     assert "dtype=torch.bfloat16" in repr(int8)
 
@@ -60,8 +61,8 @@ def test_the_state_comes_back_and_a_wrong_one_is_refused() -> None:
     assert_same_bits(other(IDS), int8(IDS))
     before = other(IDS)
     for wrong, message in [
-        (table().state_dict(), r"weight is torch.float32, expected torch.int8"),
-        ({"weight": int8.weight}, r"weight_scale is missing"),
+        ({**int8.state_dict(), "weight": table().weight}, r"weight is torch.float32, expected torch.int8"),
+        ({"weight": int8.codes}, r"weight_scale is missing"),
         ({**int8.state_dict(), "weight_scale": torch.full((6, 1), -1.0)}, r"NaN, infinite or negative"),
     ]:
         with pytest.raises(RuntimeError, match=message):
@@ -82,14 +83,14 @@ def test_what_does_more_than_look_rows_up_is_refused() -> None:
 
 def test_tied_head_and_embedding_share_their_codes(tiny_llama, ids) -> None:
     wanted = tiny_llama(ids).logits
-    report = quantize_(tiny_llama)
+    quantize_(tiny_llama)
     embedding, head = tiny_llama.model.embed_tokens, tiny_llama.lm_head
     assert (type(embedding), type(head)) == (Int8Embedding, Int8Linear)
     assert embedding.weight is head.weight
     assert head.scheme == "w8a16"
-    assert not rows_of(report)["lm_head"].smoothed
-    assert rows_of(report)["lm_head"].reason == "it is the output head"
-    assert rows_of(report)["model.embed_tokens"].reason == "it shares the weight of lm_head"
+    assert not rows_of(tiny_llama)["lm_head"].smoothed
+    assert rows_of(tiny_llama)["lm_head"].reason == "it is the output head"
+    assert rows_of(tiny_llama)["model.embed_tokens"].reason == "it shares the weight of lm_head"
     assert (tiny_llama(ids).logits - wanted).norm() < 0.02 * wanted.norm()
     quantized = tiny_llama(ids).logits
     for other in (copy.deepcopy(tiny_llama), tiny_llama.bfloat16().float()):
@@ -118,10 +119,10 @@ def test_saved_and_loaded(tied: bool, tiny_llama, ids, tmp_path) -> None:
         config.tie_word_embeddings = False
         torch.manual_seed(1)
         model = transformers.LlamaForCausalLM(config).eval()
-    report = quantize_(model)
+    quantize_(model)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     if not tied:
-        assert rows_of(report)["model.embed_tokens"].reason == "its rows are looked up"
+        assert rows_of(model)["model.embed_tokens"].reason == "its rows are looked up"
     model.save_pretrained(tmp_path)
     empty = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path)).eval()
     loaded = load_(empty, tmp_path)
@@ -141,7 +142,7 @@ def test_what_is_left_is_left_together_and_says_why(tiny_llama) -> None:
             "skip names 'embed_tokens'",
         ),
         (
-            {"filter_fn": lambda path, module: path != "lm_head"},
+            {"filter_fn": lambda module, path: path != "lm_head"},
             "filter_fn returned False",
             "its weight is shared with lm_head, which is left",
         ),

@@ -8,10 +8,16 @@ from torch import nn
 
 import llmkern
 from llmkern.nn import Int8Embedding, Int8Linear
-from llmkern.quantization import dequantize_, quantize, quantize_
+from llmkern.quantization import Int8, dequantize_, quantize, quantize_
 from llmkern.quantization.observe import observe
 from llmkern.quantization.smooth import plan_folds
 from llmkern.testing.compare import assert_same_bits
+
+
+def reported(model: nn.Module, *args, **options):
+    """The report of `quantize_(model, …)`, which returns the model."""
+    assert quantize_(model, *args, **options) is model
+    return llmkern.report(model).quantization
 
 
 def rows_of(report) -> dict:
@@ -35,7 +41,7 @@ def stack(*, loud: float = 1.0) -> nn.Sequential:
 
 def test_swaps_what_it_says(tiny_llama, ids) -> None:
     wanted = tiny_llama(ids).logits
-    report = quantize_(tiny_llama)
+    report = reported(tiny_llama)
     for path, row in rows_of(report).items():
         assert isinstance(tiny_llama.get_submodule(path), (Int8Linear, Int8Embedding)) == (row.action != "left")
     assert len(report.quantized) == 16
@@ -49,8 +55,10 @@ def test_swaps_what_it_says(tiny_llama, ids) -> None:
 def test_smoothing_helps_and_leaves_the_floating_point_model_as_it_was(tiny_llama, ids) -> None:
     wanted = tiny_llama(ids).logits
     rough, smooth = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
-    before = [row.output_error for row in quantize_(rough, skip=("lm_head",), smooth=False, max_error=1.0).quantized]
-    after = [row.output_error for row in quantize_(smooth, skip=("lm_head",), max_error=1.0).quantized]
+    before = [
+        row.output_error for row in reported(rough, Int8(max_error=1.0, smooth=False), skip=("lm_head",)).quantized
+    ]
+    after = [row.output_error for row in reported(smooth, Int8(max_error=1.0), skip=("lm_head",)).quantized]
     assert max(after) < 0.5 * max(before)
     assert relative(wanted, smooth(ids).logits) < 0.5 * relative(wanted, rough(ids).logits)
 
@@ -114,10 +122,10 @@ def test_calibration_chooses_by_measured_error() -> None:
     model = stack(loud=20.0)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
     wanted = model(x)
-    report = quantize_(model, calib=[x[:32], x[32:]], smooth=False)
+    report = reported(model, scheme=Int8(smooth=False), calib=[x[:32], x[32:]])
     first, second = report.rows
     assert first.action == "int8 weight-only"
-    assert first.output_error > quantize.MAX_W8A8_ERROR
+    assert first.output_error > Int8().max_error
     assert "W8A8 error is beyond 2.5%" in first.reason
     assert second.action == "int8 w8a8"
     assert report.measured_on == "2 calibration inputs"
@@ -129,7 +137,7 @@ def test_a_weight_that_int8_cannot_hold_stays_in_floating_point() -> None:
     with torch.no_grad():
         model[1].bias[0] = -10.0  # GELU silences this channel,
         model[3].weight[:, 0] = 60 * model[3].weight.norm(dim=-1)  # whose weight makes one step a typical weight
-    report = quantize_(model, calib=[torch.randn(64, 32, generator=torch.Generator().manual_seed(2))])
+    report = reported(model, calib=[torch.randn(64, 32, generator=torch.Generator().manual_seed(2))])
     assert report.rows[1].action == "left"
     assert "even weight-only its error is" in report.rows[1].reason
     assert type(model[3]) is nn.Linear
@@ -143,15 +151,15 @@ def test_texts_need_a_tokenizer(tiny_llama, unchanged) -> None:
     with pytest.raises(ValueError, match="calib has texts, for which tokenizer= is needed"):
         quantize_(tiny_llama, calib=["some text"])
     check()
-    report = quantize_(tiny_llama, calib=["some text", "more of it"], tokenizer=tokenizer)
+    report = reported(tiny_llama, calib=["some text", "more of it"], tokenizer=tokenizer)
     assert report.measured_on == "2 calibration inputs"
 
 
 def test_skip_names_parts_of_paths_and_filter_fn_chooses(tiny_llama) -> None:
-    report = quantize_(
+    report = reported(
         tiny_llama,
         skip=("lm_head", "layers.0", "mlp.down_proj"),
-        filter_fn=lambda path, module: "k_proj" not in path and module.out_features > 16,
+        filter_fn=lambda module, path: "k_proj" not in path and module.out_features > 16,
     )
     left = {row.path: row.reason for row in report.left}
     assert left["model.layers.0.self_attn.q_proj"] == "skip names 'layers.0'"
@@ -163,7 +171,7 @@ def test_skip_names_parts_of_paths_and_filter_fn_chooses(tiny_llama) -> None:
 def test_a_shared_layer_is_replaced_once() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, shared)})
-    assert len(quantize_(model)) == 1
+    assert len(reported(model)) == 1
     assert type(model["a"]) is Int8Linear
     assert model["a"] is model["b"][0] is model["b"][1]
 
@@ -176,7 +184,7 @@ def test_conv1d(ids) -> None:
     )
     model.eval()
     wanted = model(ids).logits
-    report = quantize_(model, skip=("lm_head",))
+    report = reported(model, skip=("lm_head",))
     assert {row.kind for row in report.quantized} == {"Conv1D"}
     assert rows_of(report)["transformer.h.0.attn.c_attn"].smoothed
     quantized = model(ids).logits
@@ -199,7 +207,7 @@ def test_layers_that_are_not_plain_are_left_with_a_sentence(ids) -> None:
     ).eval()
     x = torch.randn(2, 3, 8)
     wanted = model["encoder"](x)
-    left = {row.path: row.reason for row in quantize_(model).left}
+    left = {row.path: row.reason for row in reported(model).left}
     assert "ParametrizedLinear" in left["normed"]
     assert "forward was replaced on the instance" in left["replaced"]
     assert "reads its weight without calling it" in left["encoder.linear1"]
@@ -235,7 +243,7 @@ def test_layers_under_lora_are_quantized_and_adapters_left(tiny_llama, ids) -> N
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_llama, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     wanted = model(ids).logits
-    report = quantize_(model)
+    report = reported(model)
     q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
     assert type(q_proj.base_layer) is Int8Linear
     assert all("part of an adapter" in row.reason for row in report.left if "lora_" in row.path)
@@ -248,7 +256,7 @@ def test_dequantize_goes_back_to_the_classes_it_had(tiny_llama, ids) -> None:
     tiny_llama.bfloat16()
     classes = [(path, type(module)) for path, module in tiny_llama.named_modules()]
     config = tiny_llama.config.to_dict()
-    quantize_(tiny_llama, max_error=0.0)
+    quantize_(tiny_llama, Int8(max_error=0.0))
     assert "quantization_config" in tiny_llama.config.to_dict()
     quantized = tiny_llama(ids).logits
     assert dequantize_(tiny_llama) is tiny_llama
@@ -268,8 +276,8 @@ def test_a_failure_half_way_takes_everything_back(tiny_llama, unchanged, monkeyp
             raise MemoryError("planted")
         real(places, module)
 
-    real = quantize.replace
-    monkeypatch.setattr(quantize, "replace", fails)
+    real = quantize.put
+    monkeypatch.setattr(quantize, "put", fails)
     with pytest.raises(MemoryError, match="planted"):
         quantize_(tiny_llama)
     assert len(calls) == 9
@@ -287,10 +295,10 @@ def test_a_calibration_that_fails_changes_nothing(tiny_llama, unchanged) -> None
 def test_bad_input(tiny_llama, unchanged) -> None:
     check = unchanged(tiny_llama)
     for exception, message, arguments in [
-        (ValueError, "scheme is 'int4', expected 'int8'", {"scheme": "int4"}),
+        (ValueError, "scheme is 'int4', expected llmkern.Int8", {"scheme": "int4"}),
         (TypeError, "skip is 'lm_head', expected a sequence", {"skip": "lm_head"}),
         (TypeError, "filter_fn is a int, expected a function", {"filter_fn": 3}),
-        (ValueError, "max_error is nan, expected 0 or more", {"max_error": float("nan")}),
+        (TypeError, "scheme is a float, expected llmkern.Int8", {"scheme": 8.0}),
         (TypeError, "calib is a str, expected a list", {"calib": "text"}),
         (TypeError, "calib has a int, expected texts", {"calib": [3]}),
         (ValueError, "calib is empty", {"calib": []}),
@@ -315,7 +323,7 @@ def test_bad_input(tiny_llama, unchanged) -> None:
 
 def test_the_same_model_is_quantized_to_the_same_bits(tiny_llama) -> None:
     other = copy.deepcopy(tiny_llama)
-    assert quantize_(tiny_llama) == quantize_(other)
+    assert reported(tiny_llama) == reported(other)
     assert_same_bits(list(tiny_llama.state_dict().values()), list(other.state_dict().values()))
 
 
@@ -352,8 +360,8 @@ def test_one_row_at_a_time_in_bf16_stays_close(tiny_llama, ids) -> None:
 def test_the_default_device_is_not_where_layers_are_measured(tiny_llama) -> None:
     for usual in (stack(), tiny_llama):
         model = copy.deepcopy(usual)
-        report = quantize_(usual)
+        report = reported(usual)
         with torch.device("meta"):
-            assert quantize_(model).to_dict() == report.to_dict()
+            assert reported(model).to_dict() == report.to_dict()
         for name, tensor in usual.state_dict().items():
             assert_same_bits(model.state_dict()[name], tensor.to(model.state_dict()[name].device))

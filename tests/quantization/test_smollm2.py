@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import llmkern
 from llmkern.quantization import quantize_
 from llmkern.testing.perplexity import perplexity
 
@@ -17,7 +18,7 @@ def test_int8_costs_at_most_1_percent_of_perplexity() -> None:
     model, tokenizer = load_smollm2()
     ids = torch.tensor(tokenizer(prose())["input_ids"])[:TOKENS]
     original = perplexity(model, ids)
-    report = quantize_(model)
+    report = llmkern.report(quantize_(model)).quantization
     int8 = perplexity(model, ids)
     assert not report.left
     within = [row for row in report if row.path.startswith("model.layers.")]

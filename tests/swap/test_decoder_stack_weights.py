@@ -48,7 +48,8 @@ def bits_of_each_layer_alone(model: Any, ours: Any, alone: Any, tokens: Tensor) 
 
 def packed_weights(layer: Any) -> None:
     for packed in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj):
-        packed.weight.data = -packed.weight
+        weight = packed._parameters["weight"]  # an int8 layer's codes
+        weight.data = -weight
 
 
 def packed_biases(layer: Any) -> None:
@@ -62,7 +63,7 @@ def packed_scales(layer: Any) -> None:
 
 
 def packed_in_place(layer: Any) -> None:
-    layer.mlp.gate_up_proj.weight.neg_()
+    layer.mlp.gate_up_proj._parameters["weight"].neg_()
 
 
 def other_scheme(layer: Any) -> None:

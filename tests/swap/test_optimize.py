@@ -116,7 +116,7 @@ def test_plain_torch_models_need_no_transformers(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(llmkern.restore_(model)(x), expected)
     small = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-    assert llmkern.quantize_(small).quantized
+    assert llmkern.report(llmkern.quantize_(small)).quantization.quantized
     llmkern.dequantize_(small)
     assert "transformers" in str(llmkern.info())
 

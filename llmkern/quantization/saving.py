@@ -1,0 +1,47 @@
+"""`save_pretrained` of a quantized model: what it has written is read back, without values, before it returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmkern.quantization.checkpoint import describe_in_config, load
+from llmkern.swap.derive import original_class
+
+__all__ = ["save_pretrained"]
+
+
+def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """As transformers'; raises RuntimeError where the checkpoint cannot be read back into a model of this class.
+
+    Tensors are called what they are called in the original checkpoints of the architecture.  Where those hold other
+    tensors than the model, as of experts one by one, the model's own names are written instead: transformers' reader of
+    compressed-tensors checkpoints drops floating-point tensors that it would have to merge.
+    """
+    describe_in_config(model)  # layers may have become floating point since, as merging an adapter makes them
+    if _merges(model):
+        kwargs.setdefault("save_original_format", False)
+    cls = original_class(model)
+    result = cls.save_pretrained(model, save_directory, *args, **kwargs)
+    if not hasattr(model.config, "quantization_config"):
+        return result
+    whole = not getattr(model, "_hf_peft_config_loaded", False) and kwargs.get("state_dict") is None
+    if whole and kwargs.get("is_main_process", True) and not kwargs.get("distributed_checkpoint", False):
+        try:
+            load(save_directory, model_class=cls, device_map={"": "meta"}, variant=kwargs.get("variant"))
+        except Exception as error:
+            why = str(error).removeprefix("load: ").splitlines()[0]
+            raise RuntimeError(
+                f"save_pretrained: the checkpoint was written, but cannot be read back ({why}); "
+                "llmkern.dequantize_(model) can be saved"
+            ) from error
+    return result
+
+
+def _merges(model: Any) -> bool:
+    """Whether tensors of the original checkpoints are merged or split when this model is loaded."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers 4 merges nothing
+        return False
+    return any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model, add_legacy=False))

@@ -1,0 +1,45 @@
+"""What every format of packed weights keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llmkern.nn import Int8Linear
+from llmkern.quantization.formats import Format, format_of_group, format_of_module, formats
+from llmkern.testing.compare import assert_same_bits
+
+
+@pytest.mark.parametrize("form", formats(), ids=lambda form: form.name)
+def test_packing_and_reading_back(form: Format) -> None:
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    tensors = form.pack(weight)
+    unpacked = form.unpack(tensors)
+    assert (unpacked.dtype, unpacked.shape) == (torch.float32, weight.shape)
+    assert (unpacked - weight).norm() < 0.2 * weight.norm()
+    assert_same_bits(list(form.pack(unpacked).values()), list(tensors.values()))  # a fixed point
+
+
+@pytest.mark.parametrize("form", formats(), ids=lambda form: form.name)
+def test_a_module_holds_what_pack_gives_and_shows_what_unpack_means(form: Format) -> None:
+    linear = nn.Linear(32, 8, bias=False)
+    group = form.group(Int8Linear.from_linear(linear))
+    module = form.empty("a.layer", linear, group)
+    assert isinstance(module, (nn.Linear, *form.modules))
+    tensors = form.pack(linear.weight.detach())
+    module.load_state_dict(tensors, strict=True, assign=True)
+    module._parameters["_floating"] = nn.Parameter(torch.empty(0), requires_grad=False)
+    assert_same_bits(module.weight.clone(), form.unpack(tensors))
+    assert format_of_module(module) is form
+    assert format_of_module(linear) is None
+    assert form.refuse(group) is None
+    assert format_of_group(group) is form
+    with pytest.raises(ValueError, match="a.layer is .* and a LayerNorm in the model"):
+        form.empty("a.layer", nn.LayerNorm(4), group)
+
+
+def test_a_group_that_nobody_reads_is_refused_with_every_reason() -> None:
+    group = {"weights": {"num_bits": 3, "type": "int"}, "input_activations": None}
+    with pytest.raises(ValueError, match="llmkern reads none such .*int8: its weights have num_bits 3, expected 8"):
+        format_of_group(group)
