@@ -27,7 +27,9 @@ LLMKERN_SANITIZE      0           while building: 1 = with AddressSanitizer and 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["Settings", "reload", "settings"]
 
@@ -69,4 +71,11 @@ def reload() -> Settings:
     return settings
 
 
-reload()
+try:
+    reload()
+except ValueError as error:
+    # The command line has a line for it and no traceback; it starts by importing this package.
+    if Path(sys.argv[0]).name == "llmkern" or (sys.argv[0] == "-m" and "llmkern" in sys.orig_argv):
+        print(f"llmkern: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise

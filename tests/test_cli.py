@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -348,6 +349,37 @@ def damaged(llama: str, tmp_path, how: str):
         del weights["model.norm.weight"]
         save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "ops", "--op", "gelu", "--op", "swiglu"), "--op is given 2 times, expected once"),
+        (("why", "gelu", "--shape", "2,4", "--device", "cpu", "--device", "cuda"), "--device is given 2 times"),
+    ],
+)
+def test_an_option_given_twice_is_refused(llmkern_, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = llmkern_(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert llmkern_("why", "attention", "--shape", "1,2,2,8,8,64", "--arg", "causal=true", "--arg", "window=4")[0] == 0
+
+
+def test_why_has_one_row_for_each_backend() -> None:
+    for op in ("rms_norm", "attention"):
+        backends = [row.backend for row in why(op, [8] * len(sizes(op))).rows]
+        assert len(backends) == len(set(backends))
+
+
+@pytest.mark.parametrize("how", [("-m", "llmkern", "info"), ("-c", "import llmkern")], ids=["command", "import"])
+def test_a_wrong_environment_variable_is_one_line_of_a_command(how: tuple[str, ...]) -> None:
+    environment = {**os.environ, "LLMKERN_STRICT": "yes"}
+    run = subprocess.run([sys.executable, *how], env=environment, capture_output=True, text=True)
+    message = "LLMKERN_STRICT is 'yes', expected 0 or 1"
+    if "info" in how:
+        assert (run.returncode, run.stderr) == (2, f"llmkern: {message}\n")
+    else:
+        assert run.stderr.strip().endswith(f"ValueError: {message}")
 
 
 def test_a_failure_of_llmkern_itself_is_status_3(llmkern_, monkeypatch) -> None:

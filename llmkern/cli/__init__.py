@@ -15,6 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from llmkern.cli.command import Command
 from llmkern.config import settings
 from llmkern.dispatch import Refused, backend_named
 
@@ -26,6 +27,7 @@ BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError, Refused)
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
 
 app = typer.Typer(
     name="llmkern",
@@ -81,7 +83,7 @@ for _name in COMMANDS:
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:
-        app.command(_name, epilog=_epilog, context_settings=_HELP)(_command)
+        app.command(_name, cls=Command, epilog=_epilog, context_settings=_HELP)(_command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import typer
 
 from llmkern.cli.arguments import check_scheme, device_named, dtype_named
 from llmkern.cli.bench_results import Outputs, kept_on_interrupt, new_result, recorded
+from llmkern.cli.command import Command
 from llmkern.cli.models import DEVICE_HELP, load, token_ids
 from llmkern.cli.models import HELP as MODEL_HELP
 from llmkern.cli.output import print_json, say, task
@@ -54,7 +55,7 @@ _Html = Annotated[
 ]
 
 
-@bench.command("ops", context_settings=_HELP)
+@bench.command("ops", cls=Command, context_settings=_HELP)
 def ops(
     op: Annotated[
         Optional[str],  # noqa: UP045
@@ -125,7 +126,7 @@ def ops(
             )
 
 
-@bench.command("model", context_settings=_HELP)
+@bench.command("model", cls=Command, context_settings=_HELP)
 def model(
     model: Annotated[
         Optional[str],  # noqa: UP045
@@ -283,7 +284,7 @@ def _plan(
     return Plan(str(config or model), spec, ids, tokens, rounds, x), parameters
 
 
-@bench.command("compare", context_settings=_HELP)
+@bench.command("compare", cls=Command, context_settings=_HELP)
 def compare(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="What to compare with.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="What is compared.")],

@@ -251,7 +251,14 @@ def _rows(op: str, call: dict[str, Any], capability: tuple[int, int] | None) -> 
             because = "a better one serves the call" if chosen else _description(implementation, call, capability)
             rows.append(Row(backend.name, "able" if chosen else "chosen", because))
             chosen = True
-    return tuple(rows)
+    return tuple(_merged(backend, rows) for backend in dict.fromkeys(row.backend for row in rows))
+
+
+def _merged(backend: str, rows: list[Row]) -> Row:
+    """One row for a backend with several implementations: the one that can serve the call, or all reasons."""
+    own = [row for row in rows if row.backend == backend]
+    served = next((row for row in own if row.outcome != "refused"), None)
+    return served or Row(backend, "refused", "; ".join(dict.fromkeys(row.reason for row in own)))
 
 
 def _description(
