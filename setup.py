@@ -1,13 +1,15 @@
 """Builds the native library: writes ninja files, runs ninja, and says why whatever is missing is missing.
 
 llmkern/_ops.abi3.so has the kernels, on torch's stable ABI; llmkern/_C*.so tells how they were built; in
-llmkern/_build.json each part has null where it was built, else the sentence why not.  The package works without them,
+llmkern/_build.json each part has null where it was built, else the sentence why not, and the signatures of the ops
+that it was built for have a digest.  The package works without them,
 so a machine without a compiler installs all the same.  llmkern/config.py describes the LLMKERN_* variables read here.
 """
 
 import json
 import os
 import platform
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -127,7 +129,9 @@ class BuildNative(build_ext):
         if no_cuda and os.environ.get("LLMKERN_CUDA") == "1":
             raise SystemExit(f"llmkern: LLMKERN_CUDA=1, but {no_cuda}")
         no_info = make(introspection, package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", nvcc)
-        (package / "_build.json").write_text(json.dumps({"library": no_library, "cuda": no_cuda, "_C": no_info}))
+        built_for = runpy.run_path(str(ROOT / "llmkern" / "_signatures.py"))["signatures"](ROOT / "llmkern")
+        reasons = {"library": no_library, "cuda": no_cuda, "_C": no_info, "signatures": built_for}
+        (package / "_build.json").write_text(json.dumps(reasons))
 
 
 class AnyPython(bdist_wheel):

@@ -9,11 +9,13 @@ import ctypes
 import importlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmkern._signatures import signatures
 from llmkern.config import settings
 
 __all__ = ["CPU_ISAS", "build_info", "cpu_isa", "kernels", "part_missing", "path", "reason", "set_cpu_isa"]
@@ -31,7 +33,8 @@ def path() -> Path:
 
 
 def _build_reasons() -> dict[str, str | None]:
-    """What setup.py left: for each part None where it was built, else the sentence why not; empty if it never ran."""
+    """What setup.py left: for each part None where it was built, else the sentence why not, and the "signatures" that
+    it was built for; empty if it never ran."""
     try:
         reasons = json.loads((_PACKAGE / "_build.json").read_text())
     except (OSError, ValueError):
@@ -47,6 +50,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             return None, f"the native library was not loaded: LLMKERN_LIBRARY={where} is not a file"
         why = _build_reasons().get("library") or "the build did not run"
         return None, f"the native library was not built: {why}; {_HOW}"
+    built_for = None if settings.library else _build_reasons().get("signatures")
+    if built_for is not None and built_for != (signatures(_PACKAGE) or built_for):
+        why = f"the native library {where} is stale: it was built for other signatures of the ops; {_HOW}"
+        warnings.warn(why, RuntimeWarning, stacklevel=2)
+        return None, why
     try:
         torch.ops.load_library(os.fspath(where))
         library = ctypes.CDLL(os.fspath(where))
