@@ -19,6 +19,7 @@ __all__ = [
     "broadcasts",
     "check_choice",
     "check_finite",
+    "check_flag",
     "check_floating",
     "check_has_hidden",
     "check_is_number",
@@ -117,6 +118,13 @@ def check_is_number(op: str, name: str, value: object) -> None:
     """`value` is a number: Python's, numpy's, or one that torch.compile traces."""
     if not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number")
+
+
+def check_flag(op: str, **flags: object) -> None:
+    """Each is True or False, and not something that is merely true or false in Python's eyes."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, torch.SymBool)):
+            raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
 
 
 def check_non_negative(op: str, name: str, value: float) -> None:

@@ -12,6 +12,7 @@ from llmkern.checks import (
     broadcasts,
     check_dtype,
     check_finite,
+    check_flag,
     check_floating,
     check_non_negative,
     check_same_device,
@@ -121,9 +122,12 @@ def _check(
     sinks: Tensor | None,
     sm_scale: float,
     softcap: float,
+    causal: bool = False,
+    return_lse: bool = False,
     **_: Any,
 ) -> None:
     check_heads("attention", q, k, v, "k", "v")
+    check_flag("attention", causal=causal, return_lse=return_lse)
     check_numbers("attention", sm_scale, softcap)
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
     if k.shape[0] != batch:

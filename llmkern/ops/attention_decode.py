@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from llmkern.checks import check_dtype, check_same_device, check_shape, shape_text
+from llmkern.checks import check_dtype, check_flag, check_same_device, check_shape, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
 from llmkern.ops.attention import check_heads, check_numbers, check_sinks, default_scale, lse_like, out_like, window_of
@@ -118,9 +118,11 @@ def _check(
     sinks: Tensor | None,
     sm_scale: float,
     softcap: float,
+    return_lse: bool,
     **_: Any,
 ) -> None:
     op = "attention_decode"
+    check_flag(op, return_lse=return_lse)
     codes = k_scale is not None or v_scale is not None
     if not codes and isinstance(k_cache, Tensor) and k_cache.dtype == torch.int8:
         raise TypeError(f"{op}: k_cache is torch.int8, expected q's dtype, or k_scale and v_scale beside int8 caches")

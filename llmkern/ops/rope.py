@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.checks import broadcasts, check_floating, check_same_device, check_same_dtype, check_shape, shape_text
+from llmkern.checks import (
+    broadcasts,
+    check_flag,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    shape_text,
+)
 from llmkern.dispatch import dispatch
 from llmkern.library import define
 
@@ -49,6 +57,7 @@ def rope(
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool) -> None:
     check_floating("rope", q=q, k=k, cos=cos, sin=sin)
+    check_flag("rope", interleaved=interleaved)
     check_same_dtype("rope", "q", q, k=k)
     check_same_dtype("rope", "cos", cos, sin=sin)
     check_same_device("rope", "q", q, k=k, cos=cos, sin=sin)

@@ -295,3 +295,11 @@ def test_the_row_by_row_oracle_notices_each_argument(spoil: Callable[[Call], Non
     after, _ = by_rows(call)
     assert not torch.allclose(before, after, atol=1e-3)
     torch.testing.assert_close(run("reference", call)[0], after, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("flag", ["causal", "return_lse"])
+@pytest.mark.parametrize("value", ["yes", None, 1])
+def test_a_flag_is_true_or_false(flag: str, value: object) -> None:
+    x = torch.randn(1, 2, 4, 16)
+    with pytest.raises(TypeError, match=f"attention: {flag} is {value!r}, expected True or False"):
+        ops.attention(x, x, x, **{flag: value})
