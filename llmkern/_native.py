@@ -17,6 +17,7 @@ import torch
 
 from llmkern._signatures import signatures
 from llmkern.config import settings
+from llmkern.registry import forget
 
 __all__ = ["CPU_ISAS", "build_info", "cpu_isa", "kernels", "part_missing", "path", "reason", "set_cpu_isa"]
 
@@ -99,6 +100,7 @@ def set_cpu_isa(name: str) -> None:
         raise RuntimeError(_reason)
     if _library.llmkern_set_cpu_isa(name.encode()) != 0:
         raise ValueError(f"set_cpu_isa: {name!r}: {_ISAS}")
+    forget()
 
 
 def build_info() -> dict[str, Any]:

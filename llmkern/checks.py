@@ -30,6 +30,7 @@ __all__ = [
     "check_same_dtype",
     "check_shape",
     "given",
+    "row_count",
 ]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,6 +48,14 @@ def broadcasts(got: int, size: int) -> bool:
     """Whether a dimension of `got` entries broadcasts to one of `size`."""
     # Not `got in (1, size)`: torch.compile takes that for false where `size` is dynamic.
     return got == 1 or got == size
+
+
+def row_count(x: Tensor) -> int:
+    """Rows of x [..., hidden].  Not by `shape.numel()`, which settles sizes that a trace leaves open."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return rows
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@
 and where it has none (or is not built) the op computes the reference.  What a native kernel cannot serve, float64
 for one, it hands to `torch.ops.llmkern_reference.<op>`, so that the op answers every call its schema allows.
 Public functions (llmkern.ops) go through the dispatcher instead, which takes that door only when a native kernel
-is the best choice.
+is the best choice.  Forms of call that it knows go to `torch.ops.llmkern_native.<op>`: the same kernels and nothing
+else, neither autograd nor a fake.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch.compiler import is_compiling
 
 from llmkern import dispatch
 
-__all__ = ["Definition", "define", "definition", "native"]
+__all__ = ["Definition", "Native", "define", "definition", "native"]
 
 NAMESPACE = "llmkern"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _reference_library = torch.library.Library(f"{NAMESPACE}_reference", "FRAGMENT")
+_native_library = torch.library.Library(f"{NAMESPACE}_native", "FRAGMENT")
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,34 @@ def define(
     for library in (_library, _reference_library):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, reference, "CompositeExplicitAutograd")
+    _native_library.define(schema)
+    _native_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     _definitions[name] = Definition(fake, backward, setup_context)
-    dispatch.define_op(name, lead=arguments[0].name, differentiable=backward is not None)
+    dispatch.define_op(name, [a.name for a in arguments], differentiable=backward is not None)
 
 
-def native(op: str) -> Callable[..., Any]:
-    """The call of `torch.ops.llmkern.<op>` as an implementation's function: arguments by keyword."""
-    operator = getattr(torch.ops.llmkern, op).default
+class Native:
+    """The call of a native kernel as an implementation's function: arguments by keyword.
 
-    def call(**arguments: Any) -> Any:
+    positional: the same for plain tensors without gradients, modes and transforms, of which `dispatch` makes sure;
+    arguments in the order of the schema.  The shortest way from Python.
+    """
+
+    def __init__(self, op: str) -> None:
+        self._operator = getattr(torch.ops.llmkern, op).default
+        self.positional: Callable[..., Any] = getattr(torch.ops.llmkern_native, op).default._op
+
+    def __call__(self, **arguments: Any) -> Any:
         if torch.is_grad_enabled() or is_compiling():
-            return operator(**arguments)
+            return self._operator(**arguments)
         # Without gradients the operator's autograd layer, which is Python, only costs: half of a small call.
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(**arguments)
+            return self._operator(**arguments)
 
-    return call
+
+def native(op: str) -> Native:
+    """`op` on the native kernels of its tensors' device."""
+    return Native(op)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from llmkern._compile import constant_result
+from llmkern._form import Form
 
 __all__ = [
     "OPS",
@@ -23,9 +25,11 @@ __all__ = [
     "backend_named",
     "backends",
     "define_op",
+    "forget",
     "implementation",
     "implementations",
     "implements",
+    "known",
     "needs_grad",
     "ops",
     "register",
@@ -72,6 +76,7 @@ class Implementation:
     priority: int
     refuse: Callable[..., str | None] | None = field(repr=False)
     describe: Callable[..., str] | None = field(default=None, repr=False)
+    slower: Callable[..., str | None] | None = field(default=None, repr=False)
 
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
@@ -81,17 +86,22 @@ class Implementation:
         """As `why_not`, on a GPU of this compute capability; None: on this machine."""
         lead = call[OPS[self.op].lead]
         reason = static_reason(self, lead.device, lead.dtype, needs_grad(call), capability)
-        if reason is None and self.refuse is not None:
-            reason = self.refuse(**call)
+        return self.why_not_call(call) if reason is None else reason
+
+    def why_not_call(self, call: dict[str, Any], forced: bool = False) -> str | None:
+        """The same where device, dtype and gradient are none against it; forced: however slow it is."""
+        reason = None if self.refuse is None else self.refuse(**call)
+        if reason is None and self.slower is not None and not forced:
+            reason = self.slower(**call)
         return reason
 
 
 @dataclass
 class Op:
-    """What the dispatcher knows of an op: its tensor arguments and its implementations, best first."""
+    """What the dispatcher knows of an op: its arguments and its implementations, best first."""
 
     name: str
-    lead: str
+    arguments: tuple[str, ...]
     differentiable: bool
     implementations: tuple[Implementation, ...] = ()
     # By device, dtype, grad mode and forced backend: a bounded table, however many shapes a server sees.
@@ -100,6 +110,19 @@ class Op:
     )
     # By the whole form of a call: who served it.
     served: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
+    # Forms that came again, the latest first.
+    recent: tuple[Form, ...] = ()
+
+    @property
+    def lead(self) -> str:
+        """The tensor argument whose device and dtype decide: the first."""
+        return self.arguments[0]
+
+    def forget(self) -> None:
+        """Decide anew on every call."""
+        self.usable.clear()
+        self.served.clear()
+        self.recent = ()
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -121,6 +144,18 @@ def _probe(name: str) -> str | None:
 def _capability(index: int | None) -> tuple[int, int] | None:
     """None where there is no GPU: a backend may be there all the same, as Triton is by its interpreter."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def known(condition: Any) -> bool:
+    """Whether the comparison of sizes holds; False where a trace leaves a size open and it may or may not.
+
+    A trace that read a comparison of an open size would hold for one of its outcomes only.
+    """
+    if is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
 
 
 def needs_grad(call: dict[str, Any]) -> bool:
@@ -170,11 +205,11 @@ def backend_named(name: str, setting: str = "") -> Backend:
     return _BACKENDS[name]
 
 
-def define_op(name: str, *, lead: str, differentiable: bool) -> None:
-    """Make an op known; `lead` names the tensor argument whose device and dtype decide."""
+def define_op(name: str, arguments: Sequence[str], *, differentiable: bool) -> None:
+    """Make an op with these arguments known; the first is a tensor, whose device and dtype decide."""
     if name in OPS:
         raise ValueError(f"op {name!r} is defined already")
-    OPS[name] = Op(name, lead, differentiable)
+    OPS[name] = Op(name, tuple(arguments), differentiable)
 
 
 def backends() -> tuple[Backend, ...]:
@@ -202,12 +237,17 @@ def implementation(op: str, backend: str) -> Implementation:
     raise ValueError(f"backend {backend!r} does not implement {op}")
 
 
+def forget() -> None:
+    """Decide anew on every call: what implementations say of themselves may have changed."""
+    for op in OPS.values():
+        op.forget()
+
+
 def replace_implementations(op: str, implementations: Sequence[Implementation]) -> None:
     """Give `op` these implementations and no others; what was decided before is forgotten."""
     spec = OPS[op]
     spec.implementations = tuple(sorted(implementations, key=lambda i: -i.priority))
-    spec.usable.clear()
-    spec.served.clear()
+    spec.forget()
 
 
 def register(
@@ -250,6 +290,7 @@ def implements(
     priority: int = 0,
     refuse: Callable[..., str | None] | None = None,
     describe: Callable[..., str] | None = None,
+    slower: Callable[..., str | None] | None = None,
     for_gradient: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as `backend`'s implementation of `op`.
@@ -261,6 +302,9 @@ def implements(
     refuse: takes the call's arguments by keyword, returns the sentence why this one cannot be served, or None.
         It may look at shapes, strides, dtypes, devices and plain arguments, never at contents or addresses: `dispatch`
         remembers the choice for every call of the same form.
+    slower: takes the call's arguments by keyword, returns the sentence that a backend asked later was measured to be
+        faster, or None.  It decides among backends that all compute the same; a forced backend is not asked.  Sizes
+        are compared by `known`, so that what torch.compile and torch.export trace holds for any size.
     describe: takes a compute capability (None: of the call's device) and the call's arguments by keyword, returns in
         words what would run, for `llmkern why`.
     for_gradient: arguments that take the place of the call's where a gradient is needed, so that the forward keeps
@@ -284,6 +328,7 @@ def implements(
             backend.priority + priority,
             refuse,
             describe,
+            slower,
         )
         spec = OPS[op]
         replace_implementations(op, (*spec.implementations, impl))

@@ -27,7 +27,7 @@
 
 // In torch's CUDA library, which a CPU-only torch lacks.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-#define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern, CUDA, m)
+#define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_ON(CUDA, m)
 #elif defined(LLMKERN_SIMT)
 #include "llmkern/gpu.h"
 #include "simt/machine.h"
@@ -39,8 +39,21 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_OF(LLMKERN_SIMT_NAMESPACE, m)
 #else
 #include "cpu/threads.h"
-#define LLMKERN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m)
+#define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_ON(CPU, m)
 #endif
+
+// Registers under llmkern, and under llmkern_native, whose operators have no autograd (llmkern/library.py).
+#define LLMKERN_BINDINGS_ON(Device, m)                         \
+  template <class Library>                                     \
+  static void register_kernels(Library& m);                    \
+  STABLE_TORCH_LIBRARY_IMPL(llmkern, Device, library) {        \
+    register_kernels(library);                                 \
+  }                                                            \
+  STABLE_TORCH_LIBRARY_IMPL(llmkern_native, Device, library) { \
+    register_kernels(library);                                 \
+  }                                                            \
+  template <class Library>                                     \
+  static void register_kernels(Library& m)
 
 namespace llmkern {
 namespace {  // the copies for several devices are linked into one library
@@ -63,20 +76,35 @@ inline Tensor adopted(Tensor made) {
   return made;
 }
 
-inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return adopted(torch::stable::new_empty(x, sizes, dtype));
-}
-
-// The strides leave no gaps.
-template <size_t kDims>
-inline Tensor new_strided(const Tensor& x, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]) {
-  int32_t dtype, device, index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+inline Tensor empty_strided(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            int32_t dtype) {
+  int32_t device, index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, dtype, device, index, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, &made));
   return adopted(Tensor(made));
+}
+
+// Contiguous.  Not by stable::new_empty, which goes through the dispatcher twice: longer than a small op computes.
+inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t kMostDims = 16;
+  if (sizes.size() > kMostDims) return adopted(torch::stable::new_empty(x, sizes, dtype));
+  int64_t strides[kMostDims], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  return empty_strided(x, static_cast<int64_t>(sizes.size()), sizes.data(), strides, type);
+}
+
+// In x's dtype; the strides leave no gaps.
+template <size_t kDims>
+inline Tensor new_strided(const Tensor& x, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty_strided(x, kDims, sizes, strides, dtype);
 }
 
 #if defined(LLMKERN_CUDA)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.checks import check_choice, check_floating, check_has_hidden, check_is_tensor
-from llmkern.dispatch import dispatch
+from llmkern.checks import check_choice, check_floating, check_has_hidden, check_is_tensor, row_count
+from llmkern.dispatch import dispatch, known
 from llmkern.library import define
 from llmkern.ops.int8_matmul import ACTIVATIONS, check_weight
 
@@ -66,12 +66,11 @@ def resolve_scheme(scheme: str, x: Tensor) -> str:
     On the CPU a few rows take about as long as reading the weight does, in either scheme, and rounding them to int8
     as well only loses accuracy; with more rows integer products are the faster the more rows there are.  PyTorch
     alone has no weight-only operator but in bf16: in fp32 and fp16 it dequantizes the weight first, so that without
-    the native library "w8a8" is faster.  On other devices W8A8 always.
+    the native library "w8a8" is faster.  On other devices W8A8 always, and where a trace leaves the number open.
     """
     if scheme != "auto" or not isinstance(x, Tensor) or x.dim() == 0:
         return scheme
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return "w8a16" if x.device.type == "cpu" and rows <= FEW_ROWS else "w8a8"
+    return "w8a16" if x.device.type == "cpu" and known(row_count(x) <= FEW_ROWS) else "w8a8"
 
 
 def straight_through(

@@ -14,6 +14,7 @@ from llmkern.checks import (
     check_same_dtype,
     check_shape,
     given,
+    row_count,
 )
 from llmkern.dispatch import dispatch
 from llmkern.library import define
@@ -62,7 +63,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         z = dispatch("linear", x=x.detach(), weight=weight.detach(), bias=bias, activation="none")
         dy = activation_backward(dy, z, ctx.activation)
-    rows = dy.reshape(x.shape[:-1].numel(), weight.shape[0])
+    rows = dy.reshape(row_count(x), weight.shape[0])
     dx = (rows @ weight).view(x.shape)
     dweight = rows.mT @ x.reshape(rows.shape[0], weight.shape[1])
     return dx, dweight, None if bias is None else rows.sum(0), None

@@ -189,9 +189,7 @@ def test_any_order_of_the_leading_dimensions(order) -> None:
 @pytest.mark.parametrize(
     ("op", "call", "reason"),
     [
-        ("layer_norm", {"x": torch.zeros(3, 8)}, "x has 24 elements; at least 16384 are taken"),
         ("layer_norm", {"x": torch.zeros(32, 1024).T}, "x's last dimension has stride 1024; only 1 is taken"),
-        ("add_layer_norm", {"x": torch.zeros(3, 8), "residual": torch.zeros(3, 8)}, "x has 24 elements; at least"),
         (
             "add_layer_norm",
             {"x": torch.zeros(32, 1024), "residual": torch.zeros(1024, 32).T},
@@ -199,18 +197,12 @@ def test_any_order_of_the_leading_dimensions(order) -> None:
         ),
         ("rms_norm", {"x": torch.zeros(3, 8), "weight": torch.ones(16)[::2]}, "weight is not contiguous"),
         ("rms_norm", {"x": torch.zeros(3, 8), "bias": torch.ones(8).double()}, "bias is torch.float64; float32,"),
-        ("swiglu", {"gate": torch.zeros(3, 8), "up": torch.zeros(3, 8)}, "gate has 24 elements; at least 8192 are"),
-        ("gelu", {"x": torch.zeros(4095), "approximate": "tanh"}, "x has 4095 elements; at least 4096 are taken"),
-        ("gelu", {"x": torch.zeros(4096), "approximate": "tanh"}, None),
-        ("gelu", {"x": torch.zeros(8193), "approximate": "none"}, "x has 8193 elements; at most 8192 are taken exact"),
-        ("gelu", {"x": torch.zeros(3), "approximate": "none"}, None),
         ("rope", {"rotary_dim": 1026}, "1026 dimensions are to be rotated; at most 1024 are taken"),
         ("rope", {"cos": torch.zeros(1, 5, 8).double()}, "cos is torch.float64; float32, bfloat16 and float16"),
         ("rope", {"k": torch.zeros(1, 2, 8, 5).mT}, "k's last dimension has stride 5; only 1 is taken"),
     ],
 )
-def test_row_kernels_say_what_they_cannot_serve(op, call, reason, monkeypatch) -> None:
-    monkeypatch.setattr("llmkern.backends.cpu.gelu.HAS_TABLE", False)
+def test_row_kernels_say_what_they_cannot_serve(op, call, reason) -> None:
     if "norm" in op:
         call = {"weight": None, "bias": None, "eps": 1e-6} | call
     if op == "rms_norm":
@@ -218,8 +210,7 @@ def test_row_kernels_say_what_they_cannot_serve(op, call, reason, monkeypatch) -
     if op == "rope":
         head, angles = torch.zeros(1, 2, 5, 8), torch.zeros(1, 5, 8)
         call = dict(q=head, k=head, cos=angles, sin=angles, rotary_dim=8, interleaved=False) | call
-    said = dispatch.implementation(op, "cpu").why_not(**call)
-    assert said == reason if reason is None else said.startswith(reason)
+    assert dispatch.implementation(op, "cpu").why_not(**call).startswith(reason)
 
 
 @built

@@ -168,7 +168,10 @@ def test_compiles_without_a_graph_break(case: Case, dynamic: bool) -> None:
     public = getattr(ops, case.op)
     compiled = torch.compile(lambda call: public(**call), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     call = case.make()
-    assert_same_bits(compiled(call), public(**call))
+    if dynamic:  # where sizes are open, another backend may serve than at these sizes
+        assert_right(case, call, compiled(call))
+    else:
+        assert_same_bits(compiled(call), public(**call))
     if case.differentiable:
         ours, theirs = require_grad(case, call), require_grad(case, call)
         for got, want in zip(

@@ -48,6 +48,6 @@ Tensor decoder_layer_(const Tensor& hidden, const Tensor& cos, const Tensor& sin
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("decoder_layer_", TORCH_BOX(&llmkern::decoder_layer_));
 }

@@ -170,6 +170,6 @@ Tensor encoder_layer(const Tensor& hidden, const Optional& mask, const Tensor& a
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+LLMKERN_BINDINGS(m) {
   m.impl("encoder_layer", TORCH_BOX(&llmkern::encoder_layer));
 }

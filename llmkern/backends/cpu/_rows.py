@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "refuse_few", "refuse_norm", "refuse_strided"]
+__all__ = ["DTYPES", "refuse_norm", "refuse_strided"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,14 +15,6 @@ def refuse_strided(**tensors: Tensor) -> str | None:
     for name, tensor in tensors.items():
         if tensor.dim() > 0 and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name}'s last dimension has stride {tensor.stride(-1)}; only 1 is taken"
-    return None
-
-
-def refuse_few(least: int, **tensor: Tensor) -> str | None:
-    """None where the tensor has `least` elements or more: with fewer, PyTorch's cheaper call decides."""
-    ((name, value),) = tensor.items()
-    if value.numel() < least:
-        return f"{name} has {value.numel()} elements; at least {least} are taken: with fewer, PyTorch is faster"
     return None
 
 

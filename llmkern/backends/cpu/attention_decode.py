@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmkern.backends.cpu import CPU
 from llmkern.backends.cpu._rows import DTYPES, refuse_strided
-from llmkern.dispatch import implements
+from llmkern.dispatch import implements, known
 from llmkern.library import native
 
 MAX_HEAD_DIM = 256
@@ -38,10 +38,13 @@ def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
     return refuse_long(**vectors) or refuse_sinks(sinks) or refuse_strided(**vectors)
 
 
-def _refuse(
+def _refuse(q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None, **_: Any) -> str | None:
+    return refuse_heads(sinks, q=q, k_cache=k_cache, v_cache=v_cache)
+
+
+def _slower(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
     k_scale: Tensor | None,
     sinks: Tensor | None,
     softcap: float,
@@ -50,12 +53,12 @@ def _refuse(
 ) -> str | None:
     rows = q.shape[1] // k_cache.shape[1] * q.shape[2]
     plain = k_scale is None and sinks is None and softcap == 0 and not return_lse
-    if plain and q.dtype == torch.bfloat16 and rows > MAX_ROWS_BF16:
+    if plain and q.dtype == torch.bfloat16 and known(rows > MAX_ROWS_BF16):
         return (
             f"{rows} queries share a key head; at most {MAX_ROWS_BF16} are taken in bfloat16: with more, PyTorch "
             "can be faster"
         )
-    return refuse_heads(sinks, q=q, k_cache=k_cache, v_cache=v_cache)
+    return None
 
 
-implements("attention_decode", CPU, dtypes=DTYPES, refuse=_refuse)(native("attention_decode"))
+implements("attention_decode", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower)(native("attention_decode"))

@@ -5,7 +5,8 @@ from torch import Tensor
 from llmkern.backends.cpu import CPU
 from llmkern.backends.cpu._rows import DTYPES
 from llmkern.backends.cpu._weights import refuse_vectors, refuse_weight
-from llmkern.dispatch import implements
+from llmkern.checks import row_count
+from llmkern.dispatch import implements, known
 from llmkern.library import native
 
 MAX_ROWS = 4
@@ -14,10 +15,14 @@ caches, and shape by shape either may win."""
 
 
 def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
-    rows = x.shape[:-1].numel()
-    if rows > MAX_ROWS:
-        return f"x has {rows} rows; at most {MAX_ROWS} are taken: with more, PyTorch can be faster"
     return refuse_weight("weight", weight) or refuse_vectors(bias=bias)
 
 
-implements("linear", CPU, dtypes=DTYPES, refuse=_refuse)(native("linear"))
+def _slower(x: Tensor, **_: object) -> str | None:
+    if known(row_count(x) <= MAX_ROWS):
+        return None
+    # Without their number: to write it would settle a size that a trace leaves open.
+    return f"x has more than {MAX_ROWS} rows: with so many, PyTorch can be faster"
+
+
+implements("linear", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower)(native("linear"))

@@ -10,6 +10,7 @@ from llmkern.backends.torch import TORCH
 from llmkern.backends.torch.int8_matmul import int8_matmul
 from llmkern.backends.torch.int8_matmul import refuse as refuse_product
 from llmkern.backends.torch.quantize_int8 import quantize_int8
+from llmkern.checks import row_count
 from llmkern.dispatch import implements
 from llmkern.ops.int8_linear import FEW_ROWS, straight_through
 from llmkern.ops.int8_matmul import activate
@@ -46,7 +47,7 @@ def _forward(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activ
 
 def _product(x: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     """x · (w_q * w_scale)ᵀ in fp32, from a product that may have been rounded to x's dtype once."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = x.reshape(row_count(x), x.shape[-1])
     if _packed_kernel_serves(rows, w_q):
         # Its scales would be rounded to x's dtype, an error common to a whole channel; ones are exact.
         y = torch._weight_int8pack_mm(rows, w_q, rows.new_ones(w_q.shape[0])) * w_scale.squeeze(-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmkern._compile import constant_result
 from llmkern.backends.reference.int8_matmul import epilogue
 from llmkern.backends.torch import TORCH
+from llmkern.checks import row_count
 from llmkern.dispatch import implements
 
 CUDA_MIN_ROWS = 17
@@ -53,7 +54,7 @@ def int8_matmul(
     activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    rows = a_q.reshape(a_q.shape[:-1].numel(), a_q.shape[-1])
+    rows = a_q.reshape(row_count(a_q), a_q.shape[-1])
     missing = CUDA_MIN_ROWS - rows.shape[0] if a_q.device.type == "cuda" else 0
     if missing > 0:
         rows = F.pad(rows, (0, 0, 0, missing))
