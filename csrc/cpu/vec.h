@@ -211,7 +211,7 @@ inline F32 first(F32 v, int n) {
 
 // Of floats or integers; pairwise, each half of the lanes added to the other, which rounds least.
 template <class V>
-inline auto sum(V v) {
+inline auto quarter_sum(V v) {
 #if LLMKERN_ISA_LEVEL == 2
   const auto v8 = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -223,6 +223,12 @@ inline auto sum(V v) {
 #else
   const auto v4 = v;
 #endif
+  return v4;
+}
+
+template <class V>
+inline auto sum(V v) {
+  const auto v4 = quarter_sum(v);
   return (v4[0] + v4[2]) + (v4[1] + v4[3]);
 }
 
