@@ -16,10 +16,20 @@ from typing import Any
 import torch
 
 from llmkern._signatures import signatures
-from llmkern.config import settings
+from llmkern.config import after_reload, settings
 from llmkern.registry import forget
 
-__all__ = ["CPU_ISAS", "build_info", "cpu_isa", "kernels", "part_missing", "path", "reason", "set_cpu_isa"]
+__all__ = [
+    "CPU_ISAS",
+    "build_info",
+    "cpu_isa",
+    "kernels",
+    "part_missing",
+    "path",
+    "reason",
+    "set_batch_invariant",
+    "set_cpu_isa",
+]
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
@@ -60,6 +70,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(os.fspath(where))
         library = ctypes.CDLL(os.fspath(where))
         library.llmkern_cpu_isa.restype = ctypes.c_char_p
+        library.llmkern_set_batch_invariant(settings.batch_invariant)
         if settings.cpu_isa is not None and library.llmkern_set_cpu_isa(settings.cpu_isa.encode()) != 0:
             return None, f"the native library is not used: LLMKERN_CPU_ISA={settings.cpu_isa!r}: {_ISAS}"
     except (OSError, AttributeError, RuntimeError) as error:
@@ -101,6 +112,21 @@ def set_cpu_isa(name: str) -> None:
     if _library.llmkern_set_cpu_isa(name.encode()) != 0:
         raise ValueError(f"set_cpu_isa: {name!r}: {_ISAS}")
     forget()
+
+
+def set_batch_invariant(value: bool) -> None:
+    """As LLMKERN_BATCH_INVARIANT: whether a row's bits may never depend on the rows beside it."""
+    settings.batch_invariant = value
+    _apply_settings()
+
+
+def _apply_settings() -> None:
+    if _library is not None:
+        _library.llmkern_set_batch_invariant(settings.batch_invariant)
+    forget()
+
+
+after_reload.append(_apply_settings)
 
 
 def build_info() -> dict[str, Any]:

@@ -10,6 +10,8 @@ LLMKERN_BACKEND       (none)      force one backend for every call, as ``use_bac
                                   that it cannot serve raises
 LLMKERN_STRICT        0           1: raise where no kernel backend (cuda, triton, cpu) can serve a call,
                                   instead of falling back to PyTorch
+LLMKERN_BATCH_        0           1: a row's bits never depend on the rows beside it; backends that do not promise
+INVARIANT                         that refuse, and linear layers of many rows take longer
 LLMKERN_DEBUG         0           1: the command line shows the traceback of every error, not only its line
 LLMKERN_LIBRARY       (none)      path of the native library to load instead of the one in the package
 LLMKERN_CACHE         ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept, and the tables
@@ -28,18 +30,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Settings", "reload", "settings"]
+__all__ = ["Settings", "after_reload", "reload", "settings"]
 
 
 @dataclass
 class Settings:
-    """The values in force.  Fields may be assigned; they are read at every dispatched call."""
+    """The values in force.  Fields may be assigned; they are read at every dispatched call.
+
+    But for batch_invariant, which the native library holds as well: `llmkern._native.set_batch_invariant`.
+    """
 
     backend: str | None = None
     strict: bool = False
+    batch_invariant: bool = False
     debug: bool = False
     library: str | None = None
     cpu_isa: str | None = None
@@ -61,15 +68,21 @@ def reload() -> Settings:
 
     Raises ValueError for a value that is not accepted, and has changed nothing then.
     """
-    strict, debug = _flag("LLMKERN_STRICT"), _flag("LLMKERN_DEBUG")
+    strict, debug, batch_invariant = map(_flag, ("LLMKERN_STRICT", "LLMKERN_DEBUG", "LLMKERN_BATCH_INVARIANT"))
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
     settings.strict = strict
+    settings.batch_invariant = batch_invariant
     settings.debug = debug
     settings.library = os.environ.get("LLMKERN_LIBRARY") or None
     settings.cpu_isa = os.environ.get("LLMKERN_CPU_ISA") or None
     settings.cache = os.environ.get("LLMKERN_CACHE") or Settings.cache
+    for apply in after_reload:
+        apply()
     return settings
 
+
+after_reload: list[Callable[[], None]] = []
+"""What else holds a setting, told that they were read again."""
 
 try:
     reload()

@@ -25,6 +25,7 @@ class ExplainRow:
     site: path of the innermost module that made it.  shapes: of the tensor arguments, by name.
     dtype: of the op's first tensor.  backend: the one that served the call, or the transformers function that did.
     refused: (backend, sentence) for each better one.  milliseconds: wall time, the device synchronised.
+    batch_invariant: whether the backend promises that a row's bits do not depend on the rows beside it.
     """
 
     site: str
@@ -34,6 +35,7 @@ class ExplainRow:
     backend: str
     refused: tuple[tuple[str, str], ...]
     milliseconds: float | None
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Explanation:
     rows: tuple[ExplainRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"rows": [{"site", "op", "shapes", "dtype", "backend", "refused", "milliseconds"}]}`."""
+        """`{"rows": [{"site", "op", "shapes", "dtype", "backend", "refused", "milliseconds",
+        "batch_invariant"}]}`."""
         return {"rows": [asdict(row) for row in self.rows]}
 
     def __iter__(self) -> Iterator[ExplainRow]:
@@ -65,7 +68,11 @@ class Explanation:
             cells.append((site, count, *call, f"{sum(spent):.3f}" if spent else "", refused))
         headers = ("module", "×", "op", "shapes", "dtype", "served by", "ms", "refused")
         table = render(f"{len(self.rows)} op calls", headers, cells)
-        return "\n".join([table, *[f"[{i}] {name}: {sentence}" for (name, sentence), i in notes.items()]])
+        footnotes = [f"[{i}] {name}: {sentence}" for (name, sentence), i in notes.items()]
+        varying = dict.fromkeys([f"{row.op} on {row.backend}" for row in self.rows if not row.batch_invariant])
+        if varying:
+            footnotes.append(f"a row's bits may depend on the rows beside it: {', '.join(varying)}")
+        return "\n".join([table, *footnotes])
 
 
 class _Collector:
@@ -85,19 +92,28 @@ class _Collector:
             if candidate is implementation:
                 break
             refused.append((backend.name, reason or "another backend is forced"))
-        self._add(op, call, implementation.backend.name, tuple(refused), elapsed)
+        alone = implementation.keeps_rows_alone
+        self._add(op, call, implementation.backend.name, tuple(refused), elapsed, alone)
 
     def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
         self._add(op, call, to, (("llmkern", reason),), None)
 
     def _add(
-        self, op: str, call: dict[str, Any], backend: str, refused: tuple[tuple[str, str], ...], elapsed: float | None
+        self,
+        op: str,
+        call: dict[str, Any],
+        backend: str,
+        refused: tuple[tuple[str, str], ...],
+        elapsed: float | None,
+        batch_invariant: bool = False,
     ) -> None:
         tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.rows.append(
-            ExplainRow(self._stack[-1] if self._stack else "", op, shapes, dtype, backend, refused, elapsed)
+            ExplainRow(
+                self._stack[-1] if self._stack else "", op, shapes, dtype, backend, refused, elapsed, batch_invariant
+            )
         )
 
     @contextmanager

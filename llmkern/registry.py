@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch.compiler import is_compiling
 
 from llmkern._compile import constant_result
 from llmkern._form import Form
+from llmkern.config import settings
 
 __all__ = [
     "OPS",
     "Backend",
     "Implementation",
+    "RowsAlone",
     "backend_named",
     "backends",
     "define_op",
@@ -37,6 +39,10 @@ __all__ = [
     "static_reason",
     "wrong_device",
 ]
+
+
+RowsAlone = Literal["always", "on request", "no"]
+"""Batch invariance as an implementation promises it; `implements` says what it is."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Implementation:
     refuse: Callable[..., str | None] | None = field(repr=False)
     describe: Callable[..., str] | None = field(default=None, repr=False)
     slower: Callable[..., str | None] | None = field(default=None, repr=False)
+    rows_alone: RowsAlone = "no"
 
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
@@ -88,10 +95,17 @@ class Implementation:
         reason = static_reason(self, lead.device, lead.dtype, needs_grad(call), capability)
         return self.why_not_call(call) if reason is None else reason
 
+    @property
+    def keeps_rows_alone(self) -> bool:
+        """Whether a row's bits depend, as the settings are, on nothing beside the row."""
+        return self.rows_alone == "always" or (self.rows_alone == "on request" and settings.batch_invariant)
+
     def why_not_call(self, call: dict[str, Any], forced: bool = False) -> str | None:
         """The same where device, dtype and gradient are none against it; forced: however slow it is."""
+        if settings.batch_invariant and self.rows_alone == "no":
+            return "a row's bits may depend on the rows beside it, which LLMKERN_BATCH_INVARIANT=1 forbids"
         reason = None if self.refuse is None else self.refuse(**call)
-        if reason is None and self.slower is not None and not forced:
+        if reason is None and self.slower is not None and not forced and not settings.batch_invariant:
             reason = self.slower(**call)
         return reason
 
@@ -291,6 +305,7 @@ def implements(
     refuse: Callable[..., str | None] | None = None,
     describe: Callable[..., str] | None = None,
     slower: Callable[..., str | None] | None = None,
+    rows_alone: RowsAlone = "no",
     for_gradient: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as `backend`'s implementation of `op`.
@@ -305,6 +320,8 @@ def implements(
     slower: takes the call's arguments by keyword, returns the sentence that a backend asked later was measured to be
         faster, or None.  It decides among backends that all compute the same; a forced backend is not asked.  Sizes
         are compared by `known`, so that what torch.compile and torch.export trace holds for any size.
+    rows_alone: whether a row (a batch element of attention and of whole layers) has the bits that it has alone,
+        whatever rows are beside it and however many: "always", "on request" (LLMKERN_BATCH_INVARIANT=1) or "no".
     describe: takes a compute capability (None: of the call's device) and the call's arguments by keyword, returns in
         words what would run, for `llmkern why`.
     for_gradient: arguments that take the place of the call's where a gradient is needed, so that the forward keeps
@@ -329,6 +346,7 @@ def implements(
             refuse,
             describe,
             slower,
+            rows_alone,
         )
         spec = OPS[op]
         replace_implementations(op, (*spec.implementations, impl))

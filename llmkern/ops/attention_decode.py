@@ -86,6 +86,8 @@ def attention_decode(
 
     A query before its sequence's start (all of them where seq_lens[b] is 0) gets 0 and −inf (with sinks: 0, and the
     sink).  Slots past seq_lens[b] may hold anything, NaN too: nothing of them reaches the result.
+    On the CPU a query has the bits that it has alone: whatever sequences are beside it, and without a window whatever
+    queries, so that speculative decoding chooses the tokens that greedy decoding chooses.
     No gradient.  Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
     out, lse = dispatch(

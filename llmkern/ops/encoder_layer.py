@@ -71,7 +71,8 @@ def encoder_layer(
     scheme: of the int8 weights, as for `int8_linear`; one for all, or one for each linear layer in the order of the
         arguments (q, k, v, o, up, down).
     Returns [B, S, H], contiguous, in hidden's dtype.  Sums and norms are in fp32 (fp64 for fp64); between the layer's
-    parts values are rounded to hidden's dtype, or not at all.
+    parts values are rounded to hidden's dtype, or not at all.  A sequence's bits depend on the sequences beside it as a
+    row's do in `linear` and `int8_linear`.
     No gradient.  Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
     if sm_scale is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmkern.checks import check_choice, check_floating, check_has_hidden, check_is_tensor, row_count
+from llmkern.config import settings
 from llmkern.dispatch import dispatch, known
 from llmkern.library import define
 from llmkern.ops.int8_matmul import ACTIVATIONS, check_weight
@@ -36,6 +37,8 @@ def int8_linear(
         "w8a16" (weight-only) takes x as it is;
         "auto": w8a16 for at most 4 rows on the CPU, else w8a8 (why: `resolve_scheme`).
     Returns [..., N], contiguous; any size may be 0.  Under w8a8 a row with NaN or infinity gives NaN in that row only.
+    A row's bits never depend on the rows beside it under w8a8; under w8a16 and "auto" only by whether they are few, on
+    the CPU not even so under LLMKERN_BATCH_INVARIANT=1, where "auto" is w8a8.
     Differentiable in x and bias; the weight is frozen.  dx is that of the floating-point product with the
     weight w_q * w_scale: rounding the activations is passed straight through (Bengio et al., arXiv:1308.3432).
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
@@ -66,10 +69,13 @@ def resolve_scheme(scheme: str, x: Tensor) -> str:
     On the CPU a few rows take about as long as reading the weight does, in either scheme, and rounding them to int8
     as well only loses accuracy; with more rows integer products are the faster the more rows there are.  PyTorch
     alone has no weight-only operator but in bf16: in fp32 and fp16 it dequantizes the weight first, so that without
-    the native library "w8a8" is faster.  On other devices W8A8 always, and where a trace leaves the number open.
+    the native library "w8a8" is faster.  On other devices W8A8 always, and where a trace leaves the number open, and
+    under LLMKERN_BATCH_INVARIANT=1.
     """
     if scheme != "auto" or not isinstance(x, Tensor) or x.dim() == 0:
         return scheme
+    if settings.batch_invariant:  # one scheme for any number of rows
+        return "w8a8"
     return "w8a16" if x.device.type == "cpu" and known(row_count(x) <= FEW_ROWS) else "w8a8"
 
 

@@ -30,6 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     x: [..., K], fp32, bf16, fp16 or fp64, any strides.  weight: [N, K] and bias: [N], in x's dtype.
     activation: "none", "gelu" (exact), "gelu_tanh", "silu" or "relu".
     Returns [..., N], contiguous; any size may be 0.  Differentiable in x, weight and bias.
+    A row's bits depend on the rows beside it only by whether they are few, on the CPU not even so under
+    LLMKERN_BATCH_INVARIANT=1; PyTorch's operator promises nothing.
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
     return dispatch("linear", _check, x=x, weight=weight, bias=bias, activation=activation)

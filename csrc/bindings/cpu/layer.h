@@ -177,7 +177,7 @@ struct Matrix {
 
 // Is this layer, of so many rows, multiplied by launch_linear?
 inline bool is_native(const Linear& l, int64_t rows) {
-  return l.int8() || rows <= kFewRows || linear_has_tiles(l.type());
+  return l.int8() || rows <= kFewRows || linear_has_tiles(l.type()) || linear_keeps_rows_alone();
 }
 
 template <class Linears>

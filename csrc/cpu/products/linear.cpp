@@ -1,7 +1,10 @@
 // linear on the CPU: rows of x go to the workspace as the scheme has them, padded with zeros, so that only the weight
 // has a tail; then few rows stream the weight past them (stream.h) and many pass by packed blocks of it (blocks.h).
-// A row's result depends on neither its neighbours, but for whether they are few, nor on the number of threads.
+// A row's result depends on neither its neighbours, but for whether they are few (linear_keeps_rows_alone: not on that
+// either), nor on the number of threads.
 #include "llmkern/linear.h"
+
+#include <atomic>
 
 #include "../isa.h"
 #include "blocks.h"
@@ -62,20 +65,23 @@ LinearParams row_of(LinearParams p, int64_t r) {
 #endif
 
 void floats(const LinearParams& p, const Threads& threads) {
+  const bool alone = linear_keeps_rows_alone();
+  const bool few = alone || p.rows.count <= kFewFloats;
 #ifdef __AMX_INT8__
+  const bool tiles = !alone && p.rows.count > kFewForTiles;
   const bool exact = p.weight_type == WeightType::bf16 || p.weight_type == WeightType::s8;
-  if (p.rows.count > kFewForTiles && p.dtype == DType::bf16 && exact) {
+  if (tiles && p.dtype == DType::bf16 && exact) {
     prepare<TileBf16>(p, static_cast<const BFloat16*>(p.x), threads);
     if (p.weight_type == WeightType::bf16) return blocks<TileBf16, BFloat16, Tiles>(p, threads);
     return blocks<TileBf16, int8_t, Tiles>(p, threads);
   }
-  if (p.rows.count > kFewForTiles && p.weight_type == WeightType::s8) {
+  if (tiles && p.weight_type == WeightType::s8) {
     with_type(p.dtype, [&]<class T>() { prepare<TileFloats>(p, static_cast<const T*>(p.x), threads); });
     return blocks<TileFloats, int8_t, Tiles>(p, threads);
   }
 #endif
 #ifdef LLMKERN_VNNI
-  if (p.rows.count <= kFewFloats && p.weight_type == WeightType::s8 && p.k <= kMostExactProducts) {
+  if (few && p.weight_type == WeightType::s8 && p.k <= kMostExactProducts) {
     with_type(p.dtype, [&]<class T>() { prepare<Digits>(p, static_cast<const T*>(p.x), threads); });
     const Header* const rows = headers(p);
     if (std::all_of(rows, rows + p.rows.count, Digits::served)) return stream<Digits, int8_t>(p, threads);
@@ -87,7 +93,7 @@ void floats(const LinearParams& p, const Threads& threads) {
 #endif
   with_type(p.dtype, [&]<class T>() { prepare<Floats>(p, static_cast<const T*>(p.x), threads); });
   with_weight(p.weight_type, [&]<class W>() {
-    if (p.rows.count <= kFewFloats) return stream<Floats, W>(p, threads);
+    if (few) return stream<Floats, W>(p, threads);
     blocks<Floats, W>(p, threads);
   });
 }
@@ -102,6 +108,18 @@ void linear(const LinearParams& p, const Threads& threads) {
 }  // namespace llmkern::LLMKERN_ISA
 
 #if LLMKERN_ISA_LEVEL == 0
+namespace {
+std::atomic<bool> rows_alone{false};
+}
+
+bool llmkern::linear_keeps_rows_alone() {
+  return rows_alone.load(std::memory_order_relaxed);
+}
+
+extern "C" __attribute__((visibility("default"))) void llmkern_set_batch_invariant(int value) {
+  rows_alone = value != 0;
+}
+
 bool llmkern::linear_has_tiles(WeightType weight) {
   return isa() == Isa::amx && weight == WeightType::bf16;
 }

@@ -6,6 +6,11 @@ from llmkern.backends.cpu._speed import MeasuredSizes
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("add_layer_norm", CPU, dtypes=DTYPES, refuse=refuse_norm, slower=MeasuredSizes("add_layer_norm", "x"))(
-    native("add_layer_norm")
-)
+implements(
+    "add_layer_norm",
+    CPU,
+    dtypes=DTYPES,
+    refuse=refuse_norm,
+    slower=MeasuredSizes("add_layer_norm", "x"),
+    rows_alone="always",
+)(native("add_layer_norm"))

@@ -39,4 +39,4 @@ def _refuse(
     return refuse_heads(sinks, q=q, k=k, v=v)
 
 
-implements("attention", CPU, dtypes=DTYPES, refuse=_refuse)(native("attention"))
+implements("attention", CPU, dtypes=DTYPES, refuse=_refuse, rows_alone="always")(native("attention"))

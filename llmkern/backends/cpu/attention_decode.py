@@ -61,4 +61,6 @@ def _slower(
     return None
 
 
-implements("attention_decode", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower)(native("attention_decode"))
+implements("attention_decode", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower, rows_alone="always")(
+    native("attention_decode")
+)

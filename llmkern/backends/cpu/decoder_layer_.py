@@ -21,4 +21,4 @@ def _refuse(hidden: Tensor, head_dim: int, mask: Tensor | None, **call: Any) -> 
     )
 
 
-implements("decoder_layer_", CPU, dtypes=DTYPES, refuse=_refuse)(native("decoder_layer_"))
+implements("decoder_layer_", CPU, dtypes=DTYPES, refuse=_refuse, rows_alone="on request")(native("decoder_layer_"))

@@ -19,4 +19,4 @@ def _refuse(hidden: Tensor, heads: int, mask: Tensor | None, **call: Any) -> str
     )
 
 
-implements("encoder_layer", CPU, dtypes=DTYPES, refuse=_refuse)(native("encoder_layer"))
+implements("encoder_layer", CPU, dtypes=DTYPES, refuse=_refuse, rows_alone="on request")(native("encoder_layer"))

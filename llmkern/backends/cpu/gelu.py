@@ -16,4 +16,4 @@ def refuse(x: Tensor, approximate: str) -> str | None:
 
 SIZES = MeasuredSizes("gelu", "x", variant="approximate", variants=("none", "tanh"))
 
-implements("gelu", CPU, dtypes=DTYPES, refuse=refuse, slower=SIZES)(native("gelu"))
+implements("gelu", CPU, dtypes=DTYPES, refuse=refuse, slower=SIZES, rows_alone="always")(native("gelu"))

@@ -13,4 +13,6 @@ def _refuse(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activa
     return refuse_weight("w_q", w_q) or refuse_vectors(w_scale=w_scale, bias=bias)
 
 
-implements("int8_linear", CPU, dtypes=DTYPES, has_backward=True, refuse=_refuse)(native("int8_linear"))
+implements("int8_linear", CPU, dtypes=DTYPES, has_backward=True, refuse=_refuse, rows_alone="on request")(
+    native("int8_linear")
+)

@@ -23,4 +23,4 @@ def _refuse(
     return refuse_weight("w_q", w_q) or refuse_vectors(a_scale=a_scale, w_scale=w_scale, bias=bias)
 
 
-implements("int8_matmul", CPU, dtypes=(torch.int8,), refuse=_refuse)(native("int8_matmul"))
+implements("int8_matmul", CPU, dtypes=(torch.int8,), refuse=_refuse, rows_alone="always")(native("int8_matmul"))

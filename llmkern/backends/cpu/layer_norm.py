@@ -6,6 +6,6 @@ from llmkern.backends.cpu._speed import MeasuredSizes
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("layer_norm", CPU, dtypes=DTYPES, refuse=refuse_norm, slower=MeasuredSizes("layer_norm", "x"))(
-    native("layer_norm")
-)
+implements(
+    "layer_norm", CPU, dtypes=DTYPES, refuse=refuse_norm, slower=MeasuredSizes("layer_norm", "x"), rows_alone="always"
+)(native("layer_norm"))

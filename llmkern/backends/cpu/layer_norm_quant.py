@@ -5,4 +5,4 @@ from llmkern.backends.cpu._rows import DTYPES, refuse_norm
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("layer_norm_quant", CPU, dtypes=DTYPES, refuse=refuse_norm)(native("layer_norm_quant"))
+implements("layer_norm_quant", CPU, dtypes=DTYPES, refuse=refuse_norm, rows_alone="always")(native("layer_norm_quant"))

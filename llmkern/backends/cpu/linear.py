@@ -25,4 +25,4 @@ def _slower(x: Tensor, **_: object) -> str | None:
     return f"x has more than {MAX_ROWS} rows: with so many, PyTorch can be faster"
 
 
-implements("linear", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower)(native("linear"))
+implements("linear", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower, rows_alone="on request")(native("linear"))

@@ -5,4 +5,4 @@ from llmkern.backends.cpu._rows import DTYPES, refuse_strided
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("quantize_int8", CPU, dtypes=DTYPES, refuse=refuse_strided)(native("quantize_int8"))
+implements("quantize_int8", CPU, dtypes=DTYPES, refuse=refuse_strided, rows_alone="always")(native("quantize_int8"))

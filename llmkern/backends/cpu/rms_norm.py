@@ -5,4 +5,4 @@ from llmkern.backends.cpu._rows import DTYPES, refuse_norm
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("rms_norm", CPU, dtypes=DTYPES, refuse=refuse_norm)(native("rms_norm"))
+implements("rms_norm", CPU, dtypes=DTYPES, refuse=refuse_norm, rows_alone="always")(native("rms_norm"))

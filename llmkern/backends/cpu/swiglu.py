@@ -6,6 +6,6 @@ from llmkern.backends.cpu._speed import MeasuredSizes
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("swiglu", CPU, dtypes=DTYPES, refuse=refuse_strided, slower=MeasuredSizes("swiglu", "gate"))(
-    native("swiglu")
-)
+implements(
+    "swiglu", CPU, dtypes=DTYPES, refuse=refuse_strided, slower=MeasuredSizes("swiglu", "gate"), rows_alone="always"
+)(native("swiglu"))

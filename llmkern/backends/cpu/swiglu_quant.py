@@ -5,4 +5,4 @@ from llmkern.backends.cpu._rows import DTYPES, refuse_strided
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-implements("swiglu_quant", CPU, dtypes=DTYPES, refuse=refuse_strided)(native("swiglu_quant"))
+implements("swiglu_quant", CPU, dtypes=DTYPES, refuse=refuse_strided, rows_alone="always")(native("swiglu_quant"))
