@@ -368,7 +368,8 @@ class Decode {
     for (int i = 0; i < 2; ++i) {
       top[i] = quad_max(top[i]);
       shift[i] = finite_shift(top[i]) * scale_.log2_unit;
-      keep[i] = ptx::ex2_approx_ftz(top_[i] * scale_.log2_unit - shift[i]);
+      // Of a difference: one of products, contracted to an fma, would not be 0 where the maximum stays as it is.
+      keep[i] = ptx::ex2_approx_ftz((top_[i] - finite_shift(top[i])) * scale_.log2_unit);
       top_[i] = top[i];
       total_[i] *= keep[i];
     }
