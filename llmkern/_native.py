@@ -23,6 +23,7 @@ __all__ = [
     "CPU_ISAS",
     "build_info",
     "cpu_isa",
+    "cuda_unusable",
     "kernels",
     "part_missing",
     "path",
@@ -95,6 +96,19 @@ def part_missing(part: str) -> str | None:
         return None
     why = None if settings.library else _build_reasons().get(part.lower())
     return f"the native library was built without its {part} part" + (f": {why}" if why else "")
+
+
+def cuda_unusable() -> str | None:
+    """None where the driver takes the library's kernels on torch's current GPU, else the sentence why not."""
+    if _library is None:
+        return _reason
+    probe = _library.llmkern_cuda_error
+    probe.restype = ctypes.c_char_p
+    error = probe(torch.cuda.current_device()).decode()
+    if not error:
+        return None
+    built = build_info().get("cuda_archs") or "unknown architectures"
+    return f"the CUDA kernels, built for {built}, cannot run here: {error}; a newer driver, or a build here, would help"
 
 
 def cpu_isa() -> str | None:

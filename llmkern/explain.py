@@ -24,7 +24,8 @@ class ExplainRow:
 
     site: path of the innermost module that made it.  shapes: of the tensor arguments, by name.
     dtype: of the op's first tensor.  backend: the one that served the call, or the transformers function that did.
-    refused: (backend, sentence) for each better one.  milliseconds: wall time, the device synchronised.
+    refused: (backend, sentence) for each better one, and for the one that served it where it had to copy arguments
+    first.  milliseconds: wall time, the device synchronised.
     batch_invariant: whether the backend promises that a row's bits do not depend on the rows beside it.
     """
 
@@ -92,6 +93,8 @@ class _Collector:
             if candidate is implementation:
                 break
             refused.append((backend.name, reason or "another backend is forced"))
+        if implementation.copies is not None and (copied := implementation.copies(**call)) is not None:
+            refused.append((implementation.backend.name, copied))
         alone = implementation.keeps_rows_alone
         self._add(op, call, implementation.backend.name, tuple(refused), elapsed, alone)
 

@@ -84,6 +84,7 @@ class Implementation:
     describe: Callable[..., str] | None = field(default=None, repr=False)
     slower: Callable[..., str | None] | None = field(default=None, repr=False)
     rows_alone: RowsAlone = "no"
+    copies: Callable[..., str | None] | None = field(default=None, repr=False)
 
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
@@ -307,6 +308,7 @@ def implements(
     slower: Callable[..., str | None] | None = None,
     rows_alone: RowsAlone = "no",
     for_gradient: Mapping[str, Any] | None = None,
+    copies: Callable[..., str | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as `backend`'s implementation of `op`.
 
@@ -324,6 +326,8 @@ def implements(
         whatever rows are beside it and however many: "always", "on request" (LLMKERN_BATCH_INVARIANT=1) or "no".
     describe: takes a compute capability (None: of the call's device) and the call's arguments by keyword, returns in
         words what would run, for `llmkern why`.
+    copies: takes the call's arguments by keyword, returns the sentence what this implementation copies before it
+        computes, or None, for `explain`.  Unlike `refuse` it may look at addresses: it decides nothing.
     for_gradient: arguments that take the place of the call's where a gradient is needed, so that the forward keeps
         what the backward reads.
     """
@@ -347,6 +351,7 @@ def implements(
             describe,
             slower,
             rows_alone,
+            copies,
         )
         spec = OPS[op]
         replace_implementations(op, (*spec.implementations, impl))

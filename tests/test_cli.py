@@ -128,7 +128,9 @@ class TestWhy:
         assert [row.outcome for row in decision.rows].count("chosen") == 1
         assert all(row.reason for row in decision.rows if row.outcome == "refused")
         declared = {implementation.backend.name for implementation in dispatch.implementations(op)}
-        assert {row.backend for row in decision.rows} >= {"cuda", "triton", "cpu", "reference"} | declared
+        backends = [row.backend for row in decision.rows]
+        assert set(backends) >= {"cuda", "triton", "cpu", "reference"} | declared
+        assert len(set(backends)) == len(backends), "each once, however many implementations it has"
 
     def test_is_the_dispatchers_decision(self) -> None:
         x = torch.randn(6, 64)

@@ -38,7 +38,7 @@ Activated run(Activation activation, bool quantized, const Tensor& x, const std:
 }
 
 void check_up(const char* op, const Tensor& gate, const Tensor& up) {
-  STD_TORCH_CHECK(same_shape(up, gate) && dtype_of(up) == dtype_of(gate) && on_device(up), op,
+  STD_TORCH_CHECK(same_shape(up, gate) && dtype_of(up) == dtype_of(gate) && on_device(gate, up), op,
                   ": up must have gate's shape, dtype and device");
 }
 
@@ -54,6 +54,7 @@ Codes swiglu_quant(const Tensor& gate, const Tensor& up) {
   if (!kernel_types(gate)) return call_reference<Codes>("swiglu_quant", gate, up);
   STD_TORCH_CHECK(gate.dim() > 0, "swiglu_quant: gate has no dimensions, expected [..., hidden]");
   check_up("swiglu_quant", gate, up);
+  check_row("swiglu_quant", "gate", gate);
   const Activated y = run(Activation::silu, true, gate, up);
   return {y.out, y.scale};
 }

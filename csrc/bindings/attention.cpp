@@ -19,11 +19,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const AttentionCall call{q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap};
   check_heads(kOp, q, k, v);
   const int64_t longest = std::max(q.size(0) * q.size(1) * q.size(2), k.size(2));
-  if (!call.has_served_types() || !served_vectors(q) || !served_vectors(k) || !served_vectors(v) ||
-      longest > kMaxLength)
+  if (!call.has_served_types() || !served_dim(q) || !served_dim(v) || longest > kMaxLength)
     return call_reference<std::tuple<Tensor, Tensor>>(kOp, q, k, v, attn_mask, key_padding_mask, sinks, causal,
                                                       sm_scale, window, softcap, return_lse);
-  AttentionParams p = attention_params(kOp, call);
+  const Tensor q_ = readable(q), k_ = readable(k), v_ = readable(v);
+  AttentionParams p =
+      attention_params(kOp, {q_, k_, v_, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap});
   Tensor out = out_like(q, v.size(3));
   Tensor lse = lse_like(q, return_lse);
   p.out = out.mutable_data_ptr();

@@ -68,7 +68,7 @@ inline AttentionParams attention_params(const char* op, const AttentionCall& cal
   };
   if (attn_mask) {
     const int64_t full[] = {batch, heads, queries, keys};
-    check_device(op, "attn_mask", *attn_mask);
+    check_device(op, "attn_mask", q, *attn_mask);
     STD_TORCH_CHECK(attn_mask->dim() == 4, op, ": attn_mask must have 4 dimensions");
     int64_t strides[4];
     for (int d = 0; d < 4; ++d) {
@@ -81,7 +81,7 @@ inline AttentionParams attention_params(const char* op, const AttentionCall& cal
     p.mask_strides = {strides[0], strides[1], strides[2], strides[3]};
   }
   if (key_padding_mask) {
-    check_device(op, "key_padding_mask", *key_padding_mask);
+    check_device(op, "key_padding_mask", q, *key_padding_mask);
     STD_TORCH_CHECK(key_padding_mask->scalar_type() == ScalarType::Bool && key_padding_mask->dim() == 2 &&
                         key_padding_mask->size(0) == batch && key_padding_mask->size(1) == keys,
                     op, ": key_padding_mask must be bool of shape [", batch, ", ", keys, "]");

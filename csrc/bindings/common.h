@@ -107,13 +107,23 @@ inline int64_t hidden_of(const Tensor& t) {
   return t.dim() > 0 ? t.size(t.dim() - 1) : 1;
 }
 
+// Kernels that share a row among threads count its elements in 32 bits.
+inline void check_row(const char* op, const char* name, const Tensor& t) {
+#ifdef LLMKERN_GPU
+  STD_TORCH_CHECK(hidden_of(t) <= kGpuMaxRow, op, ": ", name, " has rows of ", hidden_of(t), " elements; at most ",
+                  kGpuMaxRow, " are taken");
+#else
+  (void)op, (void)name, (void)t;
+#endif
+}
+
 // Of a norm: one element for each of x's last dimension, or no tensor.
 inline void check_parameter(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& t) {
   if (!t) return;
   const int64_t hidden = hidden_of(x);
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == hidden && t->is_contiguous(), op, ": ", name,
                   " must be contiguous with shape [", hidden, "], x's last dimension");
-  STD_TORCH_CHECK(on_device(*t), op, ": ", name, " must be on x's device");
+  STD_TORCH_CHECK(on_device(x, *t), op, ": ", name, " must be on x's device");
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {

@@ -2,7 +2,7 @@
 // (LLMKERN_CUDA; csrc/bindings/cuda/<op>.cpp for it only) and, in tests, for the SIMT machine (LLMKERN_SIMT), which
 // takes CPU tensors; what differs is here:
 //   LLMKERN_BINDINGS(m) { m.impl(...); }   where the operators are registered
-//   on_device(t)                           whether kernels of this device can read t
+//   on_device(x, t)                        whether kernels on x's device can read t
 //   new_tensor(x, sizes, dtype)            memory on x's device
 //   new_strided(x, sizes, strides)         the same in x's dtype, with any strides
 //   Place(x)                               what launchers take behind their params
@@ -61,11 +61,12 @@ namespace {  // the copies for several devices are linked into one library
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline bool on_device(const Tensor& t) {
+// Another GPU's memory cannot be read, or ends the process's context where the two have no peer access.
+inline bool on_device(const Tensor& x, const Tensor& t) {
 #ifdef LLMKERN_CUDA
-  return t.is_cuda();
+  return t.is_cuda() && t.get_device_index() == x.get_device_index();
 #else
-  return t.is_cpu();
+  return t.is_cpu() && x.is_cpu();
 #endif
 }
 

@@ -17,16 +17,34 @@ inline bool plain_vectors(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1;
 }
 
-// Whether kernels of this device read vectors such as these; on a GPU they do so by 16 bytes.
-inline bool served_vectors(const Tensor& t) {
+// Whether kernels of this device take vectors of this length.
+inline bool served_dim(const Tensor& t) {
   const int64_t dim = t.size(t.dim() - 1);
-  if (!plain_vectors(t) || dim > kMaxHeadDim) return false;
 #ifdef LLMKERN_GPU
-  if (dim == 0 || dim % kGpuDimUnit != 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) return false;
+  return dim > 0 && dim <= kMaxHeadDim && dim % kGpuDimUnit == 0;
+#else
+  return dim <= kMaxHeadDim;
+#endif
+}
+
+// Whether they read vectors that lie as these do; on a GPU they do so by 16 bytes.
+inline bool served_vectors(const Tensor& t) {
+  if (!plain_vectors(t)) return false;
+#ifdef LLMKERN_GPU
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) return false;
   for (int64_t d = 0; d + 1 < t.dim(); ++d)
     if (t.size(d) > 1 && t.stride(d) * static_cast<int64_t>(t.element_size()) % 16 != 0) return false;
 #endif
   return true;
+}
+
+// t, or a copy where kernels cannot read its vectors as they lie.  The dispatcher refuses strides that need one, but a
+// storage that begins anywhere cannot be told from a call's form: `explain` names it.
+inline Tensor readable(const Tensor& t) {
+  if (served_vectors(t)) return t;
+  Tensor copy = new_tensor(t, t.sizes(), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 // Whether attention's kernels of this device compute with such queries.
@@ -52,15 +70,15 @@ inline Tensor lse_like(const Tensor& q, bool wanted) {
   return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(on_device(t), op, ": ", name, " must be on q's device");
+inline void check_device(const char* op, const char* name, const Tensor& q, const Tensor& t) {
+  STD_TORCH_CHECK(on_device(q, t), op, ": ", name, " must be on q's device");
 }
 
 // Shapes that a kernel relies on, of q [B, Hq, Sq, D] and of keys and values or their caches.
 inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must have 4 dimensions");
-  check_device(op, "k", k);
-  check_device(op, "v", v);
+  check_device(op, "k", q, k);
+  check_device(op, "v", q, v);
   STD_TORCH_CHECK(k.size(3) == q.size(3), op, ": k has head dimension ", k.size(3), ", q has ", q.size(3));
   STD_TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2), op,
                   ": k and v differ before the last dimension");
@@ -70,7 +88,7 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
 
 inline const void* sinks_of(const char* op, const Tensor& q, const std::optional<Tensor>& sinks) {
   if (!sinks) return nullptr;
-  check_device(op, "sinks", *sinks);
+  check_device(op, "sinks", q, *sinks);
   STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == q.size(1) && sinks->is_contiguous(), op,
                   ": sinks must be contiguous with ", q.size(1), " elements, one per head");
   return sinks->const_data_ptr();

@@ -39,7 +39,7 @@ const void* vector(const Call& call, const char* name, const Optional& t, int64_
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->numel() == n && t->is_contiguous(), call.op, ": ", name, " must be contiguous with ", n,
                   " elements, one per row of ", per);
-  STD_TORCH_CHECK(on_device(*t), call.op, ": ", name, " must be on x's device");
+  STD_TORCH_CHECK(on_device(call.x, *t), call.op, ": ", name, " must be on x's device");
   return t->const_data_ptr();
 }
 
@@ -58,11 +58,11 @@ Arguments checked(const Call& call) {
   STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, op, ": expected x [..., K] and ", weight_name, " [N, K]");
   const int64_t n = weight.size(0), k = weight.size(1);
   STD_TORCH_CHECK(hidden_of(x) == k, op, ": ", weight_name, " has K = ", k, ", x's last dimension is ", hidden_of(x));
-  STD_TORCH_CHECK(on_device(weight), op, ": ", weight_name, " must be on x's device");
+  STD_TORCH_CHECK(on_device(x, weight), op, ": ", weight_name, " must be on x's device");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   const Tensor out = new_tensor(x, shape, out_type);
-  STD_TORCH_CHECK(!residual || (same_shape(*residual, out) && on_device(*residual)), op,
+  STD_TORCH_CHECK(!residual || (same_shape(*residual, out) && on_device(x, *residual)), op,
                   ": residual must have the result's shape and device");
   const RowTensor rows = as_rows(x);
   return {

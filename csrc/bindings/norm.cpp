@@ -33,8 +33,10 @@ const void* parameter(const Call& call, const char* name, const Optional& t) {
 Normed run(const Call& call) {
   const auto& [op, norm, quantized, x, residual, weight, bias, eps, weight_offset] = call;
   STD_TORCH_CHECK(x.dim() > 0, op, ": x has no dimensions, expected [..., hidden]");
-  STD_TORCH_CHECK(!residual || (same_shape(*residual, x) && dtype_of(*residual) == dtype_of(x) && on_device(*residual)),
-                  op, ": residual must have x's shape, dtype and device");
+  STD_TORCH_CHECK(
+      !residual || (same_shape(*residual, x) && dtype_of(*residual) == dtype_of(x) && on_device(x, *residual)), op,
+      ": residual must have x's shape, dtype and device");
+  check_row(op, "x", x);
   const RowTensor rows = as_rows(x);
   const RowTensor other = residual ? as_rows(*residual) : RowTensor{};
   const Rows dense = dense_rows(rows.rows.count, hidden_of(x));

@@ -10,6 +10,7 @@ using Codes = std::tuple<Tensor, Tensor>;
 Codes quantize_int8(const Tensor& x) {
   if (!kernel_types(x)) return call_reference<Codes>("quantize_int8", x);
   STD_TORCH_CHECK(x.dim() > 0, "quantize_int8: x has no dimensions, expected [..., hidden]");
+  check_row("quantize_int8", "x", x);
   const auto [tensor, rows] = as_rows(x);
   auto [codes, scale] = new_codes(x);
   launch_quantize_int8(

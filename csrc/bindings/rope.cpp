@@ -39,7 +39,8 @@ Two rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
   STD_TORCH_CHECK((rotary_dim == width || rotary_dim == 2 * width) && rotary_dim % 2 == 0 && rotary_dim <= q.size(3),
                   "rope: rotary_dim is ", rotary_dim, ", expected ", width, " or ", 2 * width, ", even, at most ",
                   q.size(3));
-  STD_TORCH_CHECK(on_device(k) && on_device(cos) && on_device(sin), "rope: k, cos and sin must be on q's device");
+  STD_TORCH_CHECK(on_device(q, k) && on_device(q, cos) && on_device(q, sin),
+                  "rope: k, cos and sin must be on q's device");
   const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k);
   const Tensor cosines = with_contiguous_rows(cos), sines = with_contiguous_rows(sin);
   Tensor q_out = new_tensor(q, q.sizes(), q.scalar_type()), k_out = new_tensor(k, k.sizes(), k.scalar_type());

@@ -240,7 +240,7 @@ def _rows(op: str, call: dict[str, Any], capability: tuple[int, int] | None) -> 
         judged = dispatch.decisions(op, call, capability=capability)
     rows: list[Row] = []
     chosen = False
-    for backend, implementation, reason in judged:
+    for backend, implementation, reason in _one_each(judged, call):
         if reason is None and forced is not None and backend.name != forced:
             reason = f"another backend is forced: {forced}"
         if reason is None and forced is None and settings.strict and not backend.kernels:
@@ -259,6 +259,25 @@ def _merged(backend: str, rows: list[Row]) -> Row:
     own = [row for row in rows if row.backend == backend]
     served = next((row for row in own if row.outcome != "refused"), None)
     return served or Row(backend, "refused", "; ".join(dict.fromkeys(row.reason for row in own)))
+
+
+def _one_each(
+    judged: list[tuple[dispatch.Backend, dispatch.Implementation | None, str | None]], call: dict[str, Any]
+) -> list[tuple[dispatch.Backend, dispatch.Implementation | None, str | None]]:
+    """Of each backend's implementations the one that can serve the call, else the best for its device."""
+    device = next(value for value in call.values() if isinstance(value, Tensor)).device
+
+    def worth(entry: tuple[dispatch.Backend, dispatch.Implementation | None, str | None]) -> tuple[bool, bool]:
+        _, implementation, reason = entry
+        devices = implementation.devices if implementation is not None else None
+        return reason is None, devices is None or device.type in devices
+
+    best: dict[str, tuple[dispatch.Backend, dispatch.Implementation | None, str | None]] = {}
+    for entry in judged:
+        other = best.get(entry[0].name)
+        if other is None or worth(entry) > worth(other):
+            best[entry[0].name] = entry
+    return [entry for entry in judged if best[entry[0].name] is entry]
 
 
 def _description(

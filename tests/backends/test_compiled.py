@@ -45,6 +45,7 @@ WANTED = {
     r"attention_dmask_kernel": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.*128"],
     r"attention_prepare_kernel": ["LDG.E.128"],
     r"attention_sink_kernel": [],  # a float for each query
+    r"probe_kernel": [],  # nothing
 }
 
 
@@ -125,6 +126,8 @@ def test_the_table_tells_the_occupancy() -> None:
     for path in OBJECTS:
         for name, registers in re.findall(r"Function (\S+):\s+REG:(\d+)", dump("-res-usage", path)):
             called = re.sub(r"^.*?\(anonymous namespace\)::(\w+(<.*>)?)\(.*", r"\1", demangled(name))
+            if called == "probe_kernel":  # which is asked for, and never launched
+                continue
             entries = [kernel for kernel in table if fnmatch.fnmatchcase(called, kernel["function"])]
             assert len(entries) == 1, f"{called} is {len(entries)} times in the table"
             function = entries[0]["function"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_calls
 import torch
 from torch import Tensor
 
@@ -143,20 +144,53 @@ def gradients(case: Case, call: Call, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad([o.float().square().sum() for o in outputs], inputs))
 
 
-@pytest.mark.gpu
-@absent
-def test_compute_sanitizer_finds_nothing() -> None:
-    """No access out of bounds and none of what nobody wrote, in a sample of the contract's cases."""
+def sanitized(tool: str, command: list[str]) -> None:
+    """Runs a command under a tool of compute-sanitizer, which is to find nothing."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    contract = str(ROOT / "tests" / "ops" / "test_contract.py")
-    tests = [sys.executable, "-m", "pytest", "-x", "-m", "gpu", contract, "-k", f"cuda and bf16 and ({SANITIZED})"]
     checked = subprocess.run(
-        [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *tests],
+        [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, *command],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert checked.returncode == 0, checked.stdout[-4000:]
+
+
+@pytest.mark.gpu
+@absent
+def test_memcheck_finds_nothing() -> None:
+    """No access out of bounds in a sample of the contract's cases."""
+    contract = str(ROOT / "tests" / "ops" / "test_contract.py")
+    sanitized("memcheck", ["-m", "pytest", "-x", "-m", "gpu", contract, "-k", f"cuda and bf16 and ({SANITIZED})"])
+
+
+@pytest.mark.gpu
+@absent
+@pytest.mark.parametrize("tool", ["racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    """On hardware what csrc/simt proves on a CPU, once, of kernels with shared memory, barriers and copies."""
+    sanitized(tool, [str(ROOT / "tests" / "gpu" / "tiny_calls.py"), "cuda"])
+
+
+def test_the_tiny_calls_are_calls() -> None:
+    """Which no machine without a GPU would otherwise run."""
+    assert sorted(tiny_calls.run("cpu")) == sorted(tiny_calls.OPS)
+
+
+@pytest.mark.gpu
+@absent
+def test_a_tensor_that_is_not_on_the_gpu_is_refused() -> None:
+    """By the operators themselves: a kernel that reads it would end the process's context."""
+    x, weight = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((4, 64), (64,)))
+    q = torch.randn(1, 1, 4, 64, device="cuda", dtype=torch.bfloat16)
+    options = {"attn_mask": None, "key_padding_mask": None, "sinks": None, "causal": False, "sm_scale": 1.0}
+    options |= {"window": [-1, -1], "softcap": 0.0, "return_lse": False}
+    others = ["cpu"] + ["cuda:1"] * (torch.cuda.device_count() > 1)
+    for other in others:
+        with pytest.raises(RuntimeError, match="dy must have the shape, dtype and device of x"):
+            torch.ops.llmkern.layer_norm_backward(x.to(other), x, weight, None, 1e-6)
+        with pytest.raises(RuntimeError, match="k must be on q's device"):
+            torch.ops.llmkern.attention(q=q, k=q.to(other), v=q, **options)

@@ -271,6 +271,29 @@ def test_a_backend_from_outside_serves_an_optimized_model(model: Model, monkeypa
     assert all(("mine", "too short") in row.refused for row in rows if row.op == "rms_norm")
 
 
+def test_explain_says_what_the_chosen_one_copies(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    spec = registry.OPS["rms_norm"]
+    for name, value in (("implementations", spec.implementations), ("usable", {}), ("served", {})):
+        monkeypatch.setattr(spec, name, value)
+    asked = []
+
+    def copies(x, **_):
+        asked.append(x)
+        return "x begins 2 bytes past a multiple of 16, so the kernel computes with a copy"
+
+    llmkern.implements("rms_norm", llmkern.register("mine"), copies=copies)(
+        dispatch.implementation("rms_norm", "reference").fn
+    )
+    llmkern.optimize_(model, on_unsupported="ignore")
+    with torch.no_grad():
+        model(X)
+        assert asked == [], "only who explains pays for it"
+        row = next(row for row in llmkern.explain(model, X).rows if row.op == "rms_norm")
+    assert row.backend == "mine"
+    assert row.refused[-1] == ("mine", copies(X))
+
+
 def test_explain_names_site_shapes_backend_and_refusals(model: Model) -> None:
     llmkern.optimize_(model, on_unsupported="ignore")
     explained = llmkern.explain(model, X)

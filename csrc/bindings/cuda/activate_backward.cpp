@@ -12,9 +12,9 @@ struct Gradients {
 
 Gradients run(const char* op, Activation activation, const Tensor& dy, const Tensor& x,
               const std::optional<Tensor>& up) {
-  STD_TORCH_CHECK(same_shape(dy, x) && dtype_of(dy) == dtype_of(x) && on_device(dy), op,
+  STD_TORCH_CHECK(same_shape(dy, x) && dtype_of(dy) == dtype_of(x) && on_device(x, dy), op,
                   ": dy must have the shape, dtype and device of the op's first argument");
-  STD_TORCH_CHECK(!up || (same_shape(*up, x) && dtype_of(*up) == dtype_of(x) && on_device(*up)), op,
+  STD_TORCH_CHECK(!up || (same_shape(*up, x) && dtype_of(*up) == dtype_of(x) && on_device(x, *up)), op,
                   ": up must have gate's shape, dtype and device");
   const RowTensor given = as_rows(dy), rows = as_rows(x);
   const RowTensor factor = up ? as_rows(*up) : RowTensor{};

@@ -9,19 +9,11 @@ constexpr const char* kOp = "attention_backward";
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// t, or a copy where kernels cannot read its vectors as they lie.
-Tensor readable(const Tensor& t) {
-  if (served_vectors(t)) return t;
-  Tensor copy = new_tensor(t, t.sizes(), t.scalar_type());
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
 // [batch, heads, queries] in fp32 without gaps, or null where it has no elements.
 const float* row_numbers(const char* name, const Tensor& t, const Tensor& q) {
   if (t.numel() == 0) return nullptr;
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
-                      t.scalar_type() == ScalarType::Float && on_device(t),
+                      t.scalar_type() == ScalarType::Float && on_device(q, t),
                   kOp, ": ", name, " must be float32 of shape [", q.size(0), ", ", q.size(1), ", ", q.size(2),
                   "], on q's device");
   return static_cast<const float*>(t.const_data_ptr());
@@ -29,7 +21,7 @@ const float* row_numbers(const char* name, const Tensor& t, const Tensor& q) {
 
 void check_like_out(const char* name, const Tensor& t, const Tensor& q, const Tensor& v) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2) &&
-                      t.size(3) == v.size(3) && t.scalar_type() == q.scalar_type() && on_device(t),
+                      t.size(3) == v.size(3) && t.scalar_type() == q.scalar_type() && on_device(q, t),
                   kOp, ": ", name, " must be what attention of q and v returns, in shape, dtype and device");
 }
 
@@ -39,9 +31,8 @@ Five attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
                         double sm_scale, std::vector<int64_t> window, double softcap, bool mask_grad) {
   const AttentionCall asked{q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap};
   check_heads(kOp, q, k, v);
-  auto takes = [](int64_t dim) { return dim > 0 && dim <= kMaxHeadDim && dim % kGpuDimUnit == 0; };
   const int64_t longest = std::max(q.size(0) * q.size(1) * q.size(2), k.size(2));
-  if (!asked.has_served_types() || !takes(q.size(3)) || !takes(v.size(3)) || longest > kGpuMaxLength)
+  if (!asked.has_served_types() || !served_dim(q) || !served_dim(v) || longest > kGpuMaxLength)
     return call_reference<Five>(kOp, dout, dlse, q, k, v, attn_mask, key_padding_mask, sinks, out, lse, causal,
                                 sm_scale, window, softcap, mask_grad);
   check_like_out("dout", dout, q, v);

@@ -18,8 +18,9 @@ Tensor new_gradient(const char* op, const char* name, const Tensor& x, const Opt
 
 Three run(const char* op, Norm norm, const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& bias,
           double eps, double weight_offset) {
-  STD_TORCH_CHECK(x.dim() > 0 && same_shape(dy, x) && dtype_of(dy) == dtype_of(x) && on_device(x), op,
+  STD_TORCH_CHECK(x.dim() > 0 && same_shape(dy, x) && dtype_of(dy) == dtype_of(x) && on_device(x, dy), op,
                   ": dy must have the shape, dtype and device of x [..., hidden]");
+  check_row(op, "x", x);
   const RowTensor rows = as_rows(x), given = as_rows(dy);
   Tensor dx = new_tensor(x, x.sizes(), x.scalar_type());
   Tensor dweight = new_gradient(op, "weight", x, weight), dbias = new_gradient(op, "bias", x, bias);

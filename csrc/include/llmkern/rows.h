@@ -7,6 +7,9 @@
 
 namespace llmkern {
 
+// The longest row that threads of a GPU share: they count its elements, and a step beyond them, in 32 bits.
+constexpr int64_t kGpuMaxRow = 1 << 30;
+
 // The leading dimensions, merged where the strides allow it, are at most three: row r is at index
 // (r / (size1 * size2), r / size2 % size1, r % size2).  Strides in elements.
 struct Rows {

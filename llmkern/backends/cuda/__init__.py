@@ -9,10 +9,13 @@ from llmkern.dispatch import register
 
 
 def _missing() -> str | None:
-    reason = _native.part_missing("CUDA")
-    if reason is None and not torch.cuda.is_available():
-        reason = "torch finds no CUDA GPU here"
-    return reason
+    if torch.version.hip is not None:  # whose GPUs call themselves cuda devices
+        return "this torch is for AMD GPUs, and these kernels are for NVIDIA's"
+    if reason := _native.part_missing("CUDA"):
+        return reason
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU here"
+    return _native.cuda_unusable()
 
 
 CUDA = register("cuda", priority=400, devices=("cuda",), missing=_missing)

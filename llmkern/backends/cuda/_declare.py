@@ -13,7 +13,10 @@ from llmkern.backends.cuda import CUDA, _plan
 from llmkern.dispatch import implements
 from llmkern.library import native
 
-__all__ = ["serves", "serves_norm", "serves_norm_backward"]
+__all__ = ["MAX_ROW", "refuse_rows", "serves", "serves_norm", "serves_norm_backward"]
+
+MAX_ROW = 2**30
+"""Threads that share a row count its elements in 32 bits."""
 
 
 def serves(
@@ -24,6 +27,7 @@ def serves(
     dtypes: tuple[torch.dtype, ...] | None = DTYPES,
     has_backward: bool = False,
     for_gradient: Mapping[str, Any] | None = None,
+    copies: Callable[..., str | None] | None = None,
 ) -> None:
     """`torch.ops.llmkern.<op>` as CUDA's implementation, from Ampere on."""
     declare = implements(
@@ -35,18 +39,31 @@ def serves(
         refuse=refuse,
         describe=describe,
         for_gradient=for_gradient,
+        copies=copies,
     )
     declare(native(op))
 
 
 def serves_norm(op: str, *, has_backward: bool = False) -> None:
     """Any of the normalisations."""
-    serves(op, refuse=refuse_norm, describe=_plan.norm, has_backward=has_backward)
+    serves(op, refuse=_refuse_norm, describe=_plan.norm, has_backward=has_backward)
 
 
 def serves_norm_backward(op: str) -> None:
     serves(op, refuse=_refuse_norm_backward)
 
 
+def refuse_rows(**tensors: Tensor) -> str | None:
+    """None where each tensor's rows are contiguous, and short enough to be shared among threads."""
+    for name, tensor in tensors.items():
+        if tensor.dim() > 0 and tensor.shape[-1] > MAX_ROW:
+            return f"{name} has rows of {tensor.shape[-1]} elements; at most {MAX_ROW} are taken"
+    return refuse_strided(**tensors)
+
+
+def _refuse_norm(x: Tensor, **call: Any) -> str | None:
+    return refuse_rows(x=x) or refuse_norm(x=x, **call)
+
+
 def _refuse_norm_backward(dy: Tensor, **call: Any) -> str | None:
-    return refuse_strided(dy=dy) or refuse_norm(**call)
+    return refuse_rows(dy=dy) or refuse_norm(**call)

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmkern.backends.cpu._rows import refuse_strided
 from llmkern.backends.cpu.attention_decode import refuse_long, refuse_sinks
 
-__all__ = ["DTYPES", "MAX_LENGTH", "refuse_dims", "refuse_heads", "refuse_lengths"]
+__all__ = ["DTYPES", "MAX_LENGTH", "copies_of", "refuse_dims", "refuse_heads", "refuse_lengths"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_LENGTH = 2**29
@@ -35,8 +35,8 @@ def refuse_dims(**vectors: Tensor) -> str | None:
 def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
     """None where tensor cores can be fed with these [..., D]: D in their units, each vector at a multiple of 16 bytes.
 
-    A tensor whose first element is elsewhere cannot be told from its form: the operator itself leaves it to the
-    reference.
+    A tensor whose first element is elsewhere cannot be told from its form: the operator computes with a copy, which
+    `copies_of` has the sentence for.
     """
     reason = refuse_dims(**vectors) or refuse_sinks(sinks) or refuse_strided(**vectors)
     if reason is not None:
@@ -48,3 +48,9 @@ def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
                     f"{name} has vectors {stride * tensor.element_size()} bytes apart; only multiples of 16 are taken"
                 )
     return None
+
+
+def copies_of(**vectors: Tensor) -> str | None:
+    """None where every tensor's storage begins where tensor cores' loads can, else what the operator copies."""
+    late = [f"{name} begins {tensor.data_ptr() % 16}" for name, tensor in vectors.items() if tensor.data_ptr() % 16]
+    return f"{', '.join(late)} bytes past a multiple of 16, so the kernel computes with a copy" if late else None

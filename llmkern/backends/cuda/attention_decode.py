@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmkern.backends.cuda import _plan
 from llmkern.backends.cuda._declare import serves
-from llmkern.backends.cuda._heads import DTYPES, MAX_LENGTH, refuse_heads
+from llmkern.backends.cuda._heads import DTYPES, MAX_LENGTH, copies_of, refuse_heads
 
 
 def _refuse(
@@ -18,4 +18,8 @@ def _refuse(
     return refuse_heads(sinks, q=q, k_cache=k_cache, v_cache=v_cache)
 
 
-serves("attention_decode", dtypes=DTYPES, refuse=_refuse, describe=_plan.attention_decode)
+def _copies(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> str | None:
+    return copies_of(q=q, k_cache=k_cache, v_cache=v_cache)
+
+
+serves("attention_decode", dtypes=DTYPES, refuse=_refuse, describe=_plan.attention_decode, copies=_copies)

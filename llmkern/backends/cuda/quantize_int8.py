@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from llmkern.backends.cpu._rows import refuse_strided
 from llmkern.backends.cuda import _plan
-from llmkern.backends.cuda._declare import serves
+from llmkern.backends.cuda._declare import refuse_rows, serves
 
-serves("quantize_int8", refuse=refuse_strided, describe=_plan.quantize)
+serves("quantize_int8", refuse=refuse_rows, describe=_plan.quantize)
