@@ -97,6 +97,7 @@ template <class T, int kDim, int kTiles>
 __device__ __forceinline__ void store(T* out, int rows, int dim, const float (&sums)[kTiles][kDim / 8][4], float factor,
                                       char* tile, int lane) {
   using Rows = Tile<kDim>;
+  __syncwarp();  // all its lanes have read the tile: ldmatrix, as others read it, orders no memory
 #pragma unroll
   for (int i = 0; i < kTiles; ++i)
 #pragma unroll

@@ -1,15 +1,40 @@
 // The machine's switches for tests in Python (ctypes).
+#include "counters.h"
 #include "machine.h"
 
 #define LLMKERN_EXPORT extern "C" __attribute__((visibility("default")))
 
-LLMKERN_EXPORT void simt_set(uint64_t seed, int late_copies, int sm_count, int capability) {
+LLMKERN_EXPORT void simt_set(uint64_t seed, int copies, int sm_count, int capability, int nearest, uint64_t approximate,
+                             int count, int fault) {
   llmkern::simt::settings = {.seed = seed,
-                             .late_copies = late_copies != 0,
-                             .gpu = {.stream = nullptr, .sm_count = sm_count, .capability = capability}};
+                             .copies = static_cast<llmkern::simt::Copies>(copies),
+                             .gpu = {.stream = nullptr, .sm_count = sm_count, .capability = capability},
+                             .nearest = nearest != 0,
+                             .approximate = approximate,
+                             .count = count != 0,
+                             .fault = fault};
 }
 
-// Valid until the next call; empty where nothing was wrong.
+// Valid until the next call, as what the three below return.
+LLMKERN_EXPORT const char* simt_take_counters() {
+  static std::string text;
+  text = llmkern::simt::counters::take();
+  return text.c_str();
+}
+
+LLMKERN_EXPORT const char* simt_take_bytes() {
+  static std::string text;
+  text = llmkern::simt::counters::take_bytes();
+  return text.c_str();
+}
+
+LLMKERN_EXPORT const char* simt_take_meetings() {
+  static std::string text;
+  text = llmkern::simt::meeting_places();
+  return text.c_str();
+}
+
+// Empty where nothing was wrong.
 LLMKERN_EXPORT const char* simt_take_error() {
   static std::string error;
   error = llmkern::simt::take_error();

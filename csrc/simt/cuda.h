@@ -10,37 +10,42 @@
 #include <cmath>
 #include <cstring>
 
+#include "approximate.h"
 #include "machine.h"
 
-#ifndef __launch_bounds__
-#define __launch_bounds__(...)
-#endif
+// The bound on a block's threads is kept where the machine finds it: as so many bytes before the kernel's entry, whose
+// beginning is listed in a section of the library.
+#undef __launch_bounds__
+#define LLMKERN_SIMT_BOUND(threads, ...) __attribute__((patchable_function_entry((threads), (threads))))
+#define __launch_bounds__(...) LLMKERN_SIMT_BOUND(__VA_ARGS__, 0)
 
-inline void __syncthreads() {
+LLMKERN_SIMT_INLINE void __syncthreads() {
   llmkern::simt::barrier("bar.sync", 0, 0, true);
 }
 
-inline void __syncwarp(unsigned mask = llmkern::simt::kAllLanes) {
-  struct None {};
-  llmkern::simt::collective("bar.warp.sync", mask, None{}, [](None* const(&)[32]) {});
+LLMKERN_SIMT_INLINE void __syncwarp(unsigned mask = llmkern::simt::kAllLanes) {
+  llmkern::simt::sync_warp(mask);
 }
 
-inline void __threadfence() {}
+LLMKERN_SIMT_INLINE void __threadfence() {
+  llmkern::simt::fence();
+}
 
 namespace llmkern::simt {
 
 // Every lane of the mask gives a value and gets f(values by lane, lane).
 template <class T, class F>
-T exchange(const char* instruction, unsigned mask, T value, int argument, F) {
+LLMKERN_SIMT_INLINE T exchange(const char* instruction, unsigned mask, T value, int argument, F) {
   struct Operands {
     T value, *result;
     int argument;
   };
   T result;
-  collective(instruction, mask, Operands{value, &result, argument}, [](Operands* const(&lanes)[kWarp]) {
-    for (int l = 0; l < kWarp; ++l)
-      if (lanes[l]) *lanes[l]->result = F{}(lanes, l);
-  });
+  collective<Meets::anywhere>(instruction, mask, Operands{value, &result, argument},
+                              [](Operands* const(&lanes)[kWarp]) {
+                                for (int l = 0; l < kWarp; ++l)
+                                  if (lanes[l]) *lanes[l]->result = F{}(lanes, l);
+                              });
   return result;
 }
 
@@ -53,7 +58,7 @@ T value_of(const Lanes& lanes, int from) {
 }
 
 template <class T, class F>
-T reduce(const char* instruction, unsigned mask, T value, F) {
+LLMKERN_SIMT_INLINE T reduce(const char* instruction, unsigned mask, T value, F) {
   return exchange(instruction, mask, value, 0, [](const auto& lanes, int) {
     bool first = true;
     T all{};
@@ -69,21 +74,21 @@ T reduce(const char* instruction, unsigned mask, T value, F) {
 }  // namespace llmkern::simt
 
 template <class T>
-inline T __shfl_sync(unsigned mask, T value, int from) {
+LLMKERN_SIMT_INLINE T __shfl_sync(unsigned mask, T value, int from) {
   return llmkern::simt::exchange("shfl.sync.idx", mask, value, from, [](const auto& lanes, int l) {
     return llmkern::simt::value_of<T>(lanes, lanes[l]->argument & 31);
   });
 }
 
 template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int with) {
+LLMKERN_SIMT_INLINE T __shfl_xor_sync(unsigned mask, T value, int with) {
   return llmkern::simt::exchange("shfl.sync.bfly", mask, value, with, [](const auto& lanes, int l) {
     return llmkern::simt::value_of<T>(lanes, l ^ lanes[l]->argument);
   });
 }
 
 template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, int by) {
+LLMKERN_SIMT_INLINE T __shfl_up_sync(unsigned mask, T value, int by) {
   return llmkern::simt::exchange("shfl.sync.up", mask, value, by, [](const auto& lanes, int l) {
     const int from = l - lanes[l]->argument;
     return llmkern::simt::value_of<T>(lanes, from < 0 ? l : from);
@@ -91,14 +96,14 @@ inline T __shfl_up_sync(unsigned mask, T value, int by) {
 }
 
 template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, int by) {
+LLMKERN_SIMT_INLINE T __shfl_down_sync(unsigned mask, T value, int by) {
   return llmkern::simt::exchange("shfl.sync.down", mask, value, by, [](const auto& lanes, int l) {
     const int from = l + lanes[l]->argument;
     return llmkern::simt::value_of<T>(lanes, from > 31 ? l : from);
   });
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+LLMKERN_SIMT_INLINE unsigned __ballot_sync(unsigned mask, int predicate) {
   return llmkern::simt::exchange("vote.sync.ballot", mask, unsigned{predicate != 0}, 0, [](const auto& lanes, int) {
     unsigned votes = 0;
     for (int l = 0; l < 32; ++l)
@@ -107,33 +112,33 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   });
 }
 
-inline int __any_sync(unsigned mask, int predicate) {
+LLMKERN_SIMT_INLINE int __any_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) != 0;
 }
 
-inline int __all_sync(unsigned mask, int predicate) {
+LLMKERN_SIMT_INLINE int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
 
 template <class T>
-inline T __reduce_max_sync(unsigned mask, T value) {
+LLMKERN_SIMT_INLINE T __reduce_max_sync(unsigned mask, T value) {
   return llmkern::simt::reduce("redux.sync.max", mask, value, [](T a, T b) { return std::max(a, b); });
 }
 
 template <class T>
-inline T __reduce_min_sync(unsigned mask, T value) {
+LLMKERN_SIMT_INLINE T __reduce_min_sync(unsigned mask, T value) {
   return llmkern::simt::reduce("redux.sync.min", mask, value, [](T a, T b) { return std::min(a, b); });
 }
 
 template <class T>
-inline T __reduce_add_sync(unsigned mask, T value) {
+LLMKERN_SIMT_INLINE T __reduce_add_sync(unsigned mask, T value) {
   return llmkern::simt::reduce("redux.sync.add", mask, value, [](T a, T b) { return a + b; });
 }
 
 // Blocks run one after the other and a thread until it waits, so an atomic operation is an ordinary one.
 template <class T, class U>
-inline T atomicAdd(T* address, U value) {
-  llmkern::simt::check("atom.add", llmkern::simt::Space::global, llmkern::simt::Access::write, address, sizeof(T));
+LLMKERN_SIMT_INLINE T atomicAdd(T* address, U value) {
+  llmkern::simt::check("atom.add", llmkern::simt::Space::global, llmkern::simt::Access::atomic, address, sizeof(T));
   return std::exchange(*address, *address + value);
 }
 
@@ -148,7 +153,8 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 using std::max, std::min;
 
 inline float rsqrtf(float x) {
-  return 1.0f / std::sqrt(x);
+  return llmkern::simt::approximate(static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))), x,
+                                    0x1.125fp-23f);  // 2^-22.9
 }
 
 inline unsigned __float_as_uint(float x) {

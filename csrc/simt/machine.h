@@ -5,10 +5,18 @@
 //   a block            its warps, run in an order drawn from the seed; blocks one after the other, in such an order too
 //   shared memory      one buffer, filled with 0xff (NaN in every floating type) before each block
 //   global memory      what was registered; every access through csrc/cuda/common is checked against it
-//   cp.async           lands at once, or only when waited for
+//   cp.async           lands at once, only when waited for, or at any time between, in any order
+//   order              race.h: accesses that conflict and that nothing orders are found under every seed
+//   numbers            contracted to fma as nvcc contracts (-ffp-contract=fast); tensor cores and approximations as
+//                      ptx.h says
+//   counters           counters.h: bank conflicts, sectors and instructions, where a test asks for them
 //
-// A broken rule (an access out of bounds, lanes that meet at different instructions, threads that wait for ever) ends
-// the launch with a sentence that says who did what, which `take_error` returns.  One OS thread; nothing is reentrant.
+// A broken rule (an access out of bounds, a race, lanes that meet at different instructions, threads that wait for
+// ever) ends the launch with a sentence that says who did what, which `take_error` returns.  One OS thread; nothing is
+// reentrant.
+//
+// Sentences and counters name places in the code by the return address of the machine's functions, so all that kernels
+// call is inlined into them (LLMKERN_SIMT_INLINE), and the debugger's tables have the whole chain of inlined calls.
 #pragma once
 
 #include <vector_types.h>
@@ -20,17 +28,33 @@
 
 #include "llmkern/gpu.h"
 
+#define LLMKERN_SIMT_INLINE inline __attribute__((always_inline))
+
 namespace llmkern::simt {
 
+// When an asynchronous copy lands.
+enum class Copies { at_once, late, random };
+
 struct Settings {
-  uint64_t seed = 0;         // of every order that CUDA leaves open
-  bool late_copies = false;  // asynchronous copies land when they are waited for, not at once
+  uint64_t seed = 0;  // of every order that CUDA leaves open
+  Copies copies = Copies::at_once;
   Gpu gpu{.stream = nullptr, .sm_count = 4, .capability = 90};  // what launchers are told
+  bool nearest = false;      // mma rounds sums to nearest, as CPUs do and tensor cores do not
+  uint64_t approximate = 0;  // not 0: approximate instructions err as much as PTX lets them, by this salt
+  bool count = false;        // counters.h
+  int fault = 0;             // which of the planted faults of a copy of the kernels is on
 };
 
 inline Settings settings;
 
+// True in the copies that tests/simt/planted.py makes of kernels, where fault `number` is to be.
+inline bool planted(int number) {
+  return settings.fault == number;
+}
+
 constexpr int kWarp = 32;
+constexpr size_t kMaxThreads = 1024;
+constexpr size_t kMaxShared = 227 * 1024;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint32_t kSharedWindow = 0x400;  // where shared memory starts in 32-bit addresses: 0 is no valid one
 
@@ -38,7 +62,9 @@ constexpr uint32_t kSharedWindow = 0x400;  // where shared memory starts in 32-b
 [[noreturn]] void fault(const std::string& sentence);
 
 // Runs body as every thread of the grid.  Does nothing while an earlier launch's error has not been taken.
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// `entry` is the kernel's own address, whose launch bounds are checked.
+void launch(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& body);
 
 // The sentence of the first broken rule since the last call; empty if there was none.
 std::string take_error();
@@ -52,7 +78,7 @@ void forget_all_memory();
 void adopt_memory(void* begin, size_t bytes, const std::string& name);
 
 enum class Space { global, shared };
-enum class Access { read, write };
+enum class Access { read, write, constant, atomic };  // constant: what no thread may write in the same launch
 
 // Every access goes through here: within one allocation, aligned to its size, and written only where that is allowed.
 void check(const char* instruction, Space space, Access access, const void* address, size_t bytes);
@@ -65,13 +91,23 @@ uint32_t to_shared_address(const void* p);
 int lane();
 
 // Waits until every lane of `mask` is at this instruction with this mask; the last one calls complete(operands of
-// the lanes, nullptr for those not in the mask).
-void rendezvous(const char* instruction, unsigned mask, void* operands, void (*complete)(void* const* lanes));
+// the lanes, nullptr for those not in the mask).  Aligned instructions must be met at one place of the code.
+enum class Meets { anywhere, aligned };
+void rendezvous(const char* instruction, unsigned mask, Meets meets, void* operands,
+                void (*complete)(void* const* lanes));
+
+// bar.warp.sync: a rendezvous that orders memory, which others do not.
+void sync_warp(unsigned mask);
+void fence();
+
+// "place place" for each two places where lanes of a warp met at an aligned instruction, which the compiler may have
+// made of one or which are two; a line each.
+std::string meeting_places();
 
 // The same with types: F is a lambda without captures that takes Operands* const (&)[32].
-template <class Operands, class F>
-void collective(const char* instruction, unsigned mask, Operands operands, F) {
-  rendezvous(instruction, mask, &operands, [](void* const* lanes) {
+template <Meets kMeets = Meets::aligned, class Operands, class F>
+LLMKERN_SIMT_INLINE void collective(const char* instruction, unsigned mask, Operands operands, F) {
+  rendezvous(instruction, mask, kMeets, &operands, [](void* const* lanes) {
     Operands* typed[kWarp];
     for (int i = 0; i < kWarp; ++i) typed[i] = static_cast<Operands*>(lanes[i]);
     F{}(typed);

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from machine import ROOT, TORCH_LIBRARIES, Machine, Operators, Unavailable, build, torch_flags
+from machine import ROOT, Machine, Operators, Unavailable, build
+from planted import build_operators
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +18,6 @@ def instructions() -> Machine:
 def operators() -> Operators:
     """csrc/cuda and its bindings."""
     try:
-        patterns = ("cuda/*.cu", "bindings/*.cpp", "bindings/cuda/*.cpp")
-        sources = [source for pattern in patterns for source in sorted((ROOT / "csrc").glob(pattern))]
-        return Operators(build("operators", sources, torch_flags(), TORCH_LIBRARIES))
+        return build_operators()
     except Unavailable as why:
         pytest.skip(str(why))

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from machine import COPIES
 
 from llmkern import dispatch
 from llmkern.testing.case import Call, Case, Make, cases
@@ -42,9 +43,11 @@ def backward_of(call: Call, make: Make, *, keep_lse: bool = True) -> Call:
 
 
 def judge(operators, call: Call) -> None:
-    results = []
+    """Approximate instructions err as they may, but where a mask's gradient is in fp32: the baseline is the CPU's."""
+    mask, results = call["attn_mask"], []
+    approximate = 0 if mask is not None and mask.dtype == torch.float32 else 1
     for seed in (0, 1):
-        operators.set(seed=seed, late_copies=seed == 1)
+        operators.set(seed=seed, copies=COPIES[seed], approximate=approximate)
         results.append(operators.op(OP, call))
     assert_same_bits(results[1], results[0])
     assert_accurate(OP, call, results[0], NAMES)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
+from faults import FAULTS
 from judging import CUDA, judge
+from planted import equal_keys
 
 from llmkern.testing.case import Call, Case, Make, cases
 from llmkern.testing.compare import assert_same_bits
-from llmkern.testing.judge import reference
 
 BOTH = (torch.bfloat16, torch.float16)
 LENGTHS = (1, 3, 63, 64, 65, 300)
@@ -101,12 +103,28 @@ def test_wild_entries_of_a_block_table_are_clamped(operators) -> None:
     assert_same_bits(wild, operators.op("attention_decode", call))
 
 
-def test_vectors_that_are_not_aligned_are_left_to_the_reference(operators) -> None:
+def test_vectors_that_are_not_aligned_are_copied(operators) -> None:
     call = changed("24-slots", torch.bfloat16, dim=24).make()
     for name in ("q", "k_cache", "v_cache"):
         call[name] = call[name][..., 3:19]  # of 24: every vector begins at 6 bytes beyond a multiple of 16
+    aligned = call | {name: call[name].clone() for name in ("q", "k_cache", "v_cache")}
     operators.set()
-    assert_same_bits(operators.op("attention_decode", call), reference("attention_decode", call))
+    assert_same_bits(operators.op("attention_decode", call), operators.op("attention_decode", aligned))
+
+
+@pytest.mark.parametrize("logit", [20.0, 50.0])
+def test_equal_keys_count_alike_however_many(operators, logit: float) -> None:
+    """The log-sum-exp of n equal logits is theirs + log n: no step rescales what came before where no maximum moved."""
+    call = equal_keys(logit, 16384)
+    exact = call["k_cache"][0, 0, 0, 0].item() * call["sm_scale"] + math.log(16384)
+    contracted = next(number for number, fault in enumerate(FAULTS, 1) if fault.kind == "contraction")
+    errors = []
+    for fault in (0, contracted):
+        operators.set(sm_count=1, fault=fault)
+        _, lse = operators.op("attention_decode", call)
+        errors.append(abs(lse.item() - exact) / (torch.finfo(torch.float32).eps * exact))
+    assert errors[0] <= 2
+    assert errors[1] > 4, "what the exponent's form is for does not show"
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,17 @@ CUDA = next(i for i in dispatch.implementations("attention") if i.backend.name =
 DTYPES = [torch.bfloat16, torch.float16]
 DIMS = [40, 64, 96, 128, 256]
 SIZES = [(1, 1), (1, 1023), (239, 1), (113, 203), (799, 3)]
-# With one SM large tiles are chosen, with many the small ones; copies land at once, or when they are waited for.
-MACHINES = [(0, False, 1), (1, True, 1), (2, True, 1000), (3, False, 1000)]
+# With one SM large tiles are chosen, with many the small ones; copies land at once, late, or between.
+MACHINES = [(0, "at once", 1), (1, "late", 1), (2, "late", 1000), (3, "random", 1000)]
 call_of = partial(random_call, return_lse=True)
 
 
 def judge(operators, call: Call, machines=MACHINES) -> None:
-    """As accurate as PyTorch, and for each choice of tiles with the same bits whatever the order."""
+    """As accurate as PyTorch, and for each choice of tiles with the same bits whatever the order.
+
+    The log-sum-exp of very few keys is as good as the logits' sums, and PyTorch's baseline is the CPU's: so are these.
+    """
+    nearest = call["k"].shape[2] < 8
     assert CUDA.refuse is not None
     assert CUDA.refuse(**call) is None
     base, exact = baseline("attention", call), reference("attention", upcast(call))
@@ -33,8 +37,8 @@ def judge(operators, call: Call, machines=MACHINES) -> None:
         base = reference("attention", call)
     allowed = spreads_of("attention", call, exact)
     results: dict[int, list[Tensor]] = {}
-    for seed, late_copies, sm_count in machines:
-        operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
+    for seed, copies, sm_count in machines:
+        operators.set(seed=seed, copies=copies, sm_count=sm_count, nearest=nearest)
         out = operators.op("attention", call)
         assert_as_accurate(out, baseline=base, exact=exact, spreads=allowed, names=["out", "lse"])
         assert_same_bits(out, results.setdefault(sm_count, out))
@@ -44,8 +48,10 @@ def judge(operators, call: Call, machines=MACHINES) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("queries", "keys"), SIZES)
 def test_odd_sizes(operators, queries: int, keys: int, dim: int, dtype: torch.dtype) -> None:
+    batch = 4 if keys == 1 else 1  # of very few numbers PyTorch's worst is no measure
     for seed, causal in enumerate((False, True)):
-        judge(operators, call_of(Make(dtype, "cpu", seed), queries, keys, dim=dim, causal=causal), MACHINES[seed::2])
+        call = call_of(Make(dtype, "cpu", seed), queries, keys, dim=dim, batch=batch, causal=causal)
+        judge(operators, call, MACHINES[seed::2])
 
 
 def real_keys(make: Make, *lengths: int, keys: int) -> Tensor:
@@ -95,8 +101,8 @@ def test_vectors_that_lie_anywhere(operators) -> None:
     q, k, v = fused.split(40, -1)
     call = call_of(Make(torch.float16, "cpu", seed=1), 140, 140, dim=40, causal=True) | {"q": q, "k": k, "v": v}
     plain = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in call.items()}
-    for seed, late_copies, sm_count in MACHINES:
-        operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
+    for seed, copies, sm_count in MACHINES:
+        operators.set(seed=seed, copies=copies, sm_count=sm_count)
         out, lse = operators.op("attention", call)
         assert out.transpose(1, 2).is_contiguous()
         assert_same_bits((out, lse), operators.op("attention", plain))
@@ -124,8 +130,8 @@ def test_heads_in_sections(operators) -> None:
         long[:, :, -256:] = call[name][:1, :1]
         call[name] = long.expand(3, 2, keys, 16)
     near = call | {name: call[name][:, :, -256:] for name in ("k", "v")}
-    for seed, late_copies, sm_count in MACHINES:
-        operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
+    for seed, copies, sm_count in MACHINES:
+        operators.set(seed=seed, copies=copies, sm_count=sm_count)
         assert_same_bits(operators.op("attention", call), operators.op("attention", near))
 
 
@@ -135,8 +141,8 @@ def test_what_no_query_sees(operators, dim: int) -> None:
     make = Make(torch.bfloat16, "cpu", seed=0)
     call = call_of(make, 300, 170, dim=dim, causal=True)
     call["k"][:, :, 160:] = call["v"][:, :, 160:] = math.nan
-    for seed, late_copies, sm_count in MACHINES:
-        operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
+    for seed, copies, sm_count in MACHINES:
+        operators.set(seed=seed, copies=copies, sm_count=sm_count)
         out, lse = operators.op("attention", call)
         assert out[:, :, :130].count_nonzero() == 0
         assert bool((lse[:, :, :130] == -math.inf).all())
@@ -153,8 +159,8 @@ def test_nan_and_infinity_reach_whoever_sees_them(operators, dim: int, name: str
         call[name][0, 0, 66, 3] = value
         expected = reference("attention", upcast(call))[0].isfinite()
         assert not bool(expected.all())
-        for seed, late_copies, sm_count in MACHINES:
-            operators.set(seed=seed, late_copies=late_copies, sm_count=sm_count)
+        for seed, copies, sm_count in MACHINES:
+            operators.set(seed=seed, copies=copies, sm_count=sm_count)
             assert torch.equal(operators.op("attention", call)[0].isfinite(), expected)
 
 
@@ -179,12 +185,21 @@ def test_refusals(change: dict[str, Tensor], reason: str) -> None:
 
 
 def test_the_operator_answers_what_the_kernel_does_not_take(operators) -> None:
-    """By the reference: unaligned rows, other head dimensions, float32."""
-    make = Make(torch.bfloat16, "cpu", seed=0)
+    """By the reference: other head dimensions, float32."""
     operators.set()
     for call in (
-        call_of(make, 5, 7, dim=59),
-        call_of(make, 5, 7, dim=64) | {"q": make.randn(1, 2, 5, 65)[..., 1:]},
+        call_of(Make(torch.bfloat16, "cpu", seed=0), 5, 7, dim=59),
         call_of(Make(torch.float32, "cpu", seed=0), 5, 7, dim=64),
     ):
         assert_same_bits(operators.op("attention", call), reference("attention", call))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_storage_that_begins_anywhere_is_copied(operators, name: str) -> None:
+    """The kernel's bits, not the reference's, and nothing is read but whole vectors."""
+    call = call_of(Make(torch.bfloat16, "cpu", seed=0), 70, 90, dim=64)
+    late = torch.zeros(call[name].numel() + 3, dtype=torch.bfloat16)[3:].view_as(call[name]).copy_(call[name])
+    assert late.data_ptr() % 16 == 6
+    operators.set(count=True)
+    assert_same_bits(operators.op("attention", call | {name: late}), operators.op("attention", call))
+    assert any(c["instruction"] == "mma.m16n8k16.bf16" for c in operators.counters())

@@ -1,66 +1,37 @@
-"""The SIMT machine judges: it finds mistakes planted in a copy of a kernel that a GPU might show once in a while."""
+"""The SIMT machine judges: it finds every fault that planted.py plants, and none in the kernels as they are."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
-import torch
-from machine import ROOT, Machine, Unavailable, build
-
-KERNEL = ROOT / "csrc" / "cuda" / "int8_matmul.cu"
-ENTRY = """
-extern "C" __attribute__((visibility("default"))) void matmul(const int8_t* a, const int8_t* w, int32_t* out, int m,
-                                                              int n, int k) {
-  llmkern::launch_int8_matmul({.a = a, .w = w, .out = out, .a_rows = llmkern::dense_rows(m, k), .n = n, .k = k,
-                               .w_stride = k, .sums = true},
-                              llmkern::simt::settings.gpu);
-}
-"""
-FAULTS = {
-    "nothing": ("", ""),
-    "no-wait": ("    ptx::cp_async_wait_group<kTile.stages - 2>();\n", ""),
-    "no-barrier": ("    __syncthreads();  // this step's", "    // this step's"),
-    "no-barrier-behind-the-loop": ("  __syncthreads();  // the last tiles", "  // the last tiles"),
-    "no-swizzle-on-one-side": ("tile + swizzled(row_of(i), chunk)", "tile + row_of(i) * kStepBytes + chunk * kChunk"),
-}
+from faults import CUDA, FAULTS
+from planted import BEGIN, CALLS, END, PAGE, TABLE, Verdict, clean, judge, row, summary
 
 
-def wrong_results(machine: Machine) -> list[str]:
-    """Under which seed and arrival of copies the product is not exact."""
-    m, n, k = 70, 66, 336
-    generator = torch.Generator().manual_seed(0)
-    a, w = (torch.randint(-128, 128, (rows, k), generator=generator, dtype=torch.int8) for rows in (m, n))
-    exact = (a.double() @ w.double().T).to(torch.int32)
-    found = []
-    for seed, late in itertools.product(range(4), (False, True)):
-        out = torch.zeros(m, n, dtype=torch.int32)
-        machine.set(seed=seed, late_copies=late)
-        with machine.memory(a=a, w=w), machine.memory(writable=True, out=out):
-            machine.call("matmul", a, w, out, m, n, k)
-        if machine.error() or not torch.equal(out, exact):
-            found.append(f"seed {seed}, copies {'late' if late else 'at once'}")
-    return found
+@pytest.mark.parametrize("name", CALLS)
+def test_no_false_alarm(operators, name: str) -> None:
+    clean(operators, name)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: str) -> None:
-    before, after = FAULTS[fault]
-    text = KERNEL.read_text()
-    assert fault == "nothing" or text.count(before) == 1, "the kernel has changed: plant the fault anew"
-    copy = ROOT / "build" / "simt" / "faults" / f"{fault}.cu"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    planted = text.replace(before, after, 1) + ENTRY
-    if not copy.exists() or copy.read_text() != planted:
-        copy.write_text(planted)
-    try:
-        machine = Machine(build(f"fault-{fault}", [copy]))
-    except Unavailable as why:
-        pytest.skip(str(why))
-    found = wrong_results(machine)
-    if fault == "nothing":
-        assert found == []
-    elif fault == "no-wait":
-        assert found == [f"seed {seed}, copies late" for seed in range(4)]
-    else:
-        assert len(found) >= 4, found
+@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda n: f"{n}-{FAULTS[n - 1].kind}")
+def test_a_planted_fault_is_found(operators, number: int) -> None:
+    """Under every order and every arrival of copies, and as the committed table says."""
+    verdict = judge(operators, number)
+    assert verdict.caught, f"missed: {FAULTS[number - 1]}"
+    assert row(FAULTS[number - 1], verdict) in TABLE.read_text(), "run tests/simt/planted.py"
+
+
+def test_each_barrier_warp_and_wait_of_the_kernels_is_dropped_once() -> None:
+    """Whoever adds one adds the fault that shows what it is for."""
+    words = ("__syncthreads();", "__syncwarp();", "cp_async_wait_group<")
+    for path in sorted(CUDA.rglob("*.cu*")):
+        file = str(path.relative_to(CUDA))
+        if file in ("common/ptx.cuh",):
+            continue
+        text = path.read_text()
+        found = {text[:at].count("\n") + 1 for word in words for at in range(len(text)) if text.startswith(word, at)}
+        assert found == {f.line for f in FAULTS if f.file == file and f.kind in ("wait", "barrier", "__syncwarp")}
+
+
+def test_the_tables_show_every_fault() -> None:
+    assert BEGIN + summary([Verdict(1, 1)] * len(FAULTS)) + END in PAGE.read_text(), "run tests/simt/planted.py"
+    assert TABLE.read_text().count(" → ") == len(FAULTS)

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from machine import ROOT
+from machine import COPIES, ROOT
 from torch import Tensor
 
 SEEDS = (0, 1, 7)
@@ -122,7 +122,7 @@ def test_stmatrix(instructions, name: str, matrices: int, trans: bool) -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("copies", COPIES)
 @pytest.mark.parametrize(
     ("name", "size", "read"),
     [
@@ -135,18 +135,16 @@ def test_stmatrix(instructions, name: str, matrices: int, trans: bool) -> None:
         ("cp_async_cg_16", 16, 0),
     ],
 )
-def test_cp_async(instructions, name: str, size: int, read: int, late: bool) -> None:
-    """`read` bytes of the source, which need have no more, then zeros; shared memory is poisoned before."""
+def test_cp_async(instructions, name: str, size: int, read: int, copies: str) -> None:
+    """`read` bytes of the source, which need have no more, then zeros; what lies beyond is still poison."""
     source = torch.arange(1, max(read, 1) + 1, dtype=torch.uint8)
-    out = torch.zeros(2, 16, dtype=torch.uint8)
-    instructions.set(late_copies=late)
+    out = torch.zeros(16, dtype=torch.uint8)
+    instructions.set(copies=copies)
     assert instructions.run(name, source, read, out) == ""
-    before = torch.full((16,), 255, dtype=torch.uint8)
-    expected = before.clone()
+    expected = torch.full((16,), 255, dtype=torch.uint8)
     expected[:size] = 0
     expected[:read] = source[:read]
-    assert torch.equal(out[1], expected)
-    assert torch.equal(out[0], before if late else expected)
+    assert torch.equal(out, expected)
 
 
 def test_loads_and_stores_of_16_bytes(instructions) -> None:
@@ -156,14 +154,34 @@ def test_loads_and_stores_of_16_bytes(instructions) -> None:
     assert torch.equal(out, source)
 
 
-def test_cp_async_wait_group_waits_for_all_but_the_newest(instructions) -> None:
+@pytest.mark.parametrize("copies", COPIES)
+@pytest.mark.parametrize("early", range(3))
+def test_cp_async_wait_group_waits_for_all_but_the_newest(instructions, early: int, copies: str) -> None:
+    """Three groups, of which the one before the newest two, two, three have landed; reading another is a race."""
     source = torch.arange(3 * 4, dtype=torch.int32).view(3, 4)
-    out = torch.zeros(3, 3, 4, dtype=torch.int32)
-    instructions.set(late_copies=True)
-    assert instructions.run("run_copy_groups", source, out) == ""
-    for landed in (1, 2, 3):
-        assert torch.equal(out[landed - 1, :landed], source[:landed])
-        assert bool((out[landed - 1, landed:] == POISON).all())
+    out = torch.zeros(3, 4, dtype=torch.int32)
+    instructions.set(copies=copies)
+    error = instructions.run("run_copy_groups", source, early, out)
+    if early == 0:
+        assert error == ""
+        assert torch.equal(out, source)
+    else:
+        assert re.search(
+            r"a race: ld.shared at .*instructions.cu:\d+ reads where cp.async.* is still on its way", error
+        )
+
+
+def test_when_copies_land(instructions) -> None:
+    """At once, when they are waited for, or at times that differ: by what they copy of a source that is rewritten."""
+    landed = {copies: set() for copies in COPIES}
+    for copies, seed in itertools.product(COPIES, range(16)):
+        source, out = torch.zeros(8, 4, dtype=torch.int32), torch.full((8, 4), -7, dtype=torch.int32)
+        instructions.set(seed=seed, copies=copies)
+        assert instructions.run("run_rewritten_source", source, out, outputs=2) == ""
+        landed[copies].add(tuple(out[:, 0].tolist()))
+    assert landed["at once"] == {(0,) * 8}
+    assert landed["late"] == {(1,) * 8}
+    assert len(landed["random"]) > 4
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -212,13 +230,14 @@ def test_arithmetic(instructions) -> None:
 
 
 # Every function of ptx.cuh, and every one that cuda.h stands in for, is called by instructions.cu.
-WITHOUT_EFFECT = {"__threadfence"}  # blocks and threads run one at a time
-DECLARED = re.compile(r"^(?:LLMKERN_PTX|(?:__device__ __forceinline__|inline) [\w ]+?) ?(\w+)\(", re.MULTILINE)
+DECLARED = re.compile(
+    r"^(?:LLMKERN_PTX|(?:__device__ __forceinline__|inline|LLMKERN_SIMT_INLINE) [\w ]+?) ?(\w+)\(", re.MULTILINE
+)
 
 
 @pytest.mark.parametrize("header", ["cuda/common/ptx.cuh", "simt/cuda.h"])
 def test_every_instruction_is_tested(header: str) -> None:
-    names = set(DECLARED.findall((ROOT / "csrc" / header).read_text())) - WITHOUT_EFFECT
+    names = set(DECLARED.findall((ROOT / "csrc" / header).read_text())) - {"exchange", "reduce"}
     assert len(names) > 15
     kernels = (ROOT / "tests" / "simt" / "instructions.cu").read_text()
     assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", kernels)] == []
@@ -270,3 +289,147 @@ def test_shared_memory_is_poisoned_before_each_block(instructions) -> None:
     instructions.set()
     assert instructions.run("run_broken", 0, torch.zeros(32, dtype=torch.int32), out) == ""
     assert out.tolist() == [POISON, POISON]
+
+
+NEEDS = {"warps": "the two warps need a barrier", "lanes": "need a __syncwarp() or a barrier"}
+NEEDS |= {
+    "copy": "cp.async",
+    "flying": "is still on its way",
+}  # that, or landed for one thread only: as the seed has it
+NEEDS |= {"blocks": "nothing orders blocks of a launch but an atomic operation between two __threadfence()"}
+# What instructions.cu does in this order, and what is missing in it.
+ORDERS = {
+    "warps": NEEDS["warps"],
+    "warps_barrier": "",
+    "lanes": NEEDS["lanes"],
+    "lanes_syncwarp": "",
+    "lanes_shuffle": NEEDS["lanes"],
+    "lanes_half_syncwarp": NEEDS["lanes"],
+    "overwritten": NEEDS["warps"],
+    "overwritten_barrier": "",
+    "landed_for_one": NEEDS["copy"],
+    "landed_barrier": "",
+    "two_copies": NEEDS["flying"],
+    "ldmatrix_before_store": NEEDS["lanes"],
+    "ldmatrix_syncwarp": "",
+    "arrive_orders": "",
+    "arrive_orders_nothing_back": NEEDS["warps"],
+    "bytes_beside_each_other": "",
+    "blocks": NEEDS["blocks"],
+    "blocks_apart": "",
+    "blocks_atomic": "",
+    "blocks_fence": "",
+    "blocks_without_fence": NEEDS["blocks"],
+    "constant_path": "ld.global.nc.v4",
+}
+
+
+@pytest.mark.parametrize("copies", COPIES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_order_is_proved_under_every_seed(instructions, order: str, copies: str) -> None:
+    """A race is found whatever the order of this run was, and what is ordered is none."""
+    for seed in range(8):
+        instructions.set(seed=seed, copies=copies)
+        counter, out = torch.zeros(4, dtype=torch.int32), torch.zeros(1024, dtype=torch.int32)
+        error = instructions.run("run_ordered", list(ORDERS).index(order), counter, out, outputs=2)
+        if ORDERS[order] == "":
+            assert error == ""
+        else:
+            assert "a race: " in error
+            assert ORDERS[order] in error
+            assert len(re.findall(r"instructions\.cu:\d+", error)) == 2, "both places are named"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_where_lanes_may_meet(instructions, seed: int) -> None:
+    """Aligned instructions at one place of the code, whatever the way there; barriers by whole warps."""
+    instructions.set(seed=seed)
+    errors = [instructions.run("run_met", meeting, torch.zeros(64, dtype=torch.int32)) for meeting in range(3)]
+    assert re.fullmatch(r"lanes of a warp met at instructions\.cu:(\d+) and at instructions\.cu:(?!\1)\d+", errors[0])
+    assert errors[1] == ""
+    assert "complete with 16 lanes of warp" in errors[2]
+
+
+@pytest.mark.parametrize(
+    ("threads", "shared_bytes", "capability", "sentence"),
+    [
+        (64, 0, (8, 0), ""),
+        (65, 0, (8, 0), "bounded: blocks of 65 threads, and its __launch_bounds__ are 64"),
+        (32, 99 * 1024, (8, 6), ""),
+        (32, 99 * 1024 + 4, (8, 6), "bounded: 101380 bytes of shared memory, and a block of sm_86 has at most 101376"),
+        (32, 163 * 1024, (8, 0), ""),
+        (32, 163 * 1024 + 4, (8, 0), "and a block of sm_80 has at most 166912"),
+        (32, 227 * 1024, (9, 0), ""),
+        (32, 227 * 1024 + 4, (9, 0), "and a block of sm_90 has at most 232448"),
+        (32, 100 * 1024, (12, 0), "and a block of sm_120 has at most 101376"),
+    ],
+)
+def test_limits_of_a_launch(instructions, threads: int, shared_bytes: int, capability, sentence: str) -> None:
+    instructions.set(capability=capability)
+    error = instructions.run("run_bounded", threads, shared_bytes, torch.zeros(1, dtype=torch.int32))
+    assert error.endswith(sentence)
+    assert (error == "") == (sentence == "")
+
+
+@pytest.mark.parametrize(("stride", "wavefronts"), [(1, 1), (2, 2), (3, 1), (8, 8), (32, 32)])
+def test_counters(instructions, stride: int, wavefronts: int) -> None:
+    """Words with a stride: bank conflicts, and sectors of 32 bytes, against the fewest possible."""
+    instructions.set(count=True)
+    source = torch.zeros(32 * stride, dtype=torch.int32)
+    assert instructions.run("run_strided", source, stride, torch.zeros(32, dtype=torch.int32)) == ""
+    counts = {c["instruction"]: c for c in instructions.counters() if c["kernel"] == "strided"}
+    for name in ("ld.shared", "st.shared"):
+        assert (counts[name]["wavefronts"], counts[name]["fewest_wavefronts"]) == (wavefronts, 1)
+    load, store = counts["ld.global"], counts["st.global"]
+    assert (load["sectors"], load["fewest_sectors"]) == (min(4 * stride, 32), 4)
+    assert (store["sectors"], store["fewest_sectors"]) == (4, 4)
+    assert (load["read"], store["written"]) == (128, 128)
+    assert counts["bar.warp.sync"]["count"] == load["count"] == 1
+    assert all("instructions.cu" in c["place"] for c in counts.values())
+
+
+def test_products_are_contracted(instructions) -> None:
+    """As nvcc does: a product that is subtracted from is not rounded before."""
+    values, out = torch.tensor([1 + 2**-12, 1 + 2**-12, 1 + 2**-11]), torch.zeros(1)
+    assert instructions.run("run_contracted", values, out) == ""
+    assert out.item() == 2**-24
+
+
+def test_approximations_err_within_their_bounds(instructions) -> None:
+    """PTX's: 2⁻²² of ex2.approx, 2⁻²²·⁹ of rsqrt.approx, 2⁻²³ of rcp.approx, 2⁻¹¹ of tanh.approx; by the salt."""
+    bounds = torch.tensor([2.0**-22, 2.0**-11, 2.0**-23, 2.0**-22.9], dtype=torch.float64)
+    x = torch.linspace(0.1, 20, 32)
+    wide = x.double()
+    exact = torch.stack([wide.exp2(), wide.tanh(), 1 / wide, wide.rsqrt()], -1)
+    drawn = []
+    for salt in range(1, 9):
+        out = torch.zeros(32, 6)
+        instructions.set(approximate=salt)
+        assert instructions.run("run_arithmetic", x, out) == ""
+        drawn.append((out[:, :4].double() - exact) / exact)
+    errors = torch.stack(drawn)
+    assert bool((errors.abs() <= bounds + 2.0**-24).all())  # the result itself is rounded
+    assert bool((errors.abs().amax((0, 1)) > 0.7 * bounds).all())
+    assert bool((errors.std(0) > 0).any())
+
+
+@pytest.mark.parametrize(("capability", "architecture"), [((8, 0), "Ampere"), ((9, 0), "Hopper")])
+@pytest.mark.parametrize("name", ["mma_m16n8k16_bf16", "mma_m16n8k16_f16", "mma_m16n8k8_bf16", "mma_m16n8k8_f16"])
+def test_tensor_cores_to_the_bit(instructions, name: str, capability: tuple[int, int], architecture: str) -> None:
+    """As mmasim has them (Xie et al. 2025, arXiv:2511.10909), which was checked against the hardware."""
+    mmasim = pytest.importorskip("mmasim.nv_ptx.sim")
+    dtype, k, place_a, place_b = PRODUCTS[name]
+    kind = name.rsplit("_", 1)[-1]
+    oracle = mmasim.MMA(architecture, f"m16n8k{k}.f32.{kind}.{kind}.f32")
+    generator = torch.Generator().manual_seed(0)
+    instructions.set(capability=capability)
+    for spread in (0.0, 1.0, 4.0, 12.0 if dtype == torch.float16 else 60.0):
+        a, b, c = (
+            torch.randn(shape, generator=generator) * torch.exp2(torch.randn(shape, generator=generator) * spread)
+            for shape in ((16, k), (k, 8), (16, 8))
+        )
+        a, b = a.clamp(-6e4, 6e4).to(dtype), b.clamp(-6e4, 6e4).to(dtype)
+        a[3], b[:, 5], c[9] = 0, 0, 0
+        d = fragments(c, c_16x8, 4)
+        assert instructions.run(name, fragments(a, place_a, k // 2), fragments(b, place_b, k // 4), d) == ""
+        assert torch.equal(d.view(torch.int32), fragments(oracle(a, b, c), c_16x8, 4).view(torch.int32))

@@ -10,6 +10,7 @@ import torch
 from judging import CUDA, SEEDS, judge
 
 from llmkern.testing.case import Case, Make, cases
+from llmkern.testing.cases.attention import random_call
 from llmkern.testing.compare import assert_same_bits
 from llmkern.testing.judge import assert_accurate
 
@@ -174,3 +175,48 @@ def test_backward_of_norms(operators, op: str, shape: tuple[int, int], parameter
         results.append(operators.op(op, call))
     assert_same_bits(results[1], results[0])
     assert_accurate(op, call, results[0], ["dx", "dweight", "dbias"])
+
+
+# A call of an operator in which one tensor is elsewhere, and what its binding says.
+ELSEWHERE = {
+    "layer_norm_backward-dy": ("dy", "dy must have the shape, dtype and device of x"),
+    "swiglu_backward-dy": ("dy", "dy must have"),
+    "add_rms_norm-residual": ("residual", "residual must have x's shape, dtype and device"),
+    "rms_norm-weight": ("weight", "weight must be on x's device"),
+    "swiglu-up": ("up", "up must have gate's shape, dtype and device"),
+    "attention-k": ("k", "k must be on q's device"),
+}
+
+
+@pytest.mark.parametrize("which", ELSEWHERE)
+def test_a_tensor_of_another_device_is_refused(operators, which: str) -> None:
+    """By the operator itself, before a kernel reads it: the public functions' checks are not in its way."""
+    name, sentence = ELSEWHERE[which]
+    op = which.rsplit("-", 1)[0]
+    make = Make(torch.bfloat16, "cpu", seed=0)
+    x, weight = make.randn(2, 8), make.randn(8)
+    calls = {
+        "layer_norm_backward": {"dy": x, "x": x, "weight": weight, "bias": weight, "eps": 1e-6},
+        "swiglu_backward": {"dy": x, "gate": x, "up": x},
+        "add_rms_norm": {"x": x, "residual": x, "weight": weight, "bias": None, "eps": 1e-6, "weight_offset": 0.0},
+        "rms_norm": {"x": x, "weight": weight, "bias": None, "eps": 1e-6, "weight_offset": 0.0},
+        "swiglu": {"gate": x, "up": x},
+        "attention": random_call(make, 3, 5),
+    }
+    operator = getattr(torch.ops.llmkern_simt, op).default
+    call = calls[op] | {name: calls[op][name].to("meta")}
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(RuntimeError, match=sentence):
+        operator.redispatch(cpu, *(call[argument.name] for argument in operator._schema.arguments))
+
+
+@pytest.mark.parametrize("op", ["quantize_int8", "rms_norm", "swiglu_quant"])
+def test_rows_that_threads_cannot_count_are_refused(operators, op: str) -> None:
+    """Of memory that nobody touches."""
+    row = torch.empty(1, 2**30 + 8, dtype=torch.bfloat16)
+    names = {"quantize_int8": ["x"], "rms_norm": ["x"], "swiglu_quant": ["gate", "up"]}[op]
+    call = dict.fromkeys(names, row) | (
+        {"weight": None, "bias": None, "eps": 1e-6, "weight_offset": 0.0} if op == "rms_norm" else {}
+    )
+    with pytest.raises(RuntimeError, match=f"{names[0]} has rows of 1073741832 elements; at most 1073741824 are taken"):
+        operators.op(op, call)

@@ -37,7 +37,8 @@ inline void launch(const char* name, void (*kernel)(Params...), const LaunchConf
                    const Args&... args) {
 #ifdef LLMKERN_SIMT
   (void)gpu;
-  simt::launch(name, config.grid, config.block, config.shared_bytes, [&] { kernel(args...); });
+  simt::launch(name, reinterpret_cast<const void*>(kernel), config.grid, config.block, config.shared_bytes,
+               [&] { kernel(args...); });
 #else
   constexpr int kWithoutAsking = 48 * 1024;
   cudaError_t status = cudaSuccess;
