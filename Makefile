@@ -11,14 +11,17 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMPS := .venv/.stamps
 NATIVE := $(shell find csrc -type f)
-# Two workers, one thread each: two threads each would fight over two cores.  Triton kernels run in its interpreter.
 # What holds our kernels, ATen, oneDNN and MKL to an older instruction set, whatever the machine has.
 AS_portable := LLMKERN_CPU_ISA=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 AS_avx2 := LLMKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 AS_avx2_vnni := $(AS_avx2) LLMKERN_CPU_ISA=avx2_vnni ONEDNN_MAX_CPU_ISA=AVX2_VNNI
 AS_avx512 := LLMKERN_CPU_ISA=avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
 AS_avx512_vnni := $(AS_avx512) LLMKERN_CPU_ISA=avx512_vnni ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
-PYTEST := $(AS_$(ISA)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
+# Two workers, one thread each: two threads each would fight over two cores.  Triton and Pallas kernels run in their
+# interpreters; XLA, which compiles each call of the latter, is not to optimize it: that takes three times as long.
+INTERPRETERS := TRITON_INTERPRET=1 JAX_PLATFORMS=cpu \
+  XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+PYTEST := $(AS_$(ISA)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(INTERPRETERS) $(BIN)/python -m pytest -n 2
 
 # What `make gpu` runs with; nothing is installed.
 PYTHON ?= python3

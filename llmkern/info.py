@@ -36,9 +36,9 @@ class Info:
     """The answer of `info()`; prints as tables, `to_dict()` is ready for JSON.
 
     hardware: cpu, cpu_cores (usable by this process's threads), cpu_flags, and one entry per GPU.
-    software: versions of Python, torch, Triton, transformers and llmkern; None where not installed.
+    software: versions of Python, torch, Triton, JAX, libtpu, transformers and llmkern; None where not installed.
     library: path, loaded or the sentence why not, the CPU instruction set in use, and how it was built.
-    backends: per backend, best first: `missing` (None where available) and the number of `ops` it implements.
+    backends: per backend, best first: `missing` (None where available), `note`, and the number of `ops` it implements.
     kernels: the CUDA kernels in the library, with what each takes of an SM; empty where they were not built.
     """
 
@@ -62,7 +62,10 @@ class Info:
             render(title, ("", ""), [(key.replace("_", " "), text(value)) for key, value in rows.items()])
             for title, rows in (("Hardware", self.hardware), ("Software", self.software), ("Library", self.library))
         ]
-        rows = [(name, b["missing"] or "available", b["ops"]) for name, b in self.backends.items()]
+        rows = [
+            (name, "; ".join(filter(None, (b["missing"] or "available", b["note"]))), b["ops"])
+            for name, b in self.backends.items()
+        ]
         tables.append(render("Backends, best first", ("backend", "state", "ops"), rows))
         if self.kernels:
             shown = ("function", "tile", "threads", "registers", "shared_bytes", "blocks_per_sm", "occupancy", "needs")
@@ -106,7 +109,7 @@ def package_version(package: str) -> str | None:
 def info() -> Info:
     """Hardware, versions, the native library, and each backend: available, or the sentence why not."""
     cpu, flags = _cpu()
-    software = {name: package_version(name) for name in ("llmkern", "torch", "triton", "transformers")}
+    software = {name: package_version(name) for name in ("llmkern", "torch", "triton", "jax", "libtpu", "transformers")}
     ops = {
         b.name: {i.op for op in dispatch.ops() for i in dispatch.implementations(op) if i.backend is b}
         for b in dispatch.backends()
@@ -121,6 +124,6 @@ def info() -> Info:
             "cpu_isa": _native.cpu_isa(),
             **_native.build_info(),
         },
-        backends={b.name: {"missing": b.missing, "ops": len(ops[b.name])} for b in dispatch.backends()},
+        backends={b.name: {"missing": b.missing, "note": b.note, "ops": len(ops[b.name])} for b in dispatch.backends()},
         kernels=_native.kernels() if _native.part_missing("CUDA") is None else [],
     )

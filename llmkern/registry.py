@@ -54,6 +54,7 @@ class Backend:
     devices: torch device types it serves (None: any).
     kernels: hand-written kernels; False for PyTorch's own operators, whose use counts as a fallback.
     probe: None where the backend can run here, else the sentence why not (asked once, when first needed).
+    note: what `llmkern info` says of it besides.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Backend:
     devices: tuple[str, ...] | None = None
     kernels: bool = True
     probe: Callable[[], str | None] = field(default=lambda: None, repr=False, compare=False)
+    note: str = ""
 
     @property
     def missing(self) -> str | None:
@@ -272,16 +274,18 @@ def register(
     devices: Sequence[str] | None = None,
     kernels: bool = True,
     missing: Callable[[], str | None] | None = None,
+    note: str = "",
 ) -> Backend:
     """Add a backend, from inside or outside the package; give it to `implements`.
 
     `missing` is asked once, when first needed: None where the backend can run here, else the sentence why not.
-    Priorities of the built-in ones: cuda 400, triton 300, cpu 200, torch 100, reference 0.
+    `note` is shown by `llmkern info`.
+    Priorities of the built-in ones: cuda 400, triton 300, tpu 250, cpu 200, torch 100, reference 0.
     """
     if name in _BACKENDS:
         raise ValueError(f"backend {name!r} is registered already")
     backend = Backend(
-        name, priority, tuple(devices) if devices is not None else None, kernels, missing or (lambda: None)
+        name, priority, tuple(devices) if devices is not None else None, kernels, missing or (lambda: None), note
     )
     _BACKENDS[name] = backend
     return backend

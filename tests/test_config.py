@@ -50,5 +50,5 @@ def test_an_unknown_backend_is_one_at_the_first_call(environment: pytest.MonkeyP
     """Not before: a backend from outside the package is registered after llmkern has been imported."""
     environment.setenv("LLMKERN_BACKEND", "nosuch")
     config.reload()
-    with pytest.raises(ValueError, match="^LLMKERN_BACKEND: unknown backend 'nosuch'; there are cuda, triton, cpu, "):
+    with pytest.raises(ValueError, match="^LLMKERN_BACKEND: unknown backend 'nosuch'; there are cuda, triton, tpu, "):
         ops.rms_norm(torch.ones(2, 3), None)

@@ -24,7 +24,7 @@ BENCH_README = ROOT / "benchmarks" / "README.md"
 BENCH_BEGIN = "<!-- newest results: generated -->"
 BENCH_END = "<!-- /newest results: generated -->"
 DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+DEVICES = {"cpu": "CPU", "cuda": "GPU", "xla": "TPU"}
 
 
 class Missing(Exception):
@@ -44,7 +44,7 @@ def cell(implementations: Sequence[dispatch.Implementation]) -> str:
     """Devices, dtypes and ∇ of one op on one backend, each implementation once; — where there is none."""
     said: list[str] = []
     for impl in implementations:
-        if impl.priority < 0:  # Triton's interpreter: for debugging, and only where it is asked for by name
+        if impl.priority < 0:  # interpreters: for debugging, and only where they are asked for by name
             continue
         words = [DEVICES.get(device, device) for device in impl.devices or ("any device",)]
         if impl.min_capability is not None:

@@ -18,10 +18,14 @@ def why(
     op: Annotated[str, typer.Argument(metavar="OP", help="The op, one of those below.")],
     shape: Annotated[str, typer.Option(metavar="N,N,…", help="The sizes that the list below names for the op.")] = "",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16, float16 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda; it need not be here.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or tpu; it need not be here.")] = "cpu",
     capability: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="X.Y", help="Decide as on a GPU of this compute capability: 8.0, 9.0 …"),
+    ] = None,
+    chip: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Decide as on a TPU of this kind: v4, v5e, v5p or v6e."),
     ] = None,
     grad: Annotated[bool, typer.Option("--grad", help="Decide for a call that needs a gradient.")] = False,
     arg: Annotated[
@@ -35,6 +39,7 @@ def why(
     \b
     llmkern why rms_norm --shape 4096,8192 --dtype bfloat16
     llmkern why attention --shape 1,32,8,1,4096,128 --dtype bf16 --device cuda --capability 9.0
+    llmkern why attention --shape 1,32,8,2048,2048,128 --dtype bf16 --device tpu --chip v5e --arg causal=true
     llmkern why attention --shape 2,8,8,512,512,64 --arg causal=true --arg window=128 --arg padding=true
     """
     decision = decide(
@@ -43,6 +48,7 @@ def why(
         dtype=dtype_named(dtype),
         device=device,
         capability=None if capability is None else _capability(capability),
+        chip=chip,
         grad=grad,
         arguments=dict(_pair(text) for text in arg or []),
     )

@@ -7,6 +7,7 @@ op's public function as `make` makes them: `make.randn(*shape)`, `make.randint(l
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import types
@@ -21,9 +22,12 @@ from torch import Tensor
 
 import llmkern.ops
 from llmkern import dispatch
+from llmkern.backends.tpu import DEVICE as TPU_DEVICE
+from llmkern.backends.tpu import NOTE as TPU_NOTE
 from llmkern.checks import shape_text
 from llmkern.config import settings
 from llmkern.discovery import import_children
+from llmkern.jax import assume
 from llmkern.table import render
 
 __all__ = ["Decision", "Ghosts", "Row", "builder", "capture", "ops", "sizes", "why"]
@@ -111,14 +115,16 @@ def why(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     capability: tuple[int, int] | None = None,
+    chip: str | None = None,
     grad: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> Decision:
     """Who would serve `op` for tensors of these sizes, and why not the others.
 
     shape: the numbers that `sizes(op)` names.  dtype: of the op's floating inputs.
-    device: "cpu" or "cuda"; the machine need not have it.
+    device: "cpu", "cuda" or "tpu"; the machine need not have it.
     capability: judge as on a GPU of this compute capability, such as (9, 0), with all its backends there.
+    chip: judge as on a TPU of this kind, such as "v5e".
     grad: as if a gradient were needed.
     arguments: further arguments of the op's public function, as text: {"causal": "true", "window": "128"}.
     Raises ValueError or TypeError with one line where an argument is not accepted.
@@ -127,6 +133,8 @@ def why(
     place = _device(device)
     if capability is not None and place.type != "cuda":
         raise ValueError(f"why: capability is for cuda devices, device is {place}")
+    if chip is not None and place.type != TPU_DEVICE:
+        raise ValueError(f"why: chip is for device tpu, device is {place}")
     names = sizes(op)
     if len(shape) != len(names) or any(size < 0 for size in shape):
         raise ValueError(f"why: shape of {op} is {','.join(names)}, got {','.join(map(str, shape)) or 'nothing'}")
@@ -139,18 +147,19 @@ def why(
             k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in call.items()
         }
-    rows = _rows(op, call, capability)
+    with contextlib.nullcontext() if chip is None else assume(chip):
+        rows = _rows(op, call, capability)
     served_by = next((row.backend for row in rows if row.outcome == "chosen"), None)
-    return Decision(op, _text(call), served_by, rows, _note(place, capability))
+    return Decision(op, _text(call), served_by, rows, _note(place, capability, chip))
 
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        place = torch.device(device)
+        place = torch.device(TPU_DEVICE if device == "tpu" else device)
     except RuntimeError:
         place = torch.device("meta")
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"why: device is {str(device)!r}, expected cpu or cuda")
+    if place.type not in ("cpu", "cuda", TPU_DEVICE):
+        raise ValueError(f"why: device is {str(device)!r}, expected cpu, cuda or tpu")
     return place
 
 
@@ -300,7 +309,9 @@ def _text(call: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _note(device: torch.device, capability: tuple[int, int] | None) -> str:
+def _note(device: torch.device, capability: tuple[int, int] | None, chip: str | None) -> str:
+    if chip is not None:
+        return f"as decided on a TPU {chip}; its kernels are {TPU_NOTE}"
     if capability is not None:
         return f"as decided on a GPU of compute capability {capability[0]}.{capability[1]} with all its backends built"
     if device.type == "cuda" and not torch.cuda.is_available():

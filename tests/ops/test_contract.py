@@ -79,7 +79,9 @@ def test_implementation(case: Case, impl: dispatch.Implementation, device: str) 
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA GPU here")
     call = case.make(device)
-    if reason := impl.why_not(**call):
+    with dispatch.use_backend(impl.backend.name):  # some serve only where they are asked for
+        reason = impl.why_not(**call)
+    if reason is not None:
         pytest.skip(reason)  # the dispatcher's own words
     before = {name: value.clone() for name, value in tensors(call).items() if name not in written(case.op)}
     out = impl.fn(**call)

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+from typing import Any
+
+from llmkern import jax as twins
+from llmkern.backends.tpu._declare import serves
+
+
+@serves("add_layer_norm_quant")
+def add_layer_norm_quant(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return twins.add_layer_norm_quant(x, residual, weight, bias, eps)
