@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmkern.backends.tpu import DEVICE as TPU_DEVICE
 from llmkern.info import info
 
 __all__ = ["device_name", "environment", "memory_of", "slug"]
@@ -40,7 +41,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the CPU's name."""
+    """The GPU's, the TPU's or the CPU's name."""
+    if device.type == TPU_DEVICE:
+        import jax
+
+        return str(jax.devices()[0].device_kind)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(info().hardware["cpu"])
 
 

@@ -11,7 +11,6 @@ import torch
 
 import llmkern.ops
 from llmkern import dispatch
-from llmkern.backends.triton import TRITON
 from llmkern.bench import stats
 from llmkern.bench.accuracy import Judge, Wrong, weights_like
 from llmkern.bench.ceilings import Ceilings
@@ -35,13 +34,22 @@ LARGEST_SHARE_OF_MEMORY = 0.2
 
 @dataclass(frozen=True)
 class Contender:
-    """Who takes part.  prepare: takes `Inputs`, returns the function to time; the rest as of `OpPeer`."""
+    """Who takes part.  prepare: takes `Inputs`, returns the function to time; the rest as of `OpPeer`.
+
+    as_tensors: makes tensors on the point's device of what that function returns, for the judge.
+    """
 
     provider: str
     prepare: Callable[[Inputs], Thunk]
     approximate: str | None = None
     timed: bool = True
     note: str = ""
+    as_tensors: Callable[[Any], Any] = lambda out: out
+
+    def judged(self, inputs: Inputs) -> Thunk:
+        """`prepare`, whose function returns tensors."""
+        run = self.prepare(inputs)
+        return lambda: self.as_tensors(run())
 
 
 def contenders(point: Point, call: dict[str, Any], peers: Iterable[Peer]) -> list[Contender]:
@@ -50,8 +58,7 @@ def contenders(point: Point, call: dict[str, Any], peers: Iterable[Peer]) -> lis
     found = [Contender(OURS, _public(point.op, None), note=f"served by {chosen}")]
     for impl in dispatch.implementations(point.op):
         if impl.backend.kernels and impl.backend.name != chosen and impl.why_not(**call) is None:
-            # Triton's kernels run on a CPU in its interpreter.
-            timed = impl.backend is not TRITON or point.device.type != "cpu"
+            timed = impl.priority >= 0  # below that are interpreters
             name = f"{OURS}:{impl.backend.name}"
             found.append(Contender(name, _public(point.op, impl.backend.name), timed=timed))
     for peer in peers:
@@ -92,6 +99,7 @@ def run_points(
     add: Callable[[list[Row]], None],
     left_out: Callable[[str], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    chosen: Callable[..., list[Contender]] = contenders,
 ) -> None:
     """Every point's rows go to `add` as soon as they are there; what is too large for the device to `left_out`."""
     for done, point in enumerate(points):
@@ -102,7 +110,7 @@ def run_points(
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            add(run_point(point, peers, clock, ceilings, seconds=seconds))
+            add(run_point(point, peers, clock, ceilings, seconds=seconds, chosen=chosen))
         torch._dynamo.reset()  # else a limit on recompilations ends in eager code
     progress(len(points), len(points))
 
@@ -148,7 +156,7 @@ def run_point(
             row.detail["note"] = contender.note
         rows.append(row)
         try:
-            row.accuracy = judge.check(contender.prepare, contender.approximate)
+            row.accuracy = judge.check(contender.judged, contender.approximate)
             if contender.timed:
                 thunks[contender.provider] = _rotated(point, judge, contender)
             else:

@@ -61,7 +61,9 @@ def ops(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME,…", help="These ops; all of them without."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda or tpu; auto takes a GPU where there is one.")
+    ] = "auto",
     dtype: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME,…", help="In place of the dtypes of the sweeps."),
@@ -90,17 +92,26 @@ def ops(
     llmkern bench ops --quick
     llmkern bench ops --op rms_norm,swiglu --dtype bfloat16 --json ops.json --plot plots
     llmkern bench ops --op attention --shape 1,32,8,2048,2048,128 --device cuda
+    llmkern bench ops --device tpu --dtype bfloat16
     """
+    from llmkern.backends.tpu import DEVICE as TPU_DEVICE
+    from llmkern.bench import tpu
     from llmkern.bench.ceilings import ceilings
     from llmkern.bench.peer import peers_named
-    from llmkern.bench.run_ops import run_points
+    from llmkern.bench.run_ops import contenders, run_points
     from llmkern.bench.sweep import definition, ops_with_sweeps, points
     from llmkern.bench.timers import clock_for
+    from llmkern.jax._chips import current
 
-    place = device_named(device)
+    on_tpu = device == "tpu"
+    if on_tpu and (reason := tpu.missing()) is not None:
+        raise ValueError(f"--device is 'tpu': {reason}")
+    place = torch.device(TPU_DEVICE) if on_tpu else device_named(device)
+    inputs_on = torch.device("cpu") if on_tpu else place
     names = ops_with_sweeps() if op is None else op.split(",")
     for name in names:
         definition(name)
+    names = tpu.ops_on_tpu(names) if on_tpu else names
     dtypes = None if dtype is None else [dtype_named(name) for name in dtype.split(",")]
     sizes = None if shape is None else _sizes(names, shape)
     chosen = peers_named(peers)
@@ -108,21 +119,24 @@ def ops(
     as_json, plot = recorded(record, "ops", place, as_json, plot)
     outputs = Outputs(as_json, plot, html, as_csv)
     result = new_result(place, {"absent_peers": absent, "left_out": []})
-    todo = [point for name in names for point in points(name, place, dtypes=dtypes, quick=quick, shape=sizes)]
+    todo = [point for name in names for point in points(name, inputs_on, dtypes=dtypes, quick=quick, shape=sizes)]
+    if on_tpu:
+        todo = [point for point in todo if point.mode == "forward"]  # there are no gradients
     with kept_on_interrupt(result, outputs):
         say("measuring the device's ceilings")
-        ceiling = ceilings(place)
+        ceiling = tpu.chip_ceilings(current()) if on_tpu else ceilings(place)
         result.environment["ceilings"] = ceiling.to_dict()
         with task(f"measuring {len(todo)} points") as progress:
             run_points(
                 todo,
                 [peer for name, peer in chosen.items() if name not in absent],
-                clock_for(place),
+                clock_for(inputs_on),
                 ceiling,
                 seconds=QUICK_SECONDS if quick else SECONDS,
                 add=result.rows.extend,
                 left_out=result.environment["left_out"].append,
                 progress=progress,
+                chosen=tpu.contenders if on_tpu else contenders,
             )
 
 

@@ -6,10 +6,11 @@ import signal
 
 import pytest
 
-from llmkern.bench import ceilings, run_ops
+from llmkern.bench import ceilings, run_ops, tpu
 from llmkern.bench.readme import results
 from llmkern.bench.schema import Result
 from llmkern.cli import run
+from llmkern.jax import interpreted
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def quick_ceilings(monkeypatch) -> None:
         (["ops", "--op", "rms_norm", "--shape", "8,-1"], "--shape is '8,-1', expected rows,hidden"),
         (["ops", "--shape", "8,8"], "--shape is for one op: give it with --op NAME"),
         (["ops", "--dtype", "int4"], "--dtype is 'int4', expected float32"),
-        (["ops", "--device", "tpu"], "--device is 'tpu', expected cpu, cuda or auto"),
+        (["ops", "--device", "tpu"], "--device is 'tpu': JAX "),
         (["ops", "--json", "."], "--json is ., which is a folder; expected a file"),
         (["compare", "absent.json", "absent.json"], "absent.json cannot be read: No such file or directory"),
     ],
@@ -39,6 +40,34 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, 
     assert message in shown.err
     assert shown.err.count("\n") == 1
     assert shown.out == ""
+
+
+def test_a_tpus_kernels_are_judged_and_timed(tmp_path, monkeypatch) -> None:
+    """The path of `--device tpu`, in the interpreter."""
+    pytest.importorskip("jax")
+    monkeypatch.setattr(run_ops, "MOST_SETS", 1)
+    monkeypatch.setattr(tpu, "missing", lambda: None)
+    path = tmp_path / "ops.json"
+    command = [
+        "bench",
+        "ops",
+        "--op",
+        "rms_norm",
+        "--shape",
+        "4,64",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "tpu",
+        "--quick",
+    ]
+    with interpreted():
+        assert run([*command, "--json", str(path)]) == 0
+    (row,) = Result.load(path).rows
+    assert (row.provider, row.x["mode"], row.error) == ("llmkern", "forward", None)
+    assert row.detail["note"].startswith("norm on v5e: x 4×64")
+    assert row.accuracy["error"] <= row.accuracy["allowed"]
+    assert row.p50 > 0
 
 
 def test_one_call_from_the_command_line(quick_ceilings, tmp_path, capsys, monkeypatch) -> None:

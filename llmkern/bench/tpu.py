@@ -1,0 +1,61 @@
+"""The ops suite on the TPU that JAX has: `llmkern.jax` on arrays that are there already, judged as any contender.
+
+Inputs are drawn and results judged on the CPU.  A time is that of a whole call of a jitted function, its launch
+included; the ceilings are those of the chip's table, not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from llmkern.backends.tpu import NOTE, TPU
+from llmkern.backends.tpu._declare import TWINS, as_arrays, as_tensors
+from llmkern.bench.ceilings import Ceilings
+from llmkern.bench.peer import Peer
+from llmkern.bench.run_ops import OURS, Contender
+from llmkern.bench.sweep import Inputs, Point
+from llmkern.bench.timers import Thunk
+from llmkern.dispatch import implementation
+from llmkern.jax import Chip, _chips
+
+__all__ = ["chip_ceilings", "contenders", "missing", "ops_on_tpu"]
+
+
+def missing() -> str | None:
+    """The sentence why nothing can be measured here; None where there is a TPU."""
+    reason = TPU.missing or _chips.no_tpu()
+    return None if reason is None else f"{reason} (the kernels are {NOTE})"
+
+
+def ops_on_tpu(names: Iterable[str]) -> list[str]:
+    """Those that the TPU backend implements."""
+    return [name for name in names if name in TWINS]
+
+
+def chip_ceilings(chip: Chip) -> Ceilings:
+    """The chip's own rates; a product in fp32 is six in bf16."""
+    rates = {"bfloat16": chip.bf16, "int8": chip.int8, "float32": chip.bf16 / 6}
+    return Ceilings(chip.bandwidth, chip.bandwidth, {name: rate for name, rate in rates.items() if rate})
+
+
+def contenders(point: Point, call: dict[str, Any], peers: Iterable[Peer]) -> list[Contender]:
+    """The TPU's kernels alone: no peer runs there."""
+    impl = implementation(point.op, TPU.name)
+    note = impl.describe(None, **call) if impl.describe is not None else ""
+    return [Contender(OURS, _prepare(point.op), note=note, as_tensors=as_tensors)]
+
+
+def _prepare(op: str) -> Any:
+    import jax
+
+    def prepare(inputs: Inputs) -> Thunk:
+        tensors = {name: value for name, value in inputs.call.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in inputs.call.items() if name not in tensors}
+        arrays = as_arrays(tensors)
+        jitted = jax.jit(lambda arrays: TWINS[op](**arrays, **plain))
+        return lambda: jax.block_until_ready(jitted(arrays))
+
+    return prepare
