@@ -1,0 +1,106 @@
+"""examples/jax_llama.py against transformers: SmolLM2's logits by the accuracy rule, and its greedy tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmkern
+from llmkern.testing.compare import errors
+from llmkern.testing.float64 import Float64
+from llmkern.testing.real_models import load_smollm2
+from llmkern.testing.tpu_offline import missing
+
+if importlib.util.find_spec("jax") is None:
+    pytest.skip("JAX is not installed; pip install jax", allow_module_level=True)
+
+import jax
+from jax import numpy as jnp
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "jax_llama.py"
+PROMPT = "The capital of France is"
+TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("jax_llama", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["jax_llama"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def checkpoint(request, tmp_path_factory):
+    """(model, token ids of the prompt, folder of its checkpoint)."""
+    model, tokenizer = load_smollm2()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    if request.param == "int8":
+        llmkern.quantize_(model, "int8")
+    folder = tmp_path_factory.mktemp("smollm2") / request.param
+    model.save_pretrained(folder)
+    return model, ids, folder
+
+
+def summed_in_blocks(linear):
+    """The example's `linear`, whose dense products add 32 products at a time.
+
+    XLA's, which the example takes, add a row's one after the other on a CPU: that alone is three times torch's error.
+    """
+
+    def call(weights, name, x):
+        if f"{name}.weight_scale" in weights:
+            return linear(weights, name, x)
+        weight = weights[f"{name}.weight"]
+        blocks = [a.reshape(*a.shape[:-1], -1, 32) for a in (x, weight)]
+        return jnp.einsum("...ck,nck->...cn", *blocks, precision="highest").sum(-2)
+
+    return call
+
+
+@pytest.mark.real_model
+def test_logits_and_tokens_are_those_of_transformers(example, checkpoint, monkeypatch) -> None:
+    """The prefill's logits keep the rule; the greedy tokens, of prefill and steps of one token, are the same."""
+    monkeypatch.setattr(example, "linear", summed_in_blocks(example.linear))
+    model, ids, folder = checkpoint
+    config, weights = example.load(folder)
+    dtype = weights["model.norm.weight"].dtype
+    with example.interpreted():
+        cache = example.new_cache(config, 1, ids.shape[1], dtype)
+        logits, _ = jax.jit(lambda w, i, c: example.forward(config, w, i, c, jnp.int32(0), True))(
+            weights, jnp.asarray(ids.numpy(), jnp.int32), cache
+        )
+        found = example.generate(config, weights, ids[0].tolist(), TOKENS)
+    with torch.no_grad(), llmkern.use_backend("reference"):
+        base = model(ids).logits
+        with Float64():
+            exact = model(ids).logits
+    (error,) = errors(torch.from_dlpack(logits), base, exact)
+    assert error.ok, (
+        f"error {error.candidate:.3g}; transformers' is {error.baseline:.3g}, {error.allowed:.3g} is allowed"
+    )
+    expected = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+    assert found == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+def test_compiles_for_v5e(example, checkpoint, capsys) -> None:
+    """Both programs, whole: three kinds of kernels at least, and the weights among the arguments."""
+    _, _, folder = checkpoint
+    config, weights = example.load(folder)
+    example.compile_for("v5e", config, weights, length=128, slots=2048)
+    said = capsys.readouterr().out
+    print(said)
+    prefill, decode = said.splitlines()
+    assert prefill.startswith("prefill of 128 tokens, compiled for v5e:")
+    assert decode.startswith("decode of 1 tokens, compiled for v5e:")
+
+
+def test_the_example_is_short() -> None:
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 150
