@@ -37,15 +37,16 @@ HOST += CHECKS if SANITIZE else []
 WARN = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own immintrin.h
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and infinity stay what IEEE makes them
 # Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.  The
-# files in csrc/cpu itself are not compiled for sets that only add integer and matrix products.
+# files in csrc/cpu itself are not compiled for sets that only add products of integers, bf16 or matrices.
 ISAS = {"portable": ["-DLLMKERN_ISA_LEVEL=0"]}
-PRODUCTS = ("avx2_vnni", "avx512_vnni", "amx")
+PRODUCTS = ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx")
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-DLLMKERN_ISA_LEVEL=1", "-march=x86-64-v3"]
     ISAS["avx2_vnni"] = [*ISAS["avx2"], "-mavxvnni"]
     ISAS["avx512"] = ["-DLLMKERN_ISA_LEVEL=2", "-march=x86-64-v4", "-mprefer-vector-width=512"]
     ISAS["avx512_vnni"] = [*ISAS["avx512"], "-mavx512vnni"]
-    ISAS["amx"] = [*ISAS["avx512_vnni"], "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512_vnni"], "-mavx512bf16"]
+    ISAS["amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 ARCHS = (os.environ.get("LLMKERN_CUDA_ARCHS") or "80;90a").split(";")
 
 

@@ -34,7 +34,7 @@ __all__ = [
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
-CPU_ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx")
+CPU_ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 """The instruction sets of the CPU kernels, best last."""
 _ISAS = f"expected {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, as far as this CPU has it"
 

@@ -14,8 +14,8 @@
 namespace llmkern {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx"};
-constexpr int kSets = 6;
+constexpr const char* kNames[] = {"portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+constexpr int kSets = 7;
 
 #ifdef __x86_64__
 // Linux hands out the tiles' registers, 8 KiB of state to save, to processes that ask.
@@ -39,6 +39,7 @@ bool runs(Isa isa) {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
     case Isa::portable:
       return true;
@@ -50,9 +51,11 @@ bool runs(Isa isa) {
       return avx512;
     case Isa::avx512_vnni:
       return vnni;
+    case Isa::avx512_bf16:
+      return bf16;
     case Isa::amx:
-      return vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-             __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && tiles_granted();
+      return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+             __builtin_cpu_supports("amx-bf16") && tiles_granted();
   }
 #endif
   return false;

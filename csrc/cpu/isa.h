@@ -14,9 +14,9 @@
 namespace llmkern {
 
 // portable: the compiler's baseline (SSE2 on x86-64).  avx2: with FMA, F16C, BMI (x86-64-v3).  avx512: F, BW, CD, DQ,
-// VL (x86-64-v4).  _vnni: with products of four bytes.  amx: avx512_vnni with AVX512-BF16 and AMX's tiles of int8 and
-// bf16.
-enum class Isa : int { portable, avx2, avx2_vnni, avx512, avx512_vnni, amx };
+// VL (x86-64-v4).  _vnni: with products of four bytes.  _bf16: with both those and products of two bf16 (AVX512-BF16).
+// amx: avx512_bf16 with AMX's tiles of int8 and bf16.
+enum class Isa : int { portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx };
 
 // The set in use: the best one that this CPU and this build have, or the one that was asked for.
 Isa isa();
@@ -48,6 +48,7 @@ Isa isa();
   LLMKERN_DECLARE(avx2_vnni, op, Params)                      \
   LLMKERN_DECLARE(avx512, op, Params)                         \
   LLMKERN_DECLARE(avx512_vnni, op, Params)                    \
+  LLMKERN_DECLARE(avx512_bf16, op, Params)                    \
   LLMKERN_DECLARE(amx, op, Params)                            \
   void launch_##op(const Params& p, const Threads& threads) { \
     switch (isa()) {                                          \
@@ -61,6 +62,8 @@ Isa isa();
         return avx512::op(p, threads);                        \
       case Isa::avx512_vnni:                                  \
         return avx512_vnni::op(p, threads);                   \
+      case Isa::avx512_bf16:                                  \
+        return avx512_bf16::op(p, threads);                   \
       case Isa::amx:                                          \
         return amx::op(p, threads);                           \
     }                                                         \

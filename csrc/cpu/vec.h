@@ -58,9 +58,14 @@ inline F32 load(const BFloat16* p) {
 
 // Round to nearest even; a NaN stays one (the addition could carry its mantissa away).
 inline void store(BFloat16* p, F32 v) {
+#ifdef __AVX512BF16__
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);  // what is subnormal becomes 0
+  std::memcpy(p, &rounded, sizeof(rounded));
+#else
   const U32 u = bits_as<U32>(v);
   const U32 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   store_u16(p, v == v ? rounded : u >> 16 | 0x40);
+#endif
 }
 
 #if LLMKERN_ISA_LEVEL == 2
@@ -165,7 +170,7 @@ template <class T>
 inline void store_two(T* p, F32 first, F32 second) {
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);  // what is subnormal becomes 0
+    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
     return std::memcpy(p, &both, sizeof(both)), void();
   }
 #endif

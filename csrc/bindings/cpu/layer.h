@@ -19,8 +19,8 @@
 
 namespace llmkern {
 
-// With a floating-point weight and without tiles for it, more rows than these are multiplied by torch's own operator
-// (oneDNN, MKL), which then reads the weight about as fast and multiplies faster.
+// With a floating-point weight and without instructions that multiply pairs of it, more rows than these are multiplied
+// by torch's own operator (oneDNN, MKL), which then reads the weight about as fast and multiplies faster.
 inline constexpr int64_t kFewRows = 16;
 
 // A linear layer, as an op's arguments <name>_weight, <name>_scale and <name>_bias.
@@ -177,7 +177,7 @@ struct Matrix {
 
 // Is this layer, of so many rows, multiplied by launch_linear?
 inline bool is_native(const Linear& l, int64_t rows) {
-  return l.int8() || rows <= kFewRows || linear_has_tiles(l.type()) || linear_keeps_rows_alone();
+  return l.int8() || rows <= kFewRows || linear_takes_many_rows(l.type()) || linear_keeps_rows_alone();
 }
 
 template <class Linears>

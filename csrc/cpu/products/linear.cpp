@@ -17,6 +17,16 @@ namespace {
 // At most so many rows stream the weight, which then sets the pace; with more, packing it pays.
 constexpr int64_t kFewIntegers = 8, kFewFloats = LLMKERN_ISA_LEVEL == 2 ? 8 : 4, kFewForTiles = 4;
 
+#ifdef __AMX_INT8__
+using ManyBf16 = TileBf16;
+using ForBf16 = Tiles;
+constexpr int64_t kFewForBf16 = kFewForTiles;
+#elif defined(__AVX512BF16__)
+using ManyBf16 = Bf16;
+using ForBf16 = Vectors;
+constexpr int64_t kFewForBf16 = kFewFloats;
+#endif
+
 template <class F>
 void with_weight(WeightType type, const F& f) {
   switch (type) {
@@ -67,15 +77,20 @@ LinearParams row_of(LinearParams p, int64_t r) {
 void floats(const LinearParams& p, const Threads& threads) {
   const bool alone = linear_keeps_rows_alone();
   const bool few = alone || p.rows.count <= kFewFloats;
-#ifdef __AMX_INT8__
-  const bool tiles = !alone && p.rows.count > kFewForTiles;
+#ifdef __AVX512BF16__
   const bool exact = p.weight_type == WeightType::bf16 || p.weight_type == WeightType::s8;
-  if (tiles && p.dtype == DType::bf16 && exact) {
-    prepare<TileBf16>(p, static_cast<const BFloat16*>(p.x), threads);
-    if (p.weight_type == WeightType::bf16) return blocks<TileBf16, BFloat16, Tiles>(p, threads);
-    return blocks<TileBf16, int8_t, Tiles>(p, threads);
+  if (!alone && p.rows.count > kFewForBf16 && p.dtype == DType::bf16 && exact) {
+    prepare<ManyBf16>(p, static_cast<const BFloat16*>(p.x), threads);
+    if (p.weight_type == WeightType::bf16) return blocks<ManyBf16, BFloat16, ForBf16>(p, threads);
+    return blocks<ManyBf16, int8_t, ForBf16>(p, threads);
   }
-  if (tiles && p.weight_type == WeightType::s8) {
+  if (p.dtype == DType::bf16 && p.weight_type == WeightType::bf16) {
+    prepare<Bf16>(p, static_cast<const BFloat16*>(p.x), threads);
+    return stream<Bf16, BFloat16>(p, threads);
+  }
+#endif
+#ifdef __AMX_INT8__
+  if (!alone && p.rows.count > kFewForTiles && p.weight_type == WeightType::s8) {
     with_type(p.dtype, [&]<class T>() { prepare<TileFloats>(p, static_cast<const T*>(p.x), threads); });
     return blocks<TileFloats, int8_t, Tiles>(p, threads);
   }
@@ -120,8 +135,8 @@ extern "C" __attribute__((visibility("default"))) void llmkern_set_batch_invaria
   rows_alone = value != 0;
 }
 
-bool llmkern::linear_has_tiles(WeightType weight) {
-  return isa() == Isa::amx && weight == WeightType::bf16;
+bool llmkern::linear_takes_many_rows(WeightType weight) {
+  return isa() >= Isa::avx512_bf16 && weight == WeightType::bf16;
 }
 #endif
 

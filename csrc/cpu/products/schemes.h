@@ -3,7 +3,7 @@
 //   Floats    fp32, 1 to a lane; the weight of any type is widened on its way
 //   Integers  with VNNI int8, 4 to a lane; else widened to int16, 2 to a lane.  Exact for all codes.
 //   Digits    with VNNI: x in fixed point of 32 bits, four int8 digits; kSums = 4 sums for each row
-//   Bf16      2 to a lane; only for tiles (tiles.h), which multiply bf16 exactly and add in fp32
+//   Bf16      with AVX512-BF16: bf16, 2 to a lane; products are exact, sums fp32, what is subnormal is taken for 0
 #pragma once
 
 #include <algorithm>
@@ -68,6 +68,12 @@ struct Floats : Prepared {
   template <class W>
   static Bytes load(const W* w) {
     return bits_as<Bytes>(LLMKERN_ISA::load(w));
+  }
+
+  // As much as there is of the register at p, which has n > 0 numbers left.
+  template <class T>
+  static Bytes load_part(const T* p, int64_t n) {
+    return bits_as<Bytes>(load_at_most(p, n));
   }
 
   static F32 multiply(Bytes w, Bytes x, F32 acc) { return acc + bits_as<F32>(w) * bits_as<F32>(x); }
@@ -206,6 +212,40 @@ struct Digits : Integers {
       y = y * broadcast(256.0f) + __builtin_convertvector(exact(sums + digit * stride, header, digit), F32);
     return y * broadcast(header.scale);
   }
+};
+#endif
+
+#ifdef __AVX512BF16__
+struct Bf16 {
+  static constexpr int kRowsInPlace = 12;  // the rows of Vectors (blocks.h)
+  static constexpr int kSums = 1;
+  using Code = BFloat16;
+  using Sum = float;
+  using Sums = F32;
+  static constexpr int kPerLane = 2;
+  static constexpr int kStep = kPerLane * kLanes;
+  static constexpr int64_t kSegment = 32 * kStep;  // a lane adds up as many products as one of Floats
+
+  static Bytes load(const BFloat16* w) { return load_bytes(w); }
+
+  // Every code is a bf16.
+  static Bytes load(const int8_t* w) {
+    return bits_as<Bytes>(_mm512_cvtne2ps_pbh(LLMKERN_ISA::load(w + kLanes), LLMKERN_ISA::load(w)));
+  }
+
+  static Bytes load_part(const BFloat16* p, int64_t n) {
+    return bits_as<Bytes>(n >= kStep ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  }
+
+  static F32 multiply(Bytes w, Bytes x, F32 acc) {
+    return _mm512_dpbf16_ps(acc, bits_as<__m512bh>(w), bits_as<__m512bh>(x));
+  }
+
+  static void prepare(const BFloat16* x, int64_t k, Header&, BFloat16* row) { std::memcpy(row, x, k * sizeof(*x)); }
+
+  static F32 add(F32 a, F32 b) { return a + b; }
+  static float total(F32 sums) { return sum(sums); }
+  static F32 finish(const float* sums, int64_t, const Header&) { return LLMKERN_ISA::load(sums); }
 };
 #endif
 

@@ -37,26 +37,9 @@ struct TileIntegers : Integers {
   }
 };
 
-struct TileBf16 {
+struct TileBf16 : Bf16 {
   static constexpr int kRowsInPlace = 32;
   static constexpr int kParts = 1;
-  static constexpr int kSums = 1;
-  using Code = BFloat16;
-  using Sum = float;
-  using Sums = F32;
-  static constexpr int kPerLane = 2;
-  static constexpr int kStep = kPerLane * kLanes;
-
-  static Bytes load(const BFloat16* w) { return load_bytes(w); }
-
-  // Every code is a bf16.
-  static Bytes load(const int8_t* w) {
-    return bits_as<Bytes>(_mm512_cvtne2ps_pbh(LLMKERN_ISA::load(w + kLanes), LLMKERN_ISA::load(w)));
-  }
-
-  static void prepare(const BFloat16* x, int64_t k, Header&, BFloat16* row) { std::memcpy(row, x, k * sizeof(*x)); }
-
-  static F32 finish(const float* sums, int64_t, const Header&) { return LLMKERN_ISA::load(sums); }
 
   template <int kSums>
   static void multiply_tiles() {

@@ -69,6 +69,6 @@ bool linear_keeps_rows_alone();
 
 // Whether this CPU's instructions multiply many rows in 16 bits with a weight of 16 bits of this type: then
 // launch_linear is as fast as the best libraries at any number of rows.
-bool linear_has_tiles(WeightType weight);
+bool linear_takes_many_rows(WeightType weight);
 
 }  // namespace llmkern
