@@ -12,7 +12,7 @@ from llmkern.testing.cases.attention import plain_call
 from llmkern.testing.judge import assert_accurate
 
 pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

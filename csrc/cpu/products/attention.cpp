@@ -3,115 +3,144 @@
 // task     kM rows, kN keys at a time (attention_rows.h)
 // block    scores[key][row] = k · qᵀ: lanes are rows, so softmax is vertical, without a sum across a register.
 //          out[dim][row] += vᵀ · weights: lanes are rows here too.
-// tile     kR × kM sums in registers: in each step the registers of kM rows, times one broadcast number per key or
-//          dimension.
-// stack    q and out transposed, scores, and a block of k or v where it must be widened: 200 KiB at most.
-// ISA      fp32 arithmetic; with AMX, bf16 goes another way (attention_tiles.h).
+// tile     kSums registers of sums: in each step the registers of the task's rows, 1 to kC, times one broadcast number
+//          per key or dimension.
+// stack    q and out transposed, scores, and a block of k or v where it is not multiplied as it lies: 200 KiB at most.
+// ISA      fp32 arithmetic; bf16 by pairs with AVX512-BF16, and another way with AMX (attention_tiles.h).
 #include "llmkern/attention.h"
 
 #include "../isa.h"
+#include "attention_pairs.h"
 #include "attention_rows.h"
 #include "attention_tiles.h"
+#include "schemes.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kR = LLMKERN_ISA_LEVEL == 2 ? 6 : 4;  // kR · kC accumulators, kC operands, one broadcast number
-constexpr int kN = 48;                              // a multiple of kR and of kLanes
-constexpr int64_t kProductsPerThread = 1 << 20;     // below this, waking a thread costs more than it saves
+constexpr int kSums = LLMKERN_ISA_LEVEL == 2 ? 24 : 12;  // in registers, beside kC operands and one broadcast number
+constexpr int kN = 48;                                   // a multiple of kLanes
+constexpr int64_t kProductsPerThread = 1 << 20;          // below this, waking a thread costs more than it saves
 
+// Lanes are the scheme's: fp32 numbers, or pairs of bf16 along what is summed up.
+template <class Scheme>
 struct Rows : Seen {
-  alignas(64) float q[kMaxHeadDim * kM];    // [dim][row]
-  alignas(64) float out[kMaxHeadDim * kM];  // [value_dim][row]
-  alignas(64) float scores[kN * kM];        // [key][row], then the weights
-  alignas(64) float widened[kN * kMaxHeadDim];
+  static constexpr int kPair = Scheme::kPerLane;
+  static constexpr int kMostLanes = kMaxHeadDim / kPair;
+
+  alignas(64) uint32_t q[kMostLanes * kM];               // [dim / kPair][row]
+  alignas(64) float out[kMaxHeadDim * kM];               // [value_dim][row]
+  alignas(64) float scores[kN * kM];                     // [key][row]; then the weights, as lanes [key / kPair][row]
+  alignas(64) uint32_t block[kN * kMaxHeadDim / kPair];  // of k or v, where it does not lie as it is to be multiplied
 };
 
-template <class T>
-void start(const Call& c, Rows& rows) {
+template <class T, class Scheme>
+void start(const Call& c, Rows<Scheme>& rows) {
   start_softmax(c, rows);
-  for (int r0 = 0; r0 < kM; r0 += kLanes)
-    for (int64_t d = 0; d < c.p.dim; d += kLanes) {
-      F32 square[kLanes];
-      for (int r = 0; r < kLanes; ++r) square[r] = load_at_most(query_at<T>(c.p, rows, r0 + r) + d, c.p.dim - d);
+  for (int r0 = 0; r0 < rows.count; r0 += kLanes)
+    for (int64_t d = 0; d < c.p.dim; d += Scheme::kStep) {
+      U32 square[kLanes];
+      for (int r = 0; r < kLanes; ++r)
+        square[r] = bits_as<U32>(Scheme::load_part(query_at<T>(c.p, rows, r0 + r) + d, c.p.dim - d));
       transpose(square);
-      const int n = c.p.dim - d < kLanes ? c.p.dim - d : kLanes;
-      for (int i = 0; i < n; ++i) store(rows.q + (d + i) * kM + r0, square[i]);
+      const int64_t left = (c.p.dim - d + Scheme::kPerLane - 1) / Scheme::kPerLane;
+      const int n = left < kLanes ? left : kLanes;
+      for (int i = 0; i < n; ++i)
+        std::memcpy(rows.q + (d / Scheme::kPerLane + i) * kM + r0, &square[i], sizeof(square[i]));
     }
   std::memset(rows.out, 0, c.p.value_dim * kM * sizeof(float));
 }
 
-// `count` vectors in fp32: themselves, or widened.
-template <class T>
-inline const float* in_fp32(const T* from, int64_t& stride, int count, int64_t dim, float* widened) {
-  if constexpr (sizeof(T) == 4) {
-    return from;
-  } else {
-    const int64_t to_stride = (dim + kLanes - 1) / kLanes * kLanes;
-    for (int j = 0; j < count; ++j)
-      for (int64_t d = 0; d < dim; d += kLanes)
-        store(widened + j * to_stride + d, load_at_most(from + j * stride + d, dim - d));
-    stride = to_stride;
-    return widened;
-  }
+// Numbers as lanes: number i of step s at `lanes` + i · stride + s · step, in bytes.
+struct Numbers {
+  const char* lanes;
+  int64_t stride, step;
+};
+
+// `count` vectors as they lie, or where their lanes are not numbers of the scheme, or not whole, a copy with
+// them.
+template <class Scheme, class T>
+inline Numbers vectors(const T* from, int64_t stride, int count, int64_t dim, uint32_t* copy) {
+  if (sizeof(T) * Scheme::kPerLane == 4 && dim % Scheme::kPerLane == 0)
+    return {reinterpret_cast<const char*>(from), stride * static_cast<int64_t>(sizeof(T)), 4};
+  const int64_t width = (dim + Scheme::kStep - 1) / Scheme::kStep * kLanes;
+  for (int j = 0; j < count; ++j)
+    for (int64_t d = 0; d < dim; d += Scheme::kStep) {
+      const Bytes lanes = Scheme::load_part(from + j * stride + d, dim - d);
+      std::memcpy(copy + j * width + d / Scheme::kPerLane, &lanes, sizeof(lanes));
+    }
+  return {reinterpret_cast<const char*>(copy), width * 4, 4};
 }
 
-// to[i][r] = to[i][r] · keep[r] + Σ_step  from[i · from_stride + step · from_step] · with[step][r], for kTile i's and
-// kM rows r.
-template <int kTile, bool kAdd>
-inline void tile(const float* from, int64_t from_stride, int64_t from_step, const float* with, int64_t steps,
-                 const F32 (&keep)[kC], float* to) {
-  F32 acc[kTile][kC] = {};
+// to[i][r] = to[i][r] · keep[r] + Σ_step  from(i, step) · with[step][r], for kTile i's and kRegisters of rows r.
+template <class Scheme, int kTile, int kRegisters, bool kAdd>
+__attribute__((noinline)) void tile(const Numbers& from, const void* with, int64_t steps, const F32 (&keep)[kC],
+                                    float* to) {
+  F32 acc[kTile][kRegisters] = {};
   for (int64_t step = 0; step < steps; ++step) {
-    F32 row[kC];
+    Bytes row[kRegisters];
 #pragma GCC unroll 4
-    for (int c = 0; c < kC; ++c) row[c] = load(with + step * kM + c * kLanes);
-#pragma GCC unroll 8
+    for (int c = 0; c < kRegisters; ++c)
+      row[c] = load_bytes(static_cast<const char*>(with) + (step * kM + c * kLanes) * sizeof(float));
+#pragma GCC unroll 24
     for (int i = 0; i < kTile; ++i) {
-      const F32 number = broadcast(from[i * from_stride + step * from_step]);
+      const Bytes number = broadcast_lane(from.lanes + i * from.stride + step * from.step);
 #pragma GCC unroll 4
-      for (int c = 0; c < kC; ++c) acc[i][c] += number * row[c];
+      for (int c = 0; c < kRegisters; ++c) acc[i][c] = Scheme::multiply(row[c], number, acc[i][c]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
-    for (int c = 0; c < kC; ++c) {
+    for (int c = 0; c < kRegisters; ++c) {
       float* at = to + i * kM + c * kLanes;
       // Added at the end, not begun with: sums of blocks, each of few numbers, round less than one long sum.
       store(at, kAdd ? load(at) * keep[c] + acc[i][c] : acc[i][c]);
     }
 }
 
-template <int kTile, bool kAdd>
-inline void rest(int count, const float* from, int64_t from_stride, int64_t from_step, const float* with, int64_t steps,
-                 const F32 (&keep)[kC], float* to) {
-  if constexpr (kTile > 0) {
-    if (count == kTile) return tile<kTile, kAdd>(from, from_stride, from_step, with, steps, keep, to);
-    rest<kTile - 1, kAdd>(count, from, from_stride, from_step, with, steps, keep, to);
+// `count` i's, by tiles of kTile, and what is left by smaller ones.
+template <class Scheme, int kTile, int kRegisters, bool kAdd>
+inline void tiles(int64_t count, Numbers from, const void* with, int64_t steps, const F32 (&keep)[kC], float* to) {
+  for (; count >= kTile; count -= kTile, from.lanes += kTile * from.stride, to += kTile * kM)
+    tile<Scheme, kTile, kRegisters, kAdd>(from, with, steps, keep, to);
+  if constexpr (kTile > 1) tiles<Scheme, kTile / 2, kRegisters, kAdd>(count, from, with, steps, keep, to);
+}
+
+// As many registers of rows as the task has; the fewer they are the more i's a tile has.
+template <class Scheme, bool kAdd, int kRegisters = kC>
+inline void multiply(int registers, int64_t count, const Numbers& from, const void* with, int64_t steps,
+                     const F32 (&keep)[kC], float* to) {
+  if constexpr (kRegisters > 1)
+    if (registers < kRegisters)
+      return multiply<Scheme, kAdd, kRegisters - 1>(registers, count, from, with, steps, keep, to);
+  tiles<Scheme, kSums / kRegisters, kRegisters, kAdd>(count, from, with, steps, keep, to);
+}
+
+template <class Scheme, class T>
+void multiply_keys(Rows<Scheme>& rows, const T* k, int64_t stride, int count, int64_t dim) {
+  const Numbers keys = vectors<Scheme>(k, stride, count, dim, rows.block);
+  multiply<Scheme, false>(rows.registers(), count, keys, rows.q, (dim + Scheme::kPerLane - 1) / Scheme::kPerLane, {},
+                          rows.scores);
+}
+
+template <class Scheme, class T>
+void add_values(Rows<Scheme>& rows, const T* v, int64_t stride, int count, int64_t dim, const F32 (&keep)[kC]) {
+  const int steps = (count + Scheme::kPerLane - 1) / Scheme::kPerLane;
+  Numbers values;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<Scheme, Bf16>) {
+    pair_vectors(v, stride, count, dim, steps, reinterpret_cast<BFloat16*>(rows.block));
+    values = {reinterpret_cast<const char*>(rows.block), padded_to_pairs(dim) * 4, 4};
   }
-}
-
-template <class T>
-void multiply_keys(Rows& rows, const T* from, int64_t k_stride, int count, int64_t dim) {
-  const float* k = in_fp32(from, k_stride, count, dim, rows.widened);
-  const F32 none[kC] = {};
-  int j = 0;
-  for (; j + kR <= count; j += kR)
-    tile<kR, false>(k + j * k_stride, k_stride, 1, rows.q, dim, none, rows.scores + j * kM);
-  rest<kR - 1, false>(count - j, k + j * k_stride, k_stride, 1, rows.q, dim, none, rows.scores + j * kM);
-}
-
-template <class T>
-void add_values(Rows& rows, const T* from, int64_t v_stride, int count, int64_t dim, const F32 (&keep)[kC]) {
-  const float* v = in_fp32(from, v_stride, count, dim, rows.widened);
-  int64_t d = 0;
-  for (; d + kR <= dim; d += kR) tile<kR, true>(v + d, 1, v_stride, rows.scores, count, keep, rows.out + d * kM);
-  rest<kR - 1, true>(dim - d, v + d, 1, v_stride, rows.scores, count, keep, rows.out + d * kM);
+#endif
+  if constexpr (std::is_same_v<Scheme, Floats>) values = vectors<Scheme>(v, stride, count, dim, rows.block);
+  multiply<Scheme, true>(rows.registers(), dim, {values.lanes, values.step, values.stride}, rows.scores, steps, keep,
+                         rows.out);
 }
 
 // Scales the scores and adds a mask that differs between rows: squares of kLanes rows and keys, read along the keys.
-void add_mask(const Call& c, Rows& rows, int64_t j0, int count, F32 scale) {
+inline void add_mask(const Call& c, Seen& rows, float* scores, int64_t j0, int count, F32 scale) {
   for (int r0 = 0; r0 < rows.count; r0 += kLanes)
     for (int j = 0; j < count; j += kLanes) {
       const int n = count - j < kLanes ? count - j : kLanes;
@@ -119,7 +148,7 @@ void add_mask(const Call& c, Rows& rows, int64_t j0, int count, F32 scale) {
       for (int r = 0; r < kLanes; ++r) square[r] = bias(c.p, rows.mask_at[r0 + r], j0 + j, n);
       transpose(square);
       for (int l = 0; l < n; ++l) {
-        float* s = rows.scores + (j + l) * kM + r0;
+        float* s = scores + (j + l) * kM + r0;
         store(s, load(s) * scale + square[l]);
       }
     }
@@ -135,7 +164,8 @@ inline F32 largest(const float* scores, int count) {
   return top[0] > top[1] ? top[0] : top[1];
 }
 
-// e^(scores · factor - shift) takes the place of `count` scores; returns their sum.
+// Weights, e^(scores · factor - shift), take the place of `count` scores, as the scheme's lanes; returns their sum.
+template <class Scheme>
 inline F32 weigh(float* scores, int count, F32 factor, F32 shift) {
   F32 total[2] = {};
   for (int j = 0; j < count; ++j) {
@@ -146,8 +176,27 @@ inline F32 weigh(float* scores, int count, F32 factor, F32 shift) {
   return total[0] + total[1];
 }
 
+#ifdef __AVX512BF16__
+template <>
+inline F32 weigh<Bf16>(float* scores, int count, F32 factor, F32 shift) {
+  const F32 to_base_2 = broadcast(0x1.715476p0f);
+  F32 total[2] = {};
+  for (int j = 0; j < count; j += 2) {
+    const auto weight = [&](int i) {
+      return i < count ? exp2_or_0((load(scores + i * kM) * factor - shift) * to_base_2) : F32{};
+    };
+    const F32 first = weight(j), second = weight(j + 1);
+    total[0] += first, total[1] += second;
+    const Bytes lanes = pairs_of(first, second);
+    std::memcpy(scores + j / 2 * kM, &lanes, sizeof(lanes));
+  }
+  return total[0] + total[1];
+}
+#endif
+
 // scores → weights of keys [j0, j0 + count); keep is what the rows' sums so far are to be multiplied with.
-void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 (&keep)[kC]) {
+template <class Scheme>
+void softmax(const Call& c, Rows<Scheme>& rows, int64_t j0, int count, bool by_key, F32 (&keep)[kC]) {
   const AttentionParams& p = c.p;
   const bool by_row = p.mask && !c.mask_by_key;
   const bool all_see = j0 >= rows.every_first && j0 + count - 1 <= rows.every_last;
@@ -155,14 +204,17 @@ void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 
   const F32 scale = broadcast(p.sm_scale), one = broadcast(1.0f);
   if (p.softcap > 0.0f) {
     const F32 cap = broadcast(p.softcap);
-    for (int i = 0; i < count * kM; i += kLanes)
-      store(rows.scores + i, tanh(load(rows.scores + i) * scale / cap) * cap);
+    for (int j = 0; j < count; ++j)
+      for (int i = 0; i < rows.registers(); ++i) {
+        float* const s = rows.scores + j * kM + i * kLanes;
+        store(s, tanh(load(s) * scale / cap) * cap);
+      }
   }
-  if (by_row) add_mask(c, rows, j0, count, p.softcap > 0.0f ? one : scale);
+  if (by_row) add_mask(c, rows, rows.scores, j0, count, p.softcap > 0.0f ? one : scale);
   // Scores that nothing but the scale changes are left as they are: the largest stays it.
   const bool as_they_are = simple && !by_key && all_see && p.sm_scale > 0.0f;
   const F32 factor = as_they_are ? scale : one;
-  for (int i = 0; i < kC; ++i) {
+  for (int i = 0; i < rows.registers(); ++i) {
     float* s = rows.scores + i * kLanes;
     if (!as_they_are) {
       S32 first, last;
@@ -183,14 +235,14 @@ void softmax(const Call& c, Rows& rows, int64_t j0, int count, bool by_key, F32 
     const F32 top = here > before ? here : before;
     const F32 shift = top == -kInfinity ? F32{} : top;
     keep[i] = exp_or_0(before - shift);
-    const F32 total = weigh(s, count, factor, shift);
+    const F32 total = weigh<Scheme>(s, count, factor, shift);
     store(rows.total + i * kLanes, load(rows.total + i * kLanes) * keep[i] + total);
     store(rows.top + i * kLanes, top);
   }
 }
 
-template <class T>
-void finish(const Call& c, Rows& rows) {
+template <class T, class Scheme>
+void finish(const Call& c, Rows<Scheme>& rows) {
   const AttentionParams& p = c.p;
   for (int r0 = 0; r0 < rows.count; r0 += kLanes) {
     const F32 factor = finish_softmax(p, rows, r0, load(rows.total + r0));
@@ -205,8 +257,8 @@ void finish(const Call& c, Rows& rows) {
   }
 }
 
-template <class T>
-void run(const Call& c, Rows& rows) {
+template <class T, class Scheme>
+void run(const Call& c, Rows<Scheme>& rows) {
   const AttentionParams& p = c.p;
   start<T>(c, rows);
   const bool by_key = p.key_padding || c.mask_by_key;
@@ -224,23 +276,34 @@ void run(const Call& c, Rows& rows) {
   finish<T>(c, rows);
 }
 
-inline void run(const Call& c, Rows& rows) {
-  with_type(c.p.dtype, [&]<class T>() { run<T>(c, rows); });
-}
-
-template <class RowsOfTask>
+template <class T, class RowsOfTask>
 void tasks(const Call& c, int64_t begin, int64_t end) {
   RowsOfTask rows;
   for (int64_t at = begin; at < end; ++at) {
     static_cast<Task&>(rows) = c.task(at);
-    if (at + 1 < end)
-      with_type(c.p.dtype, [&]<class T>() {
-        const Task next = c.task(at + 1);
-        fetch_queries<T>(c, next);
-        if (next.head != rows.head || next.batch != rows.batch) fetch_keys<T>(c.p, next, 0);
-      });
-    run(c, rows);
+    if (at + 1 < end) {
+      const Task next = c.task(at + 1);
+      fetch_queries<T>(c, next);
+      if (next.head != rows.head || next.batch != rows.batch) fetch_keys<T>(c.p, next, 0);
+    }
+    run<T>(c, rows);
   }
+}
+
+template <class T>
+void tasks_of(const Call& c, int64_t begin, int64_t end) {
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    Tiles::begin();
+    tasks<T, TileRows>(c, begin, end);
+    return Tiles::end();
+  } else
+#elif defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    tasks<T, Rows<Bf16>>(c, begin, end);
+  else
+#endif
+    tasks<T, Rows<Floats>>(c, begin, end);
 }
 
 }  // namespace
@@ -248,17 +311,9 @@ void tasks(const Call& c, int64_t begin, int64_t end) {
 void attention(const AttentionParams& p, const Threads& threads) {
   const Call c{p};
   const int64_t products = kM * (p.keys + 1) * (p.dim + p.value_dim);
-  threads.parallel_for(p.batch * p.kv_heads * c.blocks, kProductsPerThread / products + 1,
-                       [&](int64_t begin, int64_t end) {
-#ifdef __AMX_BF16__
-                         if (p.dtype == DType::bf16) {
-                           Tiles::begin();
-                           tasks<TileRows>(c, begin, end);
-                           return Tiles::end();
-                         }
-#endif
-                         tasks<Rows>(c, begin, end);
-                       });
+  threads.parallel_for(
+      p.batch * p.kv_heads * c.blocks, kProductsPerThread / products + 1,
+      [&](int64_t begin, int64_t end) { with_type(p.dtype, [&]<class T>() { tasks_of<T>(c, begin, end); }); });
 }
 
 }  // namespace llmkern::LLMKERN_ISA

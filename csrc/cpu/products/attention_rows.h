@@ -21,6 +21,8 @@ constexpr float kInfinity = __builtin_inff();
 struct Task {
   int64_t batch, head, first_row;
   int count;
+
+  int registers() const { return (count + kLanes - 1) / kLanes; }
 };
 
 // What a task keeps of its rows, whichever way its blocks lie.

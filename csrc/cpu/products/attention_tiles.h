@@ -9,17 +9,13 @@
 
 #ifdef __AMX_BF16__
 
-#include "attention_rows.h"
+#include "attention_pairs.h"
 #include "tiles.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
 constexpr int kBlockRegisters = kMostKeys / kLanes;
-
-constexpr int64_t padded_to_tiles(int64_t n) {
-  return (n + 31) / 32 * 32;
-}
 
 struct TileRows : Seen {
   alignas(64) BFloat16 q[kM * kMaxHeadDim];              // [row][dim], padded with zeros to whole tiles, as all are
@@ -32,23 +28,6 @@ struct TileRows : Seen {
   alignas(64) float out[kM * kMaxHeadDim];               // [row][dim]
   bool any;                                              // whether something was added to out
 };
-
-// 16 pairs of numbers from p on, which has n > 0 left; 0 beyond.
-inline __m512i load_pairs(const BFloat16* p, int64_t n) {
-  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
-}
-
-// 2ˣ for x <= 0 within 10⁻⁷ of itself; 0 below 2⁻¹²⁶, of NaN NaN.  A polynomial of least error in what x is above the
-// next integer.
-inline F32 exp2_or_0(F32 x) {
-  const F32 r = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  F32 g = r * 0x1.ec3210p-10f + 0x1.26900ap-7f;
-  g = g * r + 0x1.c95446p-5f;
-  g = g * r + 0x1.ebd5a8p-3f;
-  g = g * r + 0x1.62e4f6p-1f;
-  g = g * r + 0x1.fffffep-1f;
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(-126.0f), _CMP_NLT_UQ), g, x);
-}
 
 // to[i][r] (+)= Σ left[i] · right[r], for 32 i's and 32 r's; strides in bytes, `steps` of 32 products.
 inline void multiply_tiles(const void* left, int64_t left_stride, const void* right, int64_t right_stride,
@@ -84,10 +63,11 @@ inline void multiply_tiles(const void* left, int64_t left_stride, const void* ri
 
 inline void start(const Call& c, TileRows& rows) {
   start_softmax(c, rows);
-  const int64_t dim = padded_to_tiles(c.p.dim);
+  const int64_t dim = padded_to_pairs(c.p.dim);
   for (int r = 0; r < kM; ++r) {
     const BFloat16* const q = query_at<BFloat16>(c.p, rows, r);
-    for (int64_t d = 0; d < dim; d += 32) _mm512_store_si512(rows.q + r * dim + d, load_pairs(q + d, c.p.dim - d));
+    for (int64_t d = 0; d < dim; d += 32)
+      _mm512_store_si512(rows.q + r * dim + d, bits_as<__m512i>(Bf16::load_part(q + d, c.p.dim - d)));
     store(rows.totals + r * kLanes, first(broadcast(rows.total[r]), 1));
   }
   rows.any = false;
@@ -96,30 +76,12 @@ inline void start(const Call& c, TileRows& rows) {
 // A block of k, transposed by pairs of dimensions.
 inline void turn_keys(const BFloat16* k, int64_t stride, int count, int64_t dim, BFloat16* to) {
   for (int64_t d = 0; d < dim; d += 32)
-    for (int j = 0; j < padded_to_tiles(count); j += kLanes) {
+    for (int j = 0; j < padded_to_pairs(count); j += kLanes) {
       U32 square[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        square[i] = j + i < count ? bits_as<U32>(load_pairs(k + (j + i) * stride + d, dim - d)) : U32{};
+        square[i] = j + i < count ? bits_as<U32>(Bf16::load_part(k + (j + i) * stride + d, dim - d)) : U32{};
       transpose(square);
       for (int i = 0; i < kLanes; ++i) std::memcpy(to + ((d / 2 + i) * kMostKeys + j) * 2, &square[i], sizeof(U32));
-    }
-}
-
-// A block of v, the pairs of its keys side by side.
-inline void pair_values(const BFloat16* v, int64_t stride, int count, int64_t dim, BFloat16* to) {
-  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-  const int64_t width = padded_to_tiles(dim);
-  for (int j = 0; j < padded_to_tiles(count); j += 2)
-    for (int64_t d = 0; d < width; d += 32) {
-      const auto key = [&](int i) {
-        return i < count ? load_pairs(v + i * stride + d, dim - d) : _mm512_setzero_si512();
-      };
-      const __m512i even = key(j), odd = key(j + 1);
-      BFloat16* const pairs = to + (j / 2 * width + d) * 2;
-      _mm512_store_si512(pairs, _mm512_permutex2var_epi16(even, lower, odd));
-      _mm512_store_si512(pairs + 32, _mm512_permutex2var_epi16(even, upper, odd));
     }
 }
 
@@ -199,7 +161,7 @@ inline void softmax(const Call& c, TileRows& rows, int64_t j0, int count, bool b
 }
 
 inline void add_values(const AttentionParams& p, TileRows& rows, int count) {
-  const int64_t width = padded_to_tiles(p.value_dim);
+  const int64_t width = padded_to_pairs(p.value_dim);
   for (int r = 0; rows.any && r < rows.count; ++r) {
     const F32 keep = broadcast(rows.keep[r]);
     for (int64_t d = 0; d < width; d += kLanes) store(rows.out + r * width + d, load(rows.out + r * width + d) * keep);
@@ -207,13 +169,13 @@ inline void add_values(const AttentionParams& p, TileRows& rows, int count) {
   for (int r = 0; r < rows.count; r += 32)
     for (int64_t d = 0; d < width; d += 32)
       multiply_tiles(rows.weights + r * kMostKeys, kMostKeys * 2, rows.values + d * 2, width * 4,
-                     padded_to_tiles(count) / 32, rows.any, rows.out + r * width + d, width * 4);
+                     padded_to_pairs(count) / 32, rows.any, rows.out + r * width + d, width * 4);
   rows.any = true;
 }
 
 inline void finish(const Call& c, TileRows& rows) {
   const AttentionParams& p = c.p;
-  const int64_t width = padded_to_tiles(p.value_dim);
+  const int64_t width = padded_to_pairs(p.value_dim);
   if (!rows.any) std::memset(rows.out, 0, kM * width * sizeof(float));
   for (int r0 = 0; r0 < rows.count; r0 += kLanes) {
     F32 totals[kLanes];
@@ -237,11 +199,12 @@ inline void finish(const Call& c, TileRows& rows) {
   }
 }
 
-inline void run(const Call& c, TileRows& rows) {
+template <class T>
+void run(const Call& c, TileRows& rows) {
   const AttentionParams& p = c.p;
   start(c, rows);
   const bool by_key = p.key_padding || c.mask_by_key;
-  const int64_t dim = padded_to_tiles(p.dim);
+  const int64_t dim = padded_to_pairs(p.dim);
   const auto* const k = static_cast<const BFloat16*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
   const auto* const v = static_cast<const BFloat16*>(p.v) + p.v_strides.offset(rows.batch, rows.head, 0);
   for (int64_t j = rows.some_first; j <= rows.some_last; j += kMostKeys) {
@@ -250,7 +213,8 @@ inline void run(const Call& c, TileRows& rows) {
     if (by_key && !set_key_bias(c, rows, j, count)) continue;
     turn_keys(k + j * p.k_strides.position, p.k_strides.position, count, p.dim, rows.keys);
     // (A tile that is loaded from what was stored a moment ago waits for the stores to reach the cache.)
-    pair_values(v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, rows.values);
+    pair_vectors(v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, padded_to_pairs(count) / 2,
+                 rows.values);
     for (int r = 0; r < rows.count; r += 32)
       for (int i = 0; i < count; i += 32)
         multiply_tiles(rows.q + r * dim, dim * 2, rows.keys + i * 2, kMostKeys * 4, dim / 32, false,

@@ -6,18 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern import _native
-from llmkern._compile import constant_result
 from llmkern.backends.cpu import CPU
+from llmkern.backends.cpu._isa import multiplies_bf16
 from llmkern.backends.cpu._rows import DTYPES
 from llmkern.backends.cpu.attention_decode import refuse_heads
 from llmkern.dispatch import implements
 from llmkern.library import native
-
-
-@constant_result
-def _has_tiles() -> bool:
-    return _native.cpu_isa() == "amx"
 
 
 def _refuse(
@@ -31,9 +25,9 @@ def _refuse(
     **_: Any,
 ) -> str | None:
     plain = sinks is None and softcap == 0 and not return_lse and max(window) < 0
-    if plain and q.dtype == torch.bfloat16 and not _has_tiles():
+    if plain and q.dtype == torch.bfloat16 and not multiplies_bf16():
         return (
-            "without AMX it computes bfloat16 in float32, and PyTorch is faster where there is neither softcap nor "
+            "without AVX512-BF16 it computes bfloat16 in float32, and PyTorch is faster where there is neither softcap nor "
             "sinks nor window nor log-sum-exp"
         )
     return refuse_heads(sinks, q=q, k=k, v=v)
