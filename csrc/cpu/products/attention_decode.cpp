@@ -1,17 +1,18 @@
 // attention_decode on the CPU: every key and value is read once, where it lies, for all queries of its head's group.
 // rows     The group's queries: row r is query head hk · group + r / queries, query r % queries.  They are kept in the
-//          workspace in fp32, with what they collect: the output and the online softmax's maximum and sum.
+//          workspace as they are multiplied, with what they collect: the output and the online softmax's maximum and
+//          sum.
 // task     kChunk keys of one key head.  The chunks of a sequence are put together in order, whoever computed them, so
 //          that a result does not depend on the number of threads.
 // block    Up to kBlock keys of a chunk, not beyond a page's end: scores, softmax and weighted values for kRows rows at
 //          a time, while the block's keys and values are in the cache.
-// ISA      A score is kLanes sums over the dimensions, added up for four keys together; int8 codes are widened in
-//          registers, and their scales multiply scores and weights.
+// ISA      A score is kLanes sums over the dimensions, added up for four keys together, in fp32: of bf16 by pairs with
+//          AVX512-BF16.  int8 codes are widened in registers, and their scales multiply scores and weights.
 #include "llmkern/attention_decode.h"
 
-#include "isa.h"
-#include "math.h"
-#include "vec.h"
+#include "../isa.h"
+#include "../math.h"
+#include "schemes.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
@@ -26,7 +27,7 @@ constexpr float kInfinity = __builtin_inff();
 
 typedef float F4 __attribute__((vector_size(16)));
 
-constexpr int64_t padded(int64_t floats) {
+constexpr int64_t to_lines(int64_t floats) {
   return (floats + 15) / 16 * 16;
 }
 
@@ -37,8 +38,8 @@ struct Call {
   int64_t rows = group * p.queries;
   int64_t capacity = p.capacity();
   int64_t most_chunks = capacity > kChunk ? (capacity + kChunk - 1) / kChunk : 1;
-  int64_t q_floats = padded(p.dim), out_floats = padded(p.value_dim);
-  int64_t task_floats = padded(rows * (q_floats + out_floats + 2));
+  int64_t q_floats = to_lines(p.dim), out_floats = to_lines(p.value_dim);
+  int64_t task_floats = to_lines(rows * (q_floats + out_floats + 2));
 
   int64_t length(int64_t b) const {
     if (!p.lengths) return capacity;
@@ -90,7 +91,7 @@ inline F4 sums(F32 a, F32 b, F32 c, F32 d) {
 
 // scores[r][j] = q[r] · k[j] for kR rows and `count` keys; up to the next multiple of kKeys the last key again.
 // Vectors at `later`, which are read next, are fetched meanwhile.
-template <int kR, class C>
+template <class Scheme, int kR, class C>
 inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_stride, int count, int64_t dim,
                      const C* later, int64_t later_stride, float (*scores)[kBlock]) {
   for (int j = 0; j < count; j += kKeys) {
@@ -98,7 +99,7 @@ inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_str
     for (int i = 0; i < kKeys; ++i) key[i] = k + (j + i < count ? j + i : count - 1) * k_stride;
     F32 acc[kR][kKeys] = {};
     const auto step = [&](int64_t d, const auto& load_key) {
-      F32 keys[kKeys];
+      Bytes keys[kKeys];
 #pragma GCC unroll 4
       for (int i = 0; i < kKeys; ++i) {
         keys[i] = load_key(key[i] + d);
@@ -106,14 +107,14 @@ inline void multiply(const float* q, int64_t q_floats, const C* k, int64_t k_str
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) {
-        const F32 query = load(q + r * q_floats + d);
+        const Bytes query = load_bytes(reinterpret_cast<const typename Scheme::Code*>(q + r * q_floats) + d);
 #pragma GCC unroll 4
-        for (int i = 0; i < kKeys; ++i) acc[r][i] += query * keys[i];
+        for (int i = 0; i < kKeys; ++i) acc[r][i] = Scheme::multiply(keys[i], query, acc[r][i]);
       }
     };
     int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) step(d, [](const C* p) { return load(p); });
-    if (const int n = dim - d; n > 0) step(d, [n](const C* p) { return load_first(p, n); });
+    for (; d + Scheme::kStep <= dim; d += Scheme::kStep) step(d, [](const C* p) { return Scheme::load(p); });
+    if (const int n = dim - d; n > 0) step(d, [n](const C* p) { return Scheme::load_part(p, n); });
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) {
       const F4 sum = sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
@@ -172,12 +173,12 @@ struct Block {
 };
 
 // Rows [r0, r0 + kR) see the block.
-template <int kR, class C>
+template <class Scheme, int kR, class C>
 void attend(const Call& c, const Task& task, const Block<C>& block, int64_t length, int64_t r0) {
   const AttentionDecodeParams& p = c.p;
   alignas(64) float scores[kR][kBlock];
-  multiply<kR>(task.q + r0 * c.q_floats, c.q_floats, block.k, p.k_strides.position, block.count, p.dim, block.v,
-               p.v_strides.position, scores);
+  multiply<Scheme, kR>(task.q + r0 * c.q_floats, c.q_floats, block.k, p.k_strides.position, block.count, p.dim, block.v,
+                       p.v_strides.position, scores);
   float keep[kR];
   for (int r = 0; r < kR; ++r) {
     // The keys that the query sees, counted from the block's first.
@@ -215,19 +216,19 @@ void attend(const Call& c, const Task& task, const Block<C>& block, int64_t leng
                  c.out_floats);
 }
 
-template <class C>
+template <class Scheme, class C>
 void attend(const Call& c, const Task& task, const Block<C>& block, int64_t length) {
   int64_t r = 0;
-  for (; r + kRows <= c.rows; r += kRows) attend<kRows>(c, task, block, length, r);
+  for (; r + kRows <= c.rows; r += kRows) attend<Scheme, kRows>(c, task, block, length, r);
   if constexpr (kRows > 2) {
-    if (c.rows - r == 3) attend<3>(c, task, block, length, r);
-    if (c.rows - r == 2) attend<2>(c, task, block, length, r);
+    if (c.rows - r == 3) attend<Scheme, 3>(c, task, block, length, r);
+    if (c.rows - r == 2) attend<Scheme, 2>(c, task, block, length, r);
   }
-  if (c.rows - r == 1) attend<1>(c, task, block, length, r);
+  if (c.rows - r == 1) attend<Scheme, 1>(c, task, block, length, r);
 }
 
 // The keys [begin, end) of sequence b, block by block.
-template <class C>
+template <class Scheme, class C>
 void run(const Call& c, const Task& task, int64_t b, int64_t head, int64_t length, int64_t begin, int64_t end) {
   const AttentionDecodeParams& p = c.p;
   alignas(64) float k_scale[kBlock] = {}, v_scale[kBlock] = {};
@@ -255,7 +256,7 @@ void run(const Call& c, const Task& task, int64_t b, int64_t head, int64_t lengt
       for (int64_t j = 0; j < count; ++j) v_scale[j] = from_v[j * p.v_scale_strides.position];
       block.k_scale = k_scale, block.v_scale = v_scale;
     }
-    attend(c, task, block, length);
+    attend<Scheme>(c, task, block, length);
     begin += count;
   }
 }
@@ -296,8 +297,22 @@ void finish(const Call& c, int64_t at, int64_t chunks) {
   }
 }
 
+// How queries of type T are multiplied with keys of type C.
+template <class T, class C>
+struct SchemeOf {
+  using Type = Floats;
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct SchemeOf<BFloat16, BFloat16> {
+  using Type = Bf16;
+};
+#endif
+
 template <class T, class C>
 void decode(const AttentionDecodeParams& p, const Threads& threads) {
+  using Scheme = typename SchemeOf<T, C>::Type;
   const Call c{p};
   const int64_t heads = p.batch * p.kv_heads;
   int64_t chunks = 1;
@@ -316,12 +331,15 @@ void decode(const AttentionDecodeParams& p, const Threads& threads) {
         for (int64_t r = 0; r < c.rows; ++r) {
           const T* q =
               static_cast<const T*>(p.q) + p.q_strides.offset(b, head * c.group + r / p.queries, r % p.queries);
-          for (int64_t d = 0; d < p.dim; d += kLanes)
-            store(task.q + r * c.q_floats + d, load_at_most(q + d, p.dim - d));
+          auto* const to = reinterpret_cast<typename Scheme::Code*>(task.q + r * c.q_floats);
+          for (int64_t d = 0; d < p.dim; d += Scheme::kStep) {
+            const Bytes numbers = Scheme::load_part(q + d, p.dim - d);
+            std::memcpy(to + d, &numbers, sizeof(numbers));
+          }
           task.top[r] = -kInfinity, task.total[r] = 0.0f;
         }
         std::memset(task.out, 0, c.rows * c.out_floats * sizeof(float));
-        run<C>(c, task, b, head, length, first, first + kChunk < length ? first + kChunk : length);
+        run<Scheme, C>(c, task, b, head, length, first, first + kChunk < length ? first + kChunk : length);
       }
       if (chunks == 1) finish<T>(c, at, first < length);
     }
@@ -354,4 +372,4 @@ int64_t llmkern::attention_decode_workspace_bytes(const AttentionDecodeParams& p
 }
 #endif
 
-LLMKERN_CPU_LAUNCHER(attention_decode, AttentionDecodeParams)
+LLMKERN_PRODUCTS_LAUNCHER(attention_decode, AttentionDecodeParams)
