@@ -27,8 +27,8 @@ def _refuse(
     plain = sinks is None and softcap == 0 and not return_lse and max(window) < 0
     if plain and q.dtype == torch.bfloat16 and not multiplies_bf16():
         return (
-            "without AVX512-BF16 it computes bfloat16 in float32, and PyTorch is faster where there is neither softcap nor "
-            "sinks nor window nor log-sum-exp"
+            "without AVX512-BF16 it computes bfloat16 in float32, and PyTorch is faster where there is neither softcap "
+            "nor sinks nor window nor log-sum-exp"
         )
     return refuse_heads(sinks, q=q, k=k, v=v)
 
