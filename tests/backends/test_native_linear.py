@@ -268,6 +268,8 @@ def test_linear_says_what_it_cannot_serve() -> None:
     call = {"x": torch.zeros(FEW, 8), "weight": torch.zeros(6, 8), "bias": None, "activation": "none"}
     assert linear.why_not(**call) is None
     assert linear.why_not(**call | {"x": torch.zeros(2 * FEW, 8)}).startswith("x has more than 4 rows: ")
+    in_bf16 = {name: torch.zeros(2 * FEW, 8, dtype=torch.bfloat16) for name in ("x", "weight")}
+    assert (linear.why_not(**call | in_bf16) is None) == (_native.cpu_isa() == "avx512_bf16")
     assert (
         linear.why_not(**call | {"weight": torch.zeros(8, 6).T}) == "the rows of weight have stride 6; only 1 is taken"
     )
