@@ -47,7 +47,7 @@ class EncoderParts:
     norms: tuple[NormPart, NormPart]
     linears: tuple[LinearPart, ...]
     positional: tuple[str, ...]
-    heads: int = 1
+    heads: int = 0  # until a probe has found out
     sm_scale: float = 1.0
     activation: str = "gelu"
     granted: tuple[Part, ...] = ()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.swap.granted import shell_class
+from llmkern.swap.observe import Sources
 
 __all__ = [
     "FAR",
@@ -21,6 +22,7 @@ __all__ = [
     "linear_like",
     "probe",
     "stand_in",
+    "why_elsewhere",
 ]
 
 PROBE_TOLERANCE = 1e-5
@@ -91,6 +93,14 @@ def probe(module: nn.Module, *inputs: Tensor) -> Tensor | None:
     except Exception:  # whatever foreign code raises on inputs that it was not made for, it is not the kind sought
         return None
     return out if isinstance(out, Tensor) else None
+
+
+def why_elsewhere(module: nn.Module, *inputs: Tensor) -> str:
+    """The sentence why the class's own forward may compute something else on other inputs, "" where its source and that
+    of what it calls say nothing of the kind."""
+    with Sources() as sources:
+        probe(module, *inputs)
+    return sources.reason
 
 
 def agrees(out: Tensor | None, expected: Tensor) -> bool:

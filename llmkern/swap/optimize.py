@@ -20,6 +20,7 @@ from llmkern.memory import move_to_huge_pages_
 from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
 from llmkern.swap.found import Found, linear_like
+from llmkern.swap.observe import settled
 from llmkern.swap.report import SwapReport, SwapRow
 from llmkern.swap.rules import RULES
 
@@ -82,8 +83,8 @@ def optimize_(
         "linear": linear,
         "kv_cache": kv_cache,
     }
-    with torch.device("cpu"):  # for the probes, whatever torch.set_default_device says
-        sites = _settled(list(_sites(model, switches, filter_fn)))
+    with settled():  # for the probes
+        sites = _resolved(list(_sites(model, switches, filter_fn)))
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
@@ -178,7 +179,7 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
                     excluded = "left out by filter_fn"
                 elif not found.reason and derive.forward_is_replaced(module):
                     found = Found(found.kind, found.op, "its forward was replaced on the instance")
-                if found.kind == "cache" and switches["kv_cache"] == "auto":
+                if found.is_whole or (found.kind == "cache" and switches["kv_cache"] == "auto"):
                     excluded = excluded or found.reason  # nobody has asked for what it cannot have
             if found.kind == "mlp" and not found.reason and not excluded:
                 absorbed |= {id(child) for child in module.children()}  # its activation is no longer called
@@ -192,7 +193,7 @@ def _variant(found: Found, module: nn.Module, choice: Any) -> Found:
     return replace(found, cls=found.variants.get(choice, found.cls))
 
 
-def _settled(sites: list[_Site]) -> list[_Site]:
+def _resolved(sites: list[_Site]) -> list[_Site]:
     """The sites, in which no layer is swapped as a whole if one of its parts is to stay as it is.
 
     Linear layers are no parts in this sense: of those in a layer that is swapped as a whole nothing is swapped.

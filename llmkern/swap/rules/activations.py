@@ -11,7 +11,7 @@ from torch import nn
 
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in, why_elsewhere
 from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("mlp",)
@@ -29,6 +29,8 @@ def find(module: nn.Module) -> Found | None:
             parts = noted(shell)
             if parts is None:
                 return Found("activation", "", UNSEEN)
+            if reason := why_elsewhere(shell, near):
+                return Found("activation", "", reason)
             cls = derive(type(module), _forward, ("_llmkern_approximate", approximate), ("_llmkern_parts", parts))
             return Found("activation", "gelu", cls=cls, sample=partial(_sample, approximate))
     return None

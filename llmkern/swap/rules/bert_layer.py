@@ -1,7 +1,7 @@
 """Encoder layers with their norms after the sums (BERT, RoBERTa, DistilBERT, …) as one op.
 
 A layer with one attention, six linear layers and two layer norms, wherever within it they are; what it computes is
-found out by running a small copy of it, which has to agree with the op's reference.  At each call the op serves what
+found out by running small copies of it, which have to agree with the op's reference.  At each call the op serves what
 it can; the rest goes through the layer's own forward, whose parts are swapped one by one as well, with the reason on
 record (llmkern/swap/encoder_forward.py).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,11 +24,14 @@ from llmkern.ops.encoder_layer import ACTIVATIONS
 from llmkern.swap.derive import as_before, derive
 from llmkern.swap.encoder_forward import LINEARS, OP, EncoderParts, forward
 from llmkern.swap.found import FAR, Found, agrees, linear_like
-from llmkern.swap.granted import Part, Path, below, noted
-from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
+from llmkern.swap.granted import UNSEEN, Part, Path, below, noted
+from llmkern.swap.layer_probe import Asked, Computed, NotAlike, Raises, differs, run, small_copy
+from llmkern.swap.observe import aside
+from llmkern.swap.rules import activations as activation_rule
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import norms as norms_rule
-from llmkern.swap.whole_layer import LinearPart, NormPart
+from llmkern.swap.rules.attention import INTERFACE
+from llmkern.swap.whole_layer import LinearPart, NormPart, at
 
 SWITCHES = ("attention", "norms", "mlp")
 
@@ -50,10 +54,12 @@ def find(module: nn.Module) -> Found | None:
         positional=tuple(inspect.signature(type(module).forward).parameters)[2:],
         granted=norms[0][2] + norms[1][2],
     )
-    probed = partial(_probed, module, layer, attentions[0], list(linears.values()))
-    passed = probed(1.0)
-    if passed is None or probed(FAR) is None:
+    try:
+        passed = _probed(module, layer, attentions[0], list(linears.values()))
+    except Raises:  # a model with one layer, say
         return None
+    except NotAlike as error:
+        return Found("layer", OP, str(error), is_whole=True)
     cls = derive(type(module), forward, ("_llmkern_layer", passed))
     return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
 
@@ -63,7 +69,8 @@ def _attentions(module: nn.Module) -> list[Path]:
     found = []
     for path, child in module.named_modules():
         attention = None if not path or linear_like(child) else attention_rule.find(as_before(child))
-        if attention is not None and attention.op and not attention.reason and not getattr(child, "is_causal", False):
+        causal = getattr(child, "is_causal", True)  # as transformers' attention functions have it
+        if attention is not None and attention.op and not attention.reason and causal is False:
             found.append(tuple(path.split(".")))
     return found
 
@@ -81,52 +88,82 @@ def _norms(module: nn.Module) -> list[tuple[NormPart, float, tuple[Part, ...]]]:
     return found
 
 
-def _probed(
-    module: nn.Module, layer: EncoderParts, attention: Path, linears: list[Any], spread: float
-) -> EncoderParts | None:
-    """The layer with what its attention asks for, if a small copy of it computes what the op does.
+_PROBES = (
+    ("on small values", 1.0, torch.float32),
+    ("on large values", FAR, torch.float32),  # where the activation's forms cannot be told from each other
+    ("in float64", 1.0, torch.float64),
+)
 
-    spread: of the values, and of the activation's inputs; far out its forms cannot be told from each other.
-    """
+
+def _probed(module: nn.Module, layer: EncoderParts, attention: Path, linears: list[Any]) -> EncoderParts:
+    """The layer with what its attention asks for; raises `NotAlike` where a small copy of it does not compute what the
+    op does."""
     across = linears[0].out_features
     if any(linear.out_features != across for linear in linears[:3]) or linears[3].in_features != across:
-        return None
-    call, asked = _small_call(layer, across), Asked()
-    for name in ("v_weight", "up_weight"):
-        call[name] *= spread
-    stand_ins: dict[Path, nn.Module] = {}
-    for norm, name in zip(layer.norms, ("attention_norm", "output_norm"), strict=True):
-        stand_ins[norm.path] = Computed(partial(_normed, call, name))
-    for part, name in zip(layer.linears, LINEARS, strict=True):
-        weight, bias = call[f"{name}_weight"], call[f"{name}_bias"]
-        stand_ins[part.path] = Computed(partial(F.linear, weight=weight, bias=bias))
-    copy = small_copy(module, stand_ins, attention, asked)
-    out = run(copy, call["hidden"], attention_mask=call["mask"])
-    scale, granted = asked.arguments.pop("scaling", None), noted(copy)
-    if out is None or scale is None or granted is None or any(asked.arguments.values()) or across % asked.heads:
-        return None
-    for activation in ACTIVATIONS:
-        found = {"heads": asked.heads, "sm_scale": float(scale), "activation": activation}
-        if agrees(out, implementation(OP, "reference").fn(**call, **found)):
-            return replace(layer, **found, granted=granted + layer.granted)  # type: ignore[arg-type]
-    return None
+        raise NotAlike("its linear layers do not have the sizes of an encoder layer's")
+    granted: tuple[Part, ...] = ()
+    for how, spread, dtype in _PROBES:
+        asked = Asked()
+        call = _small_call(across, spread, dtype)
+        stand_ins: dict[Path, nn.Module] = {}
+        for norm, name in zip(layer.norms, ("attention_norm", "output_norm"), strict=True):
+            stand_ins[norm.path] = Computed(partial(_normed, call, name))
+        for part, name in zip(layer.linears, LINEARS, strict=True):
+            weight, bias = call[f"{name}_weight"], call[f"{name}_bias"]
+            stand_ins[part.path] = Computed(partial(F.linear, weight=weight, bias=bias))
+        copy = small_copy(module, stand_ins, attention, {INTERFACE: asked})
+        _set_activations_aside(module, copy)
+        out = run(copy, how, asked, call["hidden"], attention_mask=call["mask"])
+        notes = noted(copy)
+        if notes is None:
+            raise NotAlike(UNSEEN)
+        granted = tuple(dict.fromkeys((*granted, *notes)))
+        found = _matching(layer, call, asked, out, how)
+        if layer.heads == 0:
+            layer = found
+        elif replace(layer, activation="") != replace(found, activation=""):
+            raise NotAlike(f"its attention asks for another scale {how}")
+    return replace(layer, granted=granted + layer.granted)
 
 
-def _small_call(layer: EncoderParts, across: int) -> dict[str, Any]:
+def _set_activations_aside(module: nn.Module, copy: Any) -> None:
+    """Let no probe look at the operators of activations, which are parts of the layer."""
+    for path, child in module.named_modules():
+        leaf: Any = None if child._modules or child._parameters or not path else at(copy, tuple(path.split(".")))
+        if leaf is not None and (type(child).__module__.startswith("torch.nn.") or activation_rule.find(child)):
+            vars(leaf)["forward"] = aside(types.MethodType(type(leaf).forward, leaf))
+
+
+def _matching(layer: EncoderParts, call: dict[str, Any], asked: Asked, out: Tensor, how: str) -> EncoderParts:
+    """The layer with scale, heads and activation with which the op computes `out`; `NotAlike` where there are none."""
+    others = asked.arguments.keys() - {"scaling", "is_causal"}
+    scale = asked.arguments.get("scaling")
+    if others or not isinstance(scale, float) or asked.arguments.get("is_causal", False) is not False:
+        raise NotAlike(f"its attention asks for {', '.join(sorted(others)) or 'no scale, or a causal mask'}")
+    if call["q_weight"].shape[0] % asked.heads:
+        raise NotAlike("its heads have no width")
+    for activation in (layer.activation,) if layer.heads else ACTIVATIONS:
+        sizes = {"heads": asked.heads, "sm_scale": scale, "activation": activation}
+        if agrees(out, implementation(OP, "reference").fn(**call, **sizes)):
+            return replace(layer, **sizes)  # type: ignore[arg-type]
+    raise differs(how)
+
+
+def _small_call(across: int, spread: float, dtype: torch.dtype) -> dict[str, Any]:
     """The op's call for the probe but for what is to be found out: the layer's heads, and a small hidden size."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     sizes = dict.fromkeys("qkv", (across, _HIDDEN)) | {"o": (_HIDDEN, across)}
     sizes |= {"up": (_INNER, _HIDDEN), "down": (_HIDDEN, _INNER)}
     call: dict[str, Any] = {"hidden": randn(_BATCH, _LENGTH, _HIDDEN), "eps": 1e-5, "scheme": "w8a8"}
-    call["mask"] = torch.full((_LENGTH, _LENGTH), -math.inf).triu(1)[None, None]
+    call["mask"] = torch.full((_LENGTH, _LENGTH), -math.inf, dtype=dtype).triu(1)[None, None]
     for name, (rows, columns) in sizes.items():
         # Inputs of the activation as large as where its forms differ most.
-        spread = 2.0 if name == "up" else 1.0
-        call |= {f"{name}_weight": randn(rows, columns) * spread * columns**-0.5, f"{name}_scale": None}
+        wide = (2.0 if name == "up" else 1.0) * (spread if name in ("up", "v") else 1.0)
+        call |= {f"{name}_weight": randn(rows, columns) * wide * columns**-0.5, f"{name}_scale": None}
         call[f"{name}_bias"] = randn(rows)
     for name in ("attention_norm", "output_norm"):
         call |= {name: randn(_HIDDEN), f"{name}_bias": randn(_HIDDEN)}

@@ -22,18 +22,41 @@ from llmkern.dispatch import implementation
 from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
 from llmkern.swap.derive import as_before, derive
 from llmkern.swap.found import FAR, Found, agrees, linear_like
-from llmkern.swap.granted import Part, Path, below, noted
-from llmkern.swap.layer_probe import Asked, Computed, run, small_copy
+from llmkern.swap.granted import UNSEEN, Part, Path, below, noted
+from llmkern.swap.layer_probe import FAR_POSITION, Asked, Computed, NotAlike, Past, differs, run, small_copy
+from llmkern.swap.observe import aside
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import mlp as mlp_rule
 from llmkern.swap.rules import norms as norms_rule
 from llmkern.swap.rules import rope as rope_rule
+from llmkern.swap.rules.attention import INTERFACE
 from llmkern.swap.whole_layer import LinearPart, NormPart
 
 SWITCHES = ("attention", "norms", "mlp", "rope")
 
 _HIDDEN, _INNER, _BATCH, _LENGTH = 6, 10, 2, 3  # of the probe
 _NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+
+
+class _Probe(NamedTuple):
+    """One run of a small copy.
+
+    how: a phrase for the sentence.  spread: of the values; queries and keys as large would leave softmax to rounding.
+    past: tokens in the cache, None for no cache.  first: position of the first token.
+    """
+
+    how: str
+    dtype: torch.dtype = torch.float32
+    spread: float = 1.0
+    past: int | None = None
+    first: int = 0
+
+
+_NEAR = _Probe("on small values")
+_PROBES = (
+    _Probe("on large values", spread=FAR),
+    _Probe("in float64, after a past, at positions from a million on", torch.float64, past=4, first=FAR_POSITION),
+)
 
 
 def find(module: nn.Module) -> Found | None:
@@ -43,12 +66,16 @@ def find(module: nn.Module) -> Found | None:
     if layer is None:
         return None
     first, second, *heads = layer.norms
+    reasons = []
     for norms in ((first, second, *heads), (second, first, *heads)):
-        passed = _probed(module, replace(layer, norms=norms))
-        if passed is not None and _probed(module, replace(layer, norms=norms), FAR) is not None:
+        try:
+            passed = _probed(module, replace(layer, norms=norms))
+        except NotAlike as error:
+            reasons.append(str(error))
+        else:
             cls = derive(type(module), forward, ("_llmkern_layer", passed))
             return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
-    return None
+    return Found("layer", OP, reasons[0], is_whole=True)
 
 
 def _parts_of(module: nn.Module) -> DecoderParts | None:
@@ -162,57 +189,86 @@ def _mlp_linears(name: str, mlp: nn.Module, cls: Any) -> tuple[LinearPart, ...]:
     return (*(gate_and_up if cls._llmkern_gate_first else reversed(gate_and_up)), LinearPart((name, down)))
 
 
-def _probed(module: nn.Module, layer: DecoderParts, spread: float = 1.0) -> DecoderParts | None:
-    """The layer with what its attention asks for, if a small copy of it computes what the op does.
+def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts:
+    """The layer with what its attention asks for; raises `NotAlike` where a small copy of it does not compute what the
+    op does, near and far."""
+    granted: tuple[Part, ...] = ()
+    found = replace(layer, sm_scale=math.nan)
+    for probe in (_NEAR, *_PROBES):
+        asked = Asked()
+        call = _small_call(layer, module._modules[layer.attention], probe)
+        k, v = call["k_cache"], call["v_cache"]
+        past = None if probe.past is None else Past(k[:, :, : probe.past].clone(), v[:, :, : probe.past].clone())
+        rotations = rope_rule.rotary_functions(type(as_before(getattr(module, layer.attention))).forward)
+        globals_ = {INTERFACE: asked} | {name: aside(function) for name, function in rotations.items()}
+        copy = small_copy(module, _stand_ins(layer, call), (layer.attention,), globals_)
+        out = run(
+            copy,
+            probe.how,
+            asked,
+            call["hidden"],
+            attention_mask=call["mask"],
+            position_ids=torch.arange(_LENGTH)[None] + probe.first,
+            past_key_values=past,
+            use_cache=past is not None,
+            position_embeddings=(call["cos"], call["sin"]),
+        )
+        scale, window = _asked_for(asked)
+        if not agrees(out, implementation(OP, "reference").fn(**call, sm_scale=scale)):
+            raise differs(probe.how)
+        if past is not None and past.calls != 1:
+            raise NotAlike(f"its attention updates its cache {past.calls} times")
+        notes = noted(copy)
+        if notes is None:
+            raise NotAlike(UNSEEN)
+        if probe is _NEAR:
+            found = replace(layer, sm_scale=scale, window=window)
+        elif (scale, window) != (found.sm_scale, found.window):
+            raise NotAlike(f"its attention asks for another scale or window {probe.how}")
+        granted = tuple(dict.fromkeys((*granted, *notes)))
+    return replace(found, granted=granted + layer.granted)
 
-    spread: of the values; queries and keys as large would leave softmax to rounding.
-    """
-    call, asked = _small_call(layer, module._modules[layer.attention]), Asked()
-    call["v_weight"] *= spread
-    copy = small_copy(module, _stand_ins(layer, call), (layer.attention,), asked)
-    out = run(
-        copy,
-        call["hidden"],
-        attention_mask=call["mask"],
-        position_ids=torch.arange(_LENGTH)[None],
-        past_key_values=None,
-        use_cache=False,
-        position_embeddings=(call["cos"], call["sin"]),
-    )
-    scale, window = asked.arguments.pop("scaling", None), asked.arguments.pop("sliding_window", -1)
-    if out is None or scale is None or any(asked.arguments.values()):
-        return None
-    granted = noted(copy)
-    if granted is None or not agrees(out, implementation(OP, "reference").fn(**call, sm_scale=scale)):
-        return None
-    return replace(layer, sm_scale=float(scale), window=int(window), granted=granted + layer.granted)
+
+def _asked_for(asked: Asked) -> tuple[float, int]:
+    """Scale and window that the attention asks for; `NotAlike` where it asks for more."""
+    others = asked.arguments.keys() - {"scaling", "sliding_window", "is_causal"}
+    if others or asked.arguments.get("is_causal", True) is not True:
+        raise NotAlike(f"its attention asks for {', '.join(sorted(others)) or 'no causal mask'}")
+    scale, window = asked.arguments.get("scaling"), asked.arguments.get("sliding_window", -1)
+    if not isinstance(scale, float) or not isinstance(window, int):
+        raise NotAlike("its attention asks for no scale, or for one that is no number")
+    return scale, window
 
 
-def _small_call(layer: DecoderParts, attention: Any) -> dict[str, Any]:
+def _small_call(layer: DecoderParts, attention: Any, probe: _Probe) -> dict[str, Any]:
     """The op's call for the probe but for sm_scale: the layer's heads, and a small hidden size."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(probe.dtype)
 
     across, dim = attention.o_proj.in_features, layer.head_dim
     keys = layer.kv_heads * dim
     sizes = {"q": across, "k": keys, "v": keys, "o": _HIDDEN, "gate": _INNER, "up": _INNER, "down": _HIDDEN}
     into = {"o": across, "down": _INNER}
-    call: dict[str, Any] = {name: None for name in ("k_cache", "v_cache", "k_cache_scale", "v_cache_scale")}
+    held, past = (None, 0) if probe.past is None else (probe.past + _LENGTH, probe.past)
+    call: dict[str, Any] = {"k_cache_scale": None, "v_cache_scale": None}
+    for name in ("k_cache", "v_cache"):
+        call[name] = None if held is None else randn(_BATCH, layer.kv_heads, held, dim)
     for name, size in sizes.items():
         columns = into.get(name, _HIDDEN)
         call |= {f"{name}_weight": randn(size, columns) * columns**-0.5, f"{name}_scale": None}
         call[f"{name}_bias"] = randn(size)
     for name, norm in zip(_NORMS, layer.norms, strict=True):
         call[name] = None if norm is None else randn(dim if name in ("q_norm", "k_norm") else _HIDDEN)
-    hidden = torch.full((_LENGTH, _LENGTH), -math.inf).triu(1)[None, None]
+    call["v_weight"] *= probe.spread
+    mask = torch.full((_LENGTH, past + _LENGTH), -math.inf, dtype=probe.dtype).triu(past + 1)[None, None]
     return call | {
         "hidden": randn(_BATCH, _LENGTH, _HIDDEN),
         "cos": randn(1, _LENGTH, dim),
         "sin": randn(1, _LENGTH, dim),
-        "past": 0,
-        "mask": hidden,
+        "past": past,
+        "mask": mask,
         "head_dim": dim,
         "eps": 1e-5,
         "norm_offset": layer.norm_offset,

@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 
 from llmkern import ops
 from llmkern.swap.derive import derive, untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, stand_in
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, stand_in, why_elsewhere
 from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("mlp",)
@@ -52,6 +52,8 @@ def find(module: nn.Module) -> Found | None:
                     parts = noted(shell)
                     if parts is None:
                         return Found("mlp", "", UNSEEN)
+                    if reason := why_elsewhere(shell, _small_layers(names)[1]):
+                        return Found("mlp", "", reason)
                     attributes = (
                         ("_llmkern_linears", names),
                         ("_llmkern_activation", activation),
@@ -125,6 +127,9 @@ def _beyond(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | N
     """The sentence why a call is not one for the op, or None."""
     if len(args) != 1 or kwargs:
         return "the MLP is called with more than its input, or by keyword"
+    weights = [self._modules[name]._parameters.get("weight") for name in self._llmkern_linears]
+    if len({w.dtype for w in weights if w is not None and w.is_floating_point()}) > 1:  # some cast between them
+        return "its linear layers have different dtypes"
     return changed(self, self._llmkern_parts)
 
 

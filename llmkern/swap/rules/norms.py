@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import derive, untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in
-from llmkern.swap.granted import UNSEEN, Part, changed, noted
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in, why_elsewhere
+from llmkern.swap.granted import UNSEEN, changed, noted
 
 SWITCHES = ("norms",)
 
@@ -44,7 +44,7 @@ def _named(module: nn.Module) -> bool:
 def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found | None:
     values = {name: p.detach().float() for name, p in parameters.items()}
     sizes = {p.numel() for p in values.values()} or {(getattr(module, "normalized_shape", None) or (_HIDDEN,))[-1]}
-    if len(sizes) != 1 or not (parameters or _may_haveeps_of(module) or _named(module)):
+    if len(sizes) != 1 or not (parameters or _may_have_eps(module) or _named(module)):
         return None
     x = _inputs(sizes.pop())
     x = x.to(next((p.device for p in values.values()), x.device))
@@ -59,18 +59,20 @@ def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found 
             for offset in (0.0, 1.0) if w is not None else (0.0,):
                 call = {"x": x, "weight": w, "bias": b, "eps": number, "weight_offset": offset}
                 if agrees(out, implementation("rms_norm", "reference").fn(**call)):
-                    return _found(module, "rms_norm", (weight, bias, eps, offset), noted(shell, live=eps), call)
+                    return _found(module, shell, "rms_norm", (weight, bias, eps, offset), call)
             call = {"x": x, "weight": w, "bias": b, "eps": number}
             if agrees(out, implementation("layer_norm", "reference").fn(**call)):
-                return _found(module, "layer_norm", (weight, bias, eps), noted(shell, live=eps), call)
+                return _found(module, shell, "layer_norm", (weight, bias, eps), call)
     return None
 
 
-def _found(
-    module: nn.Module, op: str, norm: tuple[Any, ...], parts: tuple[Part, ...] | None, call: dict[str, Any]
-) -> Found:
+def _found(module: nn.Module, shell: nn.Module, op: str, norm: tuple[Any, ...], call: dict[str, Any]) -> Found:
+    """norm: names of weight and bias, where eps comes from, and of an rms_norm what is added to the weight."""
+    parts = noted(shell, live=norm[2])
     if parts is None:
         return Found("norm", "", UNSEEN)
+    if reason := why_elsewhere(shell, call["x"]):
+        return Found("norm", "", reason)
     forward = _rms_forward if op == "rms_norm" else _layer_forward
     cls = derive(type(module), forward, ("_llmkern_norm", norm), ("_llmkern_parts", parts))
     return Found("norm", op, cls=cls, sample=_sample(call))
@@ -83,7 +85,7 @@ def _roles(names: list[str]) -> list[tuple[str | None, str | None]]:
     return [(names[0], None)] if names else [(None, None)]
 
 
-def _may_haveeps_of(module: nn.Module) -> bool:
+def _may_have_eps(module: nn.Module) -> bool:
     return any(isinstance(value, float) or name == "eps" for name, value in vars(module).items())
 
 

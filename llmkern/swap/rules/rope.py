@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmkern import dispatch, ops
 from llmkern.swap.derive import derive, mentioned_globals, rebind
 from llmkern.swap.found import Found, agrees
+from llmkern.swap.observe import Sources
 
 SWITCHES = ("rope",)
 
@@ -33,7 +34,7 @@ class _Form:
 
 def find(module: nn.Module) -> Found | None:
     forward = type(module).forward
-    for name, function in _rotary_functions(forward).items():
+    for name, function in rotary_functions(forward).items():
         form = _form(function)
         if form is None:
             return Found("rope", "", f"{name} is not the rotary embedding of ops.rope")
@@ -44,7 +45,7 @@ def find(module: nn.Module) -> Found | None:
 
 def form_of(module: nn.Module) -> _Form | None:
     """The form of the rotary embedding that the module's forward calls; None where it calls none, or another."""
-    for function in _rotary_functions(type(module).forward).values():
+    for function in rotary_functions(type(module).forward).values():
         return _form(function)
     return None
 
@@ -53,7 +54,7 @@ _rebound = cache(rebind)  # the same forward for every layer, so that they share
 
 
 @cache
-def _rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {
         name: value
         for name, value in mentioned_globals(forward).items()
@@ -71,10 +72,12 @@ def _form(function: Callable[..., Any]) -> _Form | None:
     for width in (_HEAD_DIM, _HEAD_DIM // 2):
         cos, sin = torch.randn(2, 2, 3, width, generator=generator)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Sources() as sources:
                 seen.append(((q, k, cos, sin), function(q, k, cos, sin)))
         except Exception:  # foreign code, and a width that it does not take
             continue
+        if sources.reason:
+            return None
     for form in (_Form(False, False), _Form(True, False), _Form(False, True), _Form(True, True)):
         if seen and all(_same(form, *call_and_result) for call_and_result in seen):
             return form
