@@ -2,8 +2,9 @@
 
 A decoded token reads every weight once, and the pages' addresses are part of the price: with pages of 4 KiB a core
 looks up an address for every 4 KiB that it streams, and Linux maps a checkpoint's file with such pages only.
-Transparent huge pages (2 MiB) are there for anonymous memory that asks for them (madvise(2), MADV_HUGEPAGE), so
-weights are copied to memory that has.
+Transparent huge pages (2 MiB) are there for anonymous memory that asks for them (madvise(2), MADV_HUGEPAGE).  A large
+weight gets such pages where it lies (mremap(2)), and nobody can tell; small ones are copied to memory in which many
+share a page.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmkern.checks import PLAIN_TENSORS
 
@@ -25,9 +27,11 @@ __all__ = ["MIN_BYTES", "give_back", "move_to_huge_pages_"]
 
 MIN_BYTES = 32 << 20
 """Weights of less than this are left where they are: caches hold much of them."""
+_LARGE = 8 << 20  # of a storage: then at least three quarters of it are whole pages
 _ARENA_BYTES = 64 << 20  # of one piece of memory, which is given back when the last tensor in it is gone
 _PAGE = 2 << 20
 _ALIGNMENT = 64
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -53,15 +57,18 @@ class _Arena(mmap.mmap):
 
 
 _arenas: weakref.WeakSet[_Arena] = weakref.WeakSet()
+_remapped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors that have huge pages where they lie, and where
 
 
+@torch.inference_mode(mode=False)  # what is made within one can never be trained
 def move_to_huge_pages_(model: nn.Module) -> int:
     """Copy the model's parameters and buffers on the CPU to huge pages; returns how many bytes were copied.
 
-    Tensors stay the objects that they are, with their values, strides and storages in common; only their memory
-    (`data_ptr`) is another, and a tensor outside the model that was a view of a parameter no longer is one.
+    Tensors stay the objects that they are, with their values, strides and storages in common.  Storages of 8 MiB and
+    more stay where they are, too, on other pages; of smaller ones the memory (`data_ptr`) is another.
     Nothing is moved where that would not help or not be safe: fewer than `MIN_BYTES`, a system without transparent
-    huge pages, memory that is shared with other processes, tensor subclasses, and what has been moved before.
+    huge pages, memory that is pinned or shared with other processes, small storages that somebody else has tensors of
+    as well (views, an older state_dict), tensor subclasses, and what has been moved before.
     """
     if not _available():
         return 0
@@ -73,6 +80,12 @@ def move_to_huge_pages_(model: nn.Module) -> int:
     if sum(sizes.values()) < MIN_BYTES:
         return 0
     moved = 0
+    for begin in [begin for begin, size in sizes.items() if size >= _LARGE]:
+        if _remap(begin, size := sizes.pop(begin)):
+            moved += size
+            for tensor in storages[begin]:
+                _remapped[tensor] = begin
+    sizes = {begin: size for begin, size in sizes.items() if not _has_others(storages[begin])}
     with contextlib.suppress(OSError):  # no memory for more: what has been moved may stay
         for (begin, size), to in zip(sizes.items(), _places(list(sizes.values())), strict=True):
             tensors = storages.pop(begin)
@@ -80,9 +93,10 @@ def move_to_huge_pages_(model: nn.Module) -> int:
                 torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage(), 0, (size,), (1,))
             )
             for tensor in tensors:
-                view = torch.empty(0, dtype=tensor.dtype, device="cpu")
-                view.set_(to.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-                tensor.data = view
+                with torch.inference_mode(tensor.is_inference()):
+                    view = torch.empty(0, dtype=tensor.dtype, device="cpu")
+                    view.set_(to.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                    tensor.data = view
             moved += size
     give_back()
     return moved
@@ -113,7 +127,53 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _movable(begin: int, tensors: list[Tensor]) -> bool:
-    return not any(arena.begin <= begin < arena.end for arena in _arenas) and not tensors[0].is_shared()
+    if any(arena.begin <= begin < arena.end for arena in _arenas) or any(_remapped.get(t) == begin for t in tensors):
+        return False
+    return not tensors[0].is_shared() and not (torch.cuda.is_available() and tensors[0].is_pinned())
+
+
+def _has_others(tensors: list[Tensor]) -> bool:
+    """Whether others hold the storage of these tensors."""
+    storage = tensors[0].untyped_storage()
+    held: int = torch._C._storage_Use_Count(storage._cdata)
+    with_gradients = sum(
+        t.grad is not None and t.grad.untyped_storage().data_ptr() == storage.data_ptr() for t in tensors
+    )
+    return held > len(tensors) + with_gradients + 1  # and `storage`
+
+
+def _remap(begin: int, size: int) -> bool:
+    """Put huge pages with the same contents in the place of those at an address, as far as whole ones fit; False where
+    the system does not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pointer, length, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for name, types in (
+        ("mmap", (pointer, length, flags, flags, flags, ctypes.c_long)),
+        ("mremap", (pointer, length, length, flags, pointer)),
+        ("munmap", (pointer, length)),
+        ("madvise", (pointer, length, flags)),
+    ):
+        function = getattr(libc, name, None)
+        if function is None:
+            return False
+        function.argtypes = types
+        function.restype = pointer if name in ("mmap", "mremap") else flags
+    first = -(-begin // _PAGE) * _PAGE
+    size = (begin + size) // _PAGE * _PAGE - first
+    failed = pointer(-1).value
+    made = libc.mmap(None, size + _PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if size <= 0 or made == failed:
+        return False
+    aligned = -(-made // _PAGE) * _PAGE
+    libc.madvise(aligned, size, mmap.MADV_HUGEPAGE)
+    ctypes.memmove(aligned, first, size)
+    done = libc.mremap(aligned, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, first) != failed
+    if aligned > made:
+        libc.munmap(made, aligned - made)
+    rest = aligned if not done else aligned + size
+    if made + size + _PAGE > rest:
+        libc.munmap(rest, made + size + _PAGE - rest)
+    return bool(done)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

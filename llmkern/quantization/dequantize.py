@@ -17,6 +17,7 @@ from llmkern.quantization.undo import undoing
 __all__ = ["dequantize_"]
 
 
+@torch.inference_mode(mode=False)  # weights made within one can never be trained
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every Int8Linear by the nn.Linear, or Conv1D, that it was made of; returns the model.
 

@@ -36,6 +36,7 @@ MAX_WEIGHT_ONLY_ERROR = 0.05
 """A layer whose output error is larger even weight-only stays in floating point.  1% is what int8 weights cost."""
 
 
+@torch.inference_mode(mode=False)  # weights made within one can never be trained
 def quantize_(
     model: Model,
     scheme: Scheme | str = "int8",
