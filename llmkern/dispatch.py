@@ -39,6 +39,7 @@ from llmkern.registry import (
     wrong_device,
 )
 from llmkern.scoped import assigned
+from llmkern.transforms import is_transformed
 
 __all__ = [
     "Backend",
@@ -150,6 +151,8 @@ def select(op: str, call: dict[str, Any]) -> Implementation:
         if key not in spec.usable:
             spec.usable[key] = _usable(op, *key)
         usable = spec.usable[key]
+    if not is_compiling() and is_transformed():
+        usable = tuple([impl for impl in usable if impl.follows_transforms])
     for impl in usable:
         if impl.why_not_call(call, forced is not None) is None:
             if settings.strict and forced is None and not impl.backend.kernels:
@@ -176,7 +179,8 @@ def dispatch(op: str, check: Callable[..., None] | None = None, /, **call: Any) 
     runs between matrix products that have emptied the caches, where a handful of small Python functions takes
     longer than the op itself.
     """
-    if is_compiling() or torch.is_grad_enabled() or _state.recorder is not None or _state.interceptor is not None:
+    watched = _state.recorder is not None or _state.interceptor is not None
+    if is_compiling() or watched or torch.is_grad_enabled() or is_transformed():
         return _dispatch(op, check, call)
     spec = OPS[op]
     arguments = tuple(call.values())

@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from llmkern._compile import constant_result
 from llmkern._form import Form
 from llmkern.config import settings
+from llmkern.transforms import why_transformed
 
 __all__ = [
     "OPS",
@@ -88,6 +89,11 @@ class Implementation:
     rows_alone: RowsAlone = "no"
     copies: Callable[..., str | None] | None = field(default=None, repr=False)
 
+    @property
+    def follows_transforms(self) -> bool:
+        """Whether forward-mode AD and torch.func's transforms see all that it computes: it is plain torch."""
+        return self.backend.name == "reference"
+
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
         return self.why_not_on(None, call)
@@ -96,6 +102,8 @@ class Implementation:
         """As `why_not`, on a GPU of this compute capability; None: on this machine."""
         lead = call[OPS[self.op].lead]
         reason = static_reason(self, lead.device, lead.dtype, needs_grad(call), capability)
+        if reason is None and not self.follows_transforms and not is_compiling():
+            reason = why_transformed()
         return self.why_not_call(call) if reason is None else reason
 
     @property

@@ -19,14 +19,15 @@ from torch import Tensor
 from llmkern import ops
 from llmkern.dispatch import unwatched
 from llmkern.integrations.transformers.attention import HARMLESS
-from llmkern.swap.granted import Part
+from llmkern.swap.derive import is_own
+from llmkern.swap.surroundings import Surroundings
 from llmkern.swap.whole_layer import (
     LinearPart,
     NormPart,
     Unserved,
     check_arguments,
     check_forced,
-    check_granted,
+    check_guard,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -43,6 +44,7 @@ __all__ = [
     "Run",
     "cache_classes",
     "check_call",
+    "check_updates",
     "forward",
     "layer_parameters",
     "numbers",
@@ -62,7 +64,7 @@ class DecoderParts:
     """What a layer consists of.
 
     attention: its name.  norms: input_norm, post_norm, q_norm and k_norm of the op.
-    linears: in the order of `LINEARS`.  granted: of the layer, and of all that is computed without being called.
+    linears: in the order of `LINEARS`.
     window: keys that a query without a mask sees, -1 for all.
     """
 
@@ -76,7 +78,6 @@ class DecoderParts:
     activation: str
     sm_scale: float = 0.0
     window: int = -1
-    granted: tuple[Part, ...] = ()
 
 
 class Run(Protocol):
@@ -106,7 +107,7 @@ def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
     cos, sin = check_call(hidden, args, kwargs)
-    check_granted(self, layer.granted)
+    check_guard(self)
     parameters, schemes, eps = layer_parameters(self, layer, hidden)
     past, buffers, written = _cached(kwargs.get("past_key_values"), self, layer, hidden)
     mask = kwargs.get("attention_mask")
@@ -136,10 +137,10 @@ def check_call(hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tenso
     """cos and sin; `Unserved` where they are not the op's, or the call says more than it can be told."""
     if args or not _KNOWN.issuperset(kwargs):
         check_arguments(args, kwargs, _KNOWN)
-    cos, sin = kwargs.get("position_embeddings") or (None, None)
-    if cos is None or sin is None or cos.dtype is not hidden.dtype or cos.dim() != 3:
+    angles = kwargs.get("position_embeddings")
+    if type(angles) is not tuple or len(angles) != 2 or angles[0].dtype is not hidden.dtype or angles[0].dim() != 3:
         raise Unserved("there are no rotary embeddings in the dtype of the hidden states")
-    return cos, sin
+    return angles
 
 
 def layer_parameters(
@@ -169,11 +170,12 @@ def _cached(cache: Any, self: Any, layer: DecoderParts, hidden: Tensor) -> tuple
     """Tokens in the cache, the op's buffers, and what to do when the op has written them."""
     if cache is None:
         return 0, (), _nothing
-    dynamic_cache, kv_cache, kv_layer = cache_classes()
+    check_updates(cache)
+    dynamic_cache, kv_cache, kv_layers = cache_classes()
     index = self._modules[layer.attention].layer_idx
     if type(cache) is kv_cache and index < len(cache.layers):
         held = cache.layers[index]
-        if isinstance(held, kv_layer):
+        if type(held) in kv_layers:
             return reserved(held, layer, hidden)
     if type(cache) in (kv_cache, dynamic_cache) and not cache.get_seq_length(index):
         # Keys and values of the first tokens are made apart, and given to the cache as the attention would do.
@@ -204,15 +206,35 @@ def _nothing() -> None:
     pass
 
 
+def check_updates(cache: Any) -> None:
+    """Raises `Unserved` where the cache's `update`, which is not called, or that of its layers is another one."""
+    if any(["update" in vars(held) for held in (cache, *getattr(cache, "layers", ()))]):
+        raise Unserved("the cache, or a layer of it, has an update of its own")
+    updates, own = _updates()
+    reason = updates.why()
+    if reason is not None or not own:
+        raise Unserved(reason or "the update of a class of caches was replaced")
+
+
 @once
-def cache_classes() -> tuple[Any, Any, Any]:
-    """transformers need not be there before a layer is given one of its caches."""
+def cache_classes() -> tuple[Any, Any, tuple[Any, ...]]:
+    """DynamicCache, KVCache and its layers; transformers need not be there before a layer is given a cache of its."""
     from transformers.cache_utils import DynamicCache
 
+    from llmkern.integrations.transformers import kv_layers
     from llmkern.integrations.transformers.cache import KVCache
-    from llmkern.integrations.transformers.kv_layers import KVLayer
 
-    return DynamicCache, KVCache, KVLayer
+    layers = (kv_layers.KVLayer, kv_layers.SlidingKVLayer, kv_layers.Int8KVLayer, kv_layers.Int8SlidingKVLayer)
+    return DynamicCache, KVCache, layers
+
+
+@once
+def _updates() -> tuple[Surroundings, bool]:
+    """Where the caches' methods `update` lie, and whether they are their classes' own."""
+    dynamic, ours, layers = cache_classes()
+    bases = dict.fromkeys(base for cls in (dynamic, ours, *layers) for base in cls.__mro__[:-1])
+    own = all(is_own(base, "update") for base in bases if "update" in vars(base))
+    return Surroundings((), [(vars(base), "update", f"{base.__name__}.update") for base in bases]), own
 
 
 _OPERATOR = torch.ops.llmkern.decoder_layer_.default

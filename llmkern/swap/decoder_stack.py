@@ -29,16 +29,17 @@ from llmkern.swap.decoder_forward import (
     DecoderParts,
     cache_classes,
     check_call,
+    check_updates,
     layer_parameters,
     numbers,
     reserved,
     running,
 )
-from llmkern.swap.granted import Path, are_inert, places
+from llmkern.swap.guard import Guard, Path, are_inert, places
 from llmkern.swap.layer_loop import LayerLoop, layer_loop
-from llmkern.swap.whole_layer import Unserved, at, check_granted, layer_mask, scheme_argument
+from llmkern.swap.whole_layer import Unserved, at, check_guard, layer_mask, scheme_argument
 
-__all__ = ["announcing", "forget"]
+__all__ = ["FORGETTING", "announcing", "forget"]
 
 _MASKS = "the layers have different masks"
 _KIND = "attention_type"  # a layer's attribute in transformers, by which the decoder chooses its mask
@@ -49,6 +50,29 @@ _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
 def forget(decoder: nn.Module) -> None:
     """Let go of what is known of its layers, and with it of weights that may be replaced."""
     _stacks.pop(decoder, None)
+
+
+def forgetting(name: str) -> tuple[str, Callable[..., Any]]:
+    """For a swapped class: the method of that name, before which stacks with the module let go of its weights.
+
+    PyTorch may exchange parameters (set_swap_module_params_on_conversion), but only those that nobody else holds.
+    """
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            _forget_all_with(self)
+        return getattr(self._llmkern_original, name)(self, *args, **kwargs)
+
+    return name, method
+
+
+def _forget_all_with(module: nn.Module) -> None:
+    for decoder, stack in list(_stacks.items()):
+        if decoder is module or any(layer is module for layer in stack.layers):
+            forget(decoder)
+
+
+FORGETTING = tuple(map(forgetting, ("_apply", "load_state_dict")))
 
 
 def announcing(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +154,7 @@ class _Run:
             stack is None
             or stack.layers != layers
             or stack.dtype is not hidden.dtype
+            or not stack.guard.surroundings.hold()
             or stack.watch.has_changed(thorough)
         ):
             # Not for every token: what cannot be served now will hardly be for the next one.
@@ -154,6 +179,7 @@ class _Stack:
         if reason := static_reason(implementation(OP, "cpu"), hidden.device, hidden.dtype, grad=False):
             raise Unserved(reason)
         self.layer = layer
+        self.guard: Guard = self.cls._llmkern_guard
         self.operator = torch.ops.llmkern.decoder_layers_.default
         planned: list[Tensor | None] = []
         self.schemes: list[tuple[str | None, ...]] = []
@@ -161,7 +187,7 @@ class _Stack:
         self.watch = _Watch()
         found_eps = set()
         for i, each in enumerate(layers):
-            check_granted(each, layer.granted)
+            check_guard(each)
             parameters, schemes, eps = layer_parameters(each, layer, hidden)
             planned += parameters
             self.schemes.append(schemes)
@@ -184,7 +210,7 @@ class _Stack:
         for name in ("training", _KIND):
             self.watch.same(vars(layer), name)
         self.watch.same(vars(layer._modules[parts.attention]), "layer_idx")
-        for part in parts.granted:
+        for part in self.guard.parts:
             child = at(layer, part.path)
             if part.path:
                 self._watch_child(layer, part.path)
@@ -243,10 +269,11 @@ class _Stack:
         """Tokens in the cache, the buffers of all layers, and what to do when the op has written them."""
         if cache is None:
             return 0, [], []
-        _, kv_cache, kv_layer = cache_classes()
+        _, kv_cache, kv_layers = cache_classes()
         held = cache.layers[: len(self.layers)] if type(cache) is kv_cache else ()
-        if len(held) != len(self.layers) or not all([isinstance(each, kv_layer) for each in held]):
+        if len(held) != len(self.layers) or not all([type(each) in kv_layers for each in held]):
             raise Unserved("the cache is not a llmkern.KVCache with a layer for each")
+        check_updates(cache)
         caches: list[Tensor] = []
         written = []
         forms = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,15 @@ __all__ = [
     "as_before",
     "derive",
     "forward_is_replaced",
+    "is_own",
     "is_swapped",
     "mentioned_globals",
+    "mentions",
     "original_class",
     "rebind",
     "set_class",
     "untouched",
+    "wrapped_functions",
 ]
 
 
@@ -47,20 +51,21 @@ class Swapped:
         return copied
 
 
-def derive(cls: type[nn.Module], forward: Callable[..., Any], *attributes: tuple[str, Any]) -> type[nn.Module]:
-    """The subclass of `cls` with this `forward` and these class attributes: the same one for the same arguments."""
+def derive(cls: type[nn.Module], forward: Callable[..., Any] | None, *attributes: tuple[str, Any]) -> type[nn.Module]:
+    """The subclass of `cls` with this `forward`, its own where None, and these class attributes: the same one for the
+    same arguments."""
     key: Any = cls  # mypy takes nn.Module's __hash__ for its metaclass's
     return _derive(key, forward, attributes)
 
 
 @functools.cache
-def _derive(cls: Any, forward: Callable[..., Any], attributes: tuple[tuple[str, Any], ...]) -> Any:
+def _derive(cls: Any, forward: Callable[..., Any] | None, attributes: tuple[tuple[str, Any], ...]) -> Any:
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_llmkern_original": cls,
-        "forward": forward,
+        **({} if forward is None else {"forward": forward}),
         **dict(attributes),
     }
     return type(cls.__name__, (Swapped, cls), namespace)
@@ -71,6 +76,12 @@ def untouched(module: Any, op: str, reason: str, args: tuple[Any, ...], kwargs: 
     tensors = {name: v for name, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)}
     dispatch.record_fallback(op, type(module).__name__, reason, {str(name): v for name, v in tensors.items()})
     return module._llmkern_original.forward(module, *args, **kwargs)
+
+
+def is_own(cls: Any, name: str) -> bool:
+    """Whether the class's method of that name is code of the file in which the class is defined."""
+    code = getattr(getattr(cls, name), "__code__", None)
+    return code is not None and code.co_filename == getattr(sys.modules.get(cls.__module__), "__file__", None)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -139,13 +150,28 @@ def rebind(function: Any, name: str, replacement: Any, _above: tuple[Any, ...] =
     return copied
 
 
-def mentioned_globals(function: Any, _above: tuple[Any, ...] = ()) -> dict[str, Any]:
+def mentioned_globals(function: Any) -> dict[str, Any]:
     """The globals that the function, or what its decorators wrap, refers to by name."""
+    return {name: scope[name] for scope, name in mentions(function)}
+
+
+def mentions(function: Any, _above: tuple[Any, ...] = ()) -> list[tuple[dict[str, Any], str]]:
+    """Their names, each with the dictionary that it is a key of."""
     if not isinstance(function, types.FunctionType) or function in _above:
-        return {}
-    found = {n: function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__}
+        return []
+    found = [(function.__globals__, n) for n in function.__code__.co_names if n in function.__globals__]
     for _, content in _cells(function):
-        found |= mentioned_globals(content, (*_above, function))
+        found += mentions(content, (*_above, function))
+    return found
+
+
+def wrapped_functions(function: Any, _above: tuple[Any, ...] = ()) -> list[types.FunctionType]:
+    """The function and those that its decorators wrap, as they will run: by closures, not by `__wrapped__`."""
+    if not isinstance(function, types.FunctionType) or function in _above:
+        return []
+    found = [function]
+    for _, content in _cells(function):
+        found += wrapped_functions(content, (*_above, function))
     return found
 
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from llmkern import ops
 from llmkern.dispatch import unwatched
 from llmkern.integrations.transformers.attention import HARMLESS
-from llmkern.swap.granted import Part
 from llmkern.swap.whole_layer import (
     LinearPart,
     NormPart,
     Unserved,
     check_arguments,
     check_forced,
-    check_granted,
+    check_guard,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -40,7 +39,7 @@ class EncoderParts:
     """What a layer consists of.
 
     norms: attention_norm and output_norm of the op.  linears: in the order of `LINEARS`.
-    granted: of the layer, and of all that is computed without being called.
+
     positional: names of the arguments after the hidden states.
     """
 
@@ -50,7 +49,6 @@ class EncoderParts:
     heads: int = 0  # until a probe has found out
     sm_scale: float = 1.0
     activation: str = "gelu"
-    granted: tuple[Part, ...] = ()
 
 
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +66,7 @@ def _whole(self: Any, layer: EncoderParts, hidden: Tensor, args: Any, kwargs: di
         kwargs = {**dict(zip(layer.positional, args, strict=False)), **kwargs}
     if not _KNOWN.issuperset(kwargs):
         check_arguments((), kwargs, _KNOWN)
-    check_granted(self, layer.granted)
+    check_guard(self)
     linears, schemes = linear_arguments(self, layer.linears, hidden)
     mask = kwargs.get("attention_mask")
     if mask is not None:

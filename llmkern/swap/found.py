@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.swap.granted import shell_class
+from llmkern.swap.guard import shell_class
 from llmkern.swap.observe import Sources
 
 __all__ = [
@@ -74,7 +74,7 @@ def stand_in(
     module: nn.Module, children: Mapping[str, nn.Module] | None = None, parameters: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """A shell of the class that it had before it was swapped, in eval mode with other children or parameters: a probe
-    of it costs little, and it notes what is read of it (`llmkern.swap.granted`)."""
+    of it costs little, and it notes what is read of it (`llmkern.swap.guard`)."""
     cls, attributes = shell_class(module)
     shell = object.__new__(cls)
     vars(shell).update(attributes)

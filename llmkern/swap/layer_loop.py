@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from llmkern.swap.derive import wrapped_functions
+
 __all__ = ["LayerLoop", "layer_loop"]
 
 _COUNT = "num_hidden_layers"
@@ -28,13 +30,20 @@ class LayerLoop(NamedTuple):
 def layer_loop(forward: Callable[..., Any]) -> LayerLoop | None:
     """The loop of a decoder's forward, below its decorators, where that is all that happens to the hidden states
     between the first layer and the last; None where it is not, or where there is no source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
+    found, functions = [], wrapped_functions(forward)
+    for function in functions:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))  # functools.wraps names another
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.For) and (plain := _plain(node)) is not None:
+                found.append((plain, function))
+    if len(found) != 1:
         return None
-    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
-    found = [plain for plain in map(_plain, loops) if plain is not None]
-    return found[0] if len(found) == 1 else None
+    ((loop, owner),) = found
+    told = [function for function in functions if loop.layers in function.__code__.co_names]
+    return loop if told == [owner] else None
 
 
 def _plain(loop: ast.For) -> LayerLoop | None:

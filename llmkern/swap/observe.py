@@ -48,7 +48,8 @@ def settled() -> Iterator[None]:
         stack.enter_context(_disable_current_modes())
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=False))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":  # it costs something at every function
+            stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -61,13 +62,13 @@ def aside(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def unseen(*args: Any, **kwargs: Any) -> Any:
-        before = sys.getprofile()
-        sys.setprofile(None)
+        before = sys.gettrace()
+        sys.settrace(None)
         try:
             with _disable_current_modes():
                 return function(*args, **kwargs)
         finally:
-            sys.setprofile(before)
+            sys.settrace(before)
 
     return unseen
 
@@ -80,12 +81,12 @@ class Sources:
         self._codes: dict[types.CodeType, None] = {}
 
     def __enter__(self) -> Sources:
-        self._before = sys.getprofile()
-        sys.setprofile(self._called)
+        self._before = sys.gettrace()
+        sys.settrace(self._called)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._before)
+        sys.settrace(self._before)
 
     @property
     def reason(self) -> str:

@@ -61,16 +61,17 @@ def optimize_(
         encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
         and a model that keeps its own counts as unsupported.  None: always transformers' own, and layers that are
         called one by one (otherwise a decoder's may be computed together: `llmkern/swap/decoder_stack.py`).
-    huge_pages: copy weights on the CPU, where they are many, to memory with pages of 2 MiB, which is read faster
-        (`llmkern.memory`): parameters stay the same objects with the same values, and stay in that
-        memory after `restore_`.
+    huge_pages: give weights on the CPU, where they are many, pages of 2 MiB, which are read faster (`llmkern.memory`):
+        parameters stay the same objects with the same values, large ones where they are, small ones in other memory,
+        also after `restore_`.
     filter_fn: called with a module's path and the module; False leaves it alone.
     on_unsupported: what to do where a module of these kinds cannot be swapped: warn once, raise `RuntimeError`
         before anything has changed, or say nothing.  The report has the reasons in any case.
     Returns the report.  Calling it again adds what was left out before and changes nothing else; `restore_` undoes
     all of it.  What changes in a module afterwards counts at once: where the swapped one cannot follow, its calls run
     untouched, with the reason in `explain`, until this is called again.
-    Modules are found by structure and by what they compute on a small probe, never by name.
+    Names propose, a probe decides: a module is swapped if a small copy of it computes what the op does, near and far,
+    and its source decides nothing by sizes, dtypes or contents (`llmkern/swap/observe.py`).
     Raises TypeError for what is not a module, ValueError for a model on the meta device; a failure half-way leaves
     the model as it was.
     """
@@ -194,9 +195,9 @@ def _variant(found: Found, module: nn.Module, choice: Any) -> Found:
 
 
 def _resolved(sites: list[_Site]) -> list[_Site]:
-    """The sites, in which no layer is swapped as a whole if one of its parts is to stay as it is.
+    """Resolve nesting: a layer is fused only if all its parts may be swapped.
 
-    Linear layers are no parts in this sense: of those in a layer that is swapped as a whole nothing is swapped.
+    Linear layers do not count as parts; a fused layer reads their weights directly.
     """
     left = [site.path for site in sites if (site.excluded or site.found.reason) and not linear_like(site.module)]
     settled: list[_Site] = []

@@ -3,19 +3,19 @@ computing them all at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from llmkern import dispatch
 from llmkern.checks import PLAIN_TENSORS
-from llmkern.integrations.transformers.attention import WEIGHTS
+from llmkern.integrations.transformers.attention import WEIGHTS, registered_places
 from llmkern.nn.int8_linear import Int8Linear
 from llmkern.ops.int8_linear import resolve_scheme
-from llmkern.swap.granted import Part, changed, why_hooks
+from llmkern.swap.guard import Part, guarded, why_hooks
+from llmkern.swap.surroundings import classes_within, why_hooks_for_all, why_untouched
 
 __all__ = [
     "LinearPart",
@@ -23,7 +23,7 @@ __all__ = [
     "Unserved",
     "at",
     "check_arguments",
-    "check_granted",
+    "check_guard",
     "check_forced",
     "eps_of",
     "layer_mask",
@@ -31,6 +31,7 @@ __all__ = [
     "norm_parameter",
     "parts",
     "scheme_argument",
+    "whole_class",
     "why_parts",
 ]
 
@@ -64,19 +65,11 @@ def parts(module: nn.Module, hidden: Tensor) -> str | None:
         return "gradients are enabled, and the op for a whole layer has none: use torch.no_grad()"
     if module.training:
         return "the layer is in training mode"
-    if (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks) and _every_module_has_hooks():
-        return "there are hooks for every module"
     if type(hidden) not in PLAIN_TENSORS or hidden.device.type != "cpu":
         return f"the hidden states are a {type(hidden).__name__} on {hidden.device.type}"
-    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
-        return "autocast or another mode is at work"
-    return None
-
-
-def _every_module_has_hooks() -> bool:
-    """Whether any are there but those of `llmkern.explain`, which is told of whole layers."""
-    hooks = [*nn_module._global_forward_hooks.values(), *nn_module._global_forward_pre_hooks.values()]
-    return any(getattr(hook, "__module__", "") != "llmkern.explain" for hook in hooks)
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtypes"
+    return why_hooks_for_all() or why_untouched()
 
 
 def why_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwargs: Any) -> Any:
@@ -99,15 +92,37 @@ def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozense
     for name, argument in kwargs.items():
         if name == "output_attentions" and argument:
             raise Unserved(WEIGHTS)
-        if argument is not None and argument is not False and name not in known:
+        # Absent is not False: is_causal=False means something.
+        if argument is not None and name not in known and name != "output_attentions":
             raise Unserved(f"the model passes {name}, which llmkern does not know")
 
 
-def check_granted(module: nn.Module, parts: tuple[Part, ...]) -> None:
-    """Raises `Unserved` where a part is no longer what it was, or calling it would do more than compute."""
-    reason = changed(module, parts)
+def check_guard(module: Any) -> None:
+    """Raises `Unserved` where something is no longer what it was, or calling a part would do more than compute."""
+    reason = module._llmkern_guard.why(module)
     if reason is not None:
         raise Unserved(reason)
+
+
+def whole_class(
+    module: nn.Module,
+    attention: nn.Module,
+    forward: Callable[..., Any],
+    layer: Any,
+    parts: tuple[Part, ...],
+    *attributes: tuple[str, Any],
+) -> type[nn.Module]:
+    """The class for a layer that `forward` computes as one.  layer: what the forward is to know of it.  parts: what it
+    takes for granted of the modules in it.  attributes: other members of the class."""
+    return guarded(
+        type(module),
+        forward,
+        ("_llmkern_layer", layer),
+        *attributes,
+        parts=parts,
+        within=classes_within(module),
+        places=registered_places(attention),
+    )
 
 
 def at(module: Any, path: tuple[str, ...]) -> Any:

@@ -8,6 +8,7 @@ argument that a future transformers may add.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 from llmkern import dispatch, ops
 from llmkern.integrations.transformers.config_view import NAME, knows_causality, original_of
 from llmkern.swap.derive import mentioned_globals, original_class
+from llmkern.swap.surroundings import why_untouched
 
 __all__ = [
     "HARMLESS",
+    "INTERFACE",
     "WEIGHTS",
     "attention_forward",
     "collected_outputs",
     "collects_weights",
     "register_once",
+    "registered_places",
+    "why_registered",
 ]
 
 # What a model passes along with every call and attention has no use for, or has used already to build the mask.
@@ -44,6 +49,9 @@ HARMLESS = frozenset(
     }
 )
 
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""The global by which transformers' attention modules look their function up."""
 
 WEIGHTS = "the attention weights are asked for (output_attentions), and a fused kernel has none"
 
@@ -65,6 +73,11 @@ def register_once() -> None:
 
 def _mask(sdpa_mask: Callable[..., Any], *args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
     """transformers' mask; a causal one is also made where no attention module would know of it otherwise."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+
+    registered = ALL_MASK_ATTENTION_FUNCTIONS[original_of(kwargs["config"])._attn_implementation]
+    if registered not in (sdpa_mask, eager_mask):  # the program's own
+        return registered(*args, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
     skip = allow_is_causal_skip and knows_causality(kwargs.get("config"))
     return sdpa_mask(*args, allow_is_causal_skip=skip, **kwargs)
 
@@ -88,14 +101,8 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As in transformers: a mask says everything, and a single query sees all the keys that it is given.
     causal = causal and attention_mask is None and query.shape[2] > 1
-    if torch.is_autocast_enabled(query.device.type):
-        # What autocast does for scaled_dot_product_attention.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
-        attention_mask = attention_mask[..., : key.shape[2]]  # transformers 4 prepares one mask for a longer cache
     reason = _beyond_the_op(module, query, key, value, attention_mask, dropout, causal, sliding_window, softcap, kwargs)
-    if reason is not None:
+    if reason is not None:  # with all arguments as they came: a paged cache has not even seen the new keys yet
         arguments = {
             "dropout": dropout,
             "scaling": scaling,
@@ -107,6 +114,12 @@ def attention_forward(
         }
         given = {k: v for k, v in arguments.items() if v is not None}
         return _untouched(module, query, key, value, attention_mask, causal, reason, given | kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        # What autocast does for scaled_dot_product_attention.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
+        attention_mask = attention_mask[..., : key.shape[2]]  # transformers 4 prepares one mask for a longer cache
     if causal and key.shape[2] > query.shape[2]:
         # Prefill into a static cache: without a mask the first query sits at the first key, and the slots after
         # the last query are empty.
@@ -146,16 +159,57 @@ def _beyond_the_op(
     # transformers 5 collects through hooks on the module, so that without one there is nothing to ask.
     if kwargs.get("output_attentions") or (module._forward_hooks and collects_weights()):
         return WEIGHTS
-    if softcap is not None and original_of(module.config)._attn_implementation == "sdpa":
+    named = original_of(module.config)._attn_implementation
+    if softcap is not None and named == "sdpa":
         return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"
-    if not query.dtype == key.dtype == value.dtype or query.shape[0] != key.shape[0]:
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if not (autocast or query.dtype == key.dtype == value.dtype) or query.shape[0] != key.shape[0]:
         return "queries, keys and values differ in dtype or batch size"
     for name, argument in () if HARMLESS.issuperset(kwargs) else kwargs.items():
-        if argument is not None and argument is not False and name not in HARMLESS and name != "output_attentions":
+        # A False may mean something; that of output_attentions does not.
+        if argument is not None and name not in HARMLESS and name != "output_attentions":
             return f"the model passes {name}, which llmkern does not know"
     if attention_mask is None and not causal and sliding_window is not None and query.shape[2] > 1:
         return "a window without a mask is only defined for causal attention"
+    if reason := why_untouched() or why_registered(original_class(module).forward, named):
+        return reason
+    if named == "eager" and query.requires_grad and not torch.compiler.is_compiling():
+        call: dict[str, Any] = {"q": query, "k": key, "v": value, "attn_mask": attention_mask, "key_padding_mask": None}
+        call |= {"sinks": None, "causal": causal, "sm_scale": 1.0, "window": [-1, -1], "softcap": softcap or 0.0}
+        if not dispatch.select("attention", call | {"return_lse": False}).backend.kernels:
+            return "gradients through eager attention can be differentiated again, through PyTorch's fused kernel not"
     return None
+
+
+def why_registered(forward: Callable[..., Any], name: str) -> str | None:
+    """The sentence that the function which a module with this forward looks up under that name is not transformers'
+    own; None where it is."""
+    local, everywhere = _registries(forward)
+    function = local.get(name) or everywhere.get(name)
+    if function is None or function is _own_functions().get(name):
+        return None
+    return f"the attention function registered as {name!r} is not the one of transformers"
+
+
+def registered_places(attention: Any) -> tuple[tuple[dict[str, Any], str, str], ...]:
+    """Where that function lies, or would lie: for a guard (llmkern/swap/surroundings.py)."""
+    name = original_of(attention.config)._attn_implementation
+    shown = f"the attention function registered as {name!r}"
+    return tuple([(registry, name, shown) for registry in _registries(original_class(attention).forward)])
+
+
+@functools.cache
+def _registries(forward: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Names and functions: those of the module's file alone, and those for all."""
+    interface = mentioned_globals(forward)[INTERFACE]
+    return interface._local_mapping, type(interface)._global_mapping
+
+
+@functools.cache
+def _own_functions() -> dict[str, Callable[..., Any]]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return {"sdpa": sdpa_attention_forward}
 
 
 def collects_weights() -> bool:
@@ -193,9 +247,9 @@ def _untouched(
     dispatch.record_fallback("attention", f"transformers {name}", reason, {"q": query, "k": key})
     interface = mentioned_globals(original_class(module).forward)
     eager = interface.get("eager_attention_forward")
-    if name == "eager" and eager is not None:
+    if name == "eager" and eager is not None and name not in interface[INTERFACE]:
         return eager(module, query, key, value, _additive(mask, causal, query, key), **arguments)
-    function: Callable[..., Any] = interface["ALL_ATTENTION_FUNCTIONS"][name]
+    function: Callable[..., Any] = interface[INTERFACE][name]
     return function(module, query, key, value, mask, **arguments)
 
 

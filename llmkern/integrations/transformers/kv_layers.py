@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llmkern import ops
 from llmkern.checks import check_shape
+from llmkern.transforms import is_transformed
 
 __all__ = ["Int8KVLayer", "Int8SlidingKVLayer", "KVLayer", "SlidingKVLayer"]
 
@@ -190,7 +191,8 @@ class KVLayer(DynamicLayer):
         """Autograd may save what earlier updates returned; other forms of states have torch.cat's rules and errors."""
         k, v = self._buffers
         other_form = key_states.shape[:_TOKENS] != k.shape[:_TOKENS] or key_states.dtype != k.dtype
-        return torch.is_grad_enabled() or other_form or value_states.dtype != v.dtype
+        follows = torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_transformed())
+        return follows or other_form or value_states.dtype != v.dtype
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> int:
         """Write the states behind the last token; returns the first slot that the new tokens may see."""

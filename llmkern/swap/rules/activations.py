@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmkern import ops
-from llmkern.swap.derive import derive, untouched
+from llmkern.swap.derive import untouched
 from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in, why_elsewhere
-from llmkern.swap.granted import UNSEEN, changed, noted
+from llmkern.swap.guard import UNSEEN, guarded, noted
 
 SWITCHES = ("mlp",)
 
@@ -31,7 +31,7 @@ def find(module: nn.Module) -> Found | None:
                 return Found("activation", "", UNSEEN)
             if reason := why_elsewhere(shell, near):
                 return Found("activation", "", reason)
-            cls = derive(type(module), _forward, ("_llmkern_approximate", approximate), ("_llmkern_parts", parts))
+            cls = guarded(type(module), _forward, ("_llmkern_approximate", approximate), op="gelu", parts=parts)
             return Found("activation", "gelu", cls=cls, sample=partial(_sample, approximate))
     return None
 
@@ -43,7 +43,4 @@ def _sample(approximate: str, dtype: torch.dtype, device: torch.device) -> dict[
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) != 1 or kwargs:
         return untouched(self, "gelu", "the activation is called with more than its input, or by keyword", args, kwargs)
-    reason = changed(self, self._llmkern_parts)
-    if reason is not None:
-        return untouched(self, "gelu", reason, args, kwargs)
     return ops.gelu(args[0], self._llmkern_approximate)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkern.integrations.transformers.attention import INTERFACE, why_registered
 from llmkern.integrations.transformers.config_view import original_of
 from llmkern.swap.derive import mentioned_globals
 from llmkern.swap.found import Found, attention_sample, linear_like
 
 SWITCHES = ("attention",)
 
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _REPLACEABLE = ("eager", "sdpa")
 
 
@@ -24,6 +24,8 @@ def find(module: nn.Module) -> Found | None:
         name = getattr(original_of(config), "_attn_implementation", None)
         if name not in _REPLACEABLE:
             return Found("attention", "attention", f"the model was given attn_implementation={name!r}")
+        if reason := why_registered(type(module).forward, name):
+            return Found("attention", "attention", reason)
         return Found("attention", "attention", sample=partial(_sample, module))
     if _attends(module):
         return Found("attention", "", "its forward does not look its attention up in transformers' AttentionInterface")

@@ -20,18 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern.dispatch import implementation
+from llmkern.integrations.transformers.attention import INTERFACE
 from llmkern.ops.encoder_layer import ACTIVATIONS
-from llmkern.swap.derive import as_before, derive
+from llmkern.swap.derive import as_before, is_own
 from llmkern.swap.encoder_forward import LINEARS, OP, EncoderParts, forward
 from llmkern.swap.found import FAR, Found, agrees, linear_like
-from llmkern.swap.granted import UNSEEN, Part, Path, below, noted
+from llmkern.swap.guard import UNSEEN, Part, Path, below, noted
 from llmkern.swap.layer_probe import Asked, Computed, NotAlike, Raises, differs, run, small_copy
 from llmkern.swap.observe import aside
 from llmkern.swap.rules import activations as activation_rule
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import norms as norms_rule
-from llmkern.swap.rules.attention import INTERFACE
-from llmkern.swap.whole_layer import LinearPart, NormPart, at
+from llmkern.swap.whole_layer import LinearPart, NormPart, at, whole_class
 
 SWITCHES = ("attention", "norms", "mlp")
 
@@ -40,7 +40,11 @@ _MOST_CHILDREN = 8  # of a layer's own; a model or a stack of layers has more, o
 
 
 def find(module: nn.Module) -> Found | None:
-    if implementation(OP, "cpu").backend.missing is not None or len(module._modules) > _MOST_CHILDREN:
+    if (
+        implementation(OP, "cpu").backend.missing is not None
+        or not is_own(nn.Linear, "forward")
+        or len(module._modules) > _MOST_CHILDREN
+    ):
         return None
     linears = {tuple(path.split(".")): child for path, child in module.named_modules() if linear_like(child)}
     if len(linears) != len(LINEARS) or any(p is not None for p in module._parameters.values()):
@@ -52,15 +56,14 @@ def find(module: nn.Module) -> Found | None:
         norms=(norms[0][0], norms[1][0]),
         linears=tuple([LinearPart(path) for path in linears]),
         positional=tuple(inspect.signature(type(module).forward).parameters)[2:],
-        granted=norms[0][2] + norms[1][2],
     )
     try:
-        passed = _probed(module, layer, attentions[0], list(linears.values()))
+        passed, notes = _probed(module, layer, attentions[0], list(linears.values()))
     except Raises:  # a model with one layer, say
         return None
     except NotAlike as error:
         return Found("layer", OP, str(error), is_whole=True)
-    cls = derive(type(module), forward, ("_llmkern_layer", passed))
+    cls = whole_class(module, at(module, attentions[0]), forward, passed, notes + norms[0][2] + norms[1][2])
     return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
 
 
@@ -84,7 +87,7 @@ def _norms(module: nn.Module) -> list[tuple[NormPart, float, tuple[Part, ...]]]:
             weight, bias, eps = norm.cls._llmkern_norm
             part = NormPart(tuple(path.split(".")), weight, bias, eps)
             number = norms_rule.eps_of(child, eps, torch.empty(0))
-            found.append((part, number, below(part.path, norm.cls._llmkern_parts)))
+            found.append((part, number, below(part.path, norm.cls._llmkern_guard.parts)))
     return found
 
 
@@ -95,9 +98,12 @@ _PROBES = (
 )
 
 
-def _probed(module: nn.Module, layer: EncoderParts, attention: Path, linears: list[Any]) -> EncoderParts:
-    """The layer with what its attention asks for; raises `NotAlike` where a small copy of it does not compute what the
-    op does."""
+def _probed(
+    module: nn.Module, layer: EncoderParts, attention: Path, linears: list[Any]
+) -> tuple[EncoderParts, tuple[Part, ...]]:
+    """The layer with what its attention asks for, and what its forward takes for granted.
+
+    Raises `NotAlike` where a small copy of it does not compute what the op does."""
     across = linears[0].out_features
     if any(linear.out_features != across for linear in linears[:3]) or linears[3].in_features != across:
         raise NotAlike("its linear layers do not have the sizes of an encoder layer's")
@@ -117,13 +123,13 @@ def _probed(module: nn.Module, layer: EncoderParts, attention: Path, linears: li
         notes = noted(copy)
         if notes is None:
             raise NotAlike(UNSEEN)
-        granted = tuple(dict.fromkeys((*granted, *notes)))
+        granted += notes
         found = _matching(layer, call, asked, out, how)
         if layer.heads == 0:
             layer = found
         elif replace(layer, activation="") != replace(found, activation=""):
             raise NotAlike(f"its attention asks for another scale {how}")
-    return replace(layer, granted=granted + layer.granted)
+    return layer, granted
 
 
 def _set_activations_aside(module: nn.Module, copy: Any) -> None:

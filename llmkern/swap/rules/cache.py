@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmkern import dispatch
 from llmkern.integrations.transformers.config_view import original_of
-from llmkern.swap.decoder_stack import announcing
-from llmkern.swap.derive import derive, mentioned_globals, rebind
+from llmkern.swap.decoder_stack import FORGETTING, announcing
+from llmkern.swap.derive import mentioned_globals, rebind
 from llmkern.swap.found import Found
+from llmkern.swap.guard import guarded
 
 SWITCHES = ("kv_cache",)
 
@@ -33,7 +35,7 @@ def find(module: nn.Module) -> Found | None:
     reason = _why_not(module)
     if reason:
         return Found("cache", "", reason) if generates else None
-    variants = _variants(cls)
+    variants = {choice: _variant(cls, dtype) for choice, dtype in (("auto", None), ("int8", "int8"))}
     served = {"auto": "KVCache", "int8": "KVCache int8"} if generates else {}
     return Found("cache", "", cls=variants["auto"], variants=variants, served=served)
 
@@ -58,23 +60,18 @@ def _why_not(module: Any) -> str:
     return ""
 
 
+def _variant(cls: Any, dtype: str | None) -> type[nn.Module]:
+    """The derived class with caches of that dtype."""
+    attributes = [(_PREPARE, _prepare(getattr(cls, _PREPARE), dtype))] if hasattr(cls, _PREPARE) else []
+    return guarded(cls, _forward(cls.forward, dtype), *attributes, *FORGETTING)
+
+
 @functools.cache
-def _variants(cls: Any) -> dict[str, type[nn.Module]]:
-    """The derived class for each value of the switch."""
-    made = {}
-    for choice, dtype in (("auto", None), ("int8", "int8")):
-        attributes = [(_PREPARE, _prepare(cls, dtype))] if hasattr(cls, _PREPARE) else []
-        made[choice] = derive(cls, _forward(cls, dtype), *attributes)
-    return made
-
-
-def _prepare(cls: Any, dtype: str | None) -> Callable[..., Any]:
-    original = getattr(cls, _PREPARE)
-
+def _prepare(original: Callable[..., Any], dtype: str | None) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         given = model_kwargs.get("past_key_values")
-        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        result = getattr(self._llmkern_original, _PREPARE)(self, generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
         if made is not given and generation_config.cache_implementation is None and self.device.type == "cpu":
             model_kwargs["past_key_values"] = _in_place_of(made, dtype)
@@ -83,14 +80,14 @@ def _prepare(cls: Any, dtype: str | None) -> Callable[..., Any]:
     return prepare
 
 
-def _forward(cls: Any, dtype: str | None) -> Callable[..., Any]:
-    original = cls.forward
+@functools.cache
+def _forward(original: Callable[..., Any], dtype: str | None) -> Callable[..., Any] | None:
+    """The forward in which a KVCache is made; None where it makes no cache."""
     made = mentioned_globals(original).get(_MADE)
     if made is None:
-        return original
+        return None
     rebound = rebind(original, _MADE, _Default(made.__name__, (made,), {"_llmkern_dtype": dtype}))
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Autograd has to keep what each step returned, and a compiled graph its guards: both as transformers does it.
         plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
@@ -98,7 +95,19 @@ def _forward(cls: Any, dtype: str | None) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         return rebound(self, *args, **kwargs)
 
-    return announcing(forward, original)
+    announced = announcing(forward, original)
+
+    @functools.wraps(original)
+    def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = self._llmkern_guard.why(self)
+        if reason is not None:  # whatever it calls is swapped all the same
+            tensors = {name: v for name, v in kwargs.items() if isinstance(v, torch.Tensor)}
+            if tensors:
+                dispatch.record_parts("decoder_layers_", type(self).__name__, reason, tensors)
+            return self._llmkern_original.forward(self, *args, **kwargs)
+        return announced(self, *args, **kwargs)
+
+    return asked
 
 
 class _Default(type):

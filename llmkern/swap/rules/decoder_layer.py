@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern.dispatch import implementation
+from llmkern.integrations.transformers.attention import INTERFACE
 from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
-from llmkern.swap.derive import as_before, derive
+from llmkern.swap.decoder_stack import FORGETTING
+from llmkern.swap.derive import as_before, is_own
 from llmkern.swap.found import FAR, Found, agrees, linear_like
-from llmkern.swap.granted import UNSEEN, Part, Path, below, noted
+from llmkern.swap.guard import UNSEEN, Part, Path, below, noted
 from llmkern.swap.layer_probe import FAR_POSITION, Asked, Computed, NotAlike, Past, differs, run, small_copy
 from llmkern.swap.observe import aside
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import mlp as mlp_rule
 from llmkern.swap.rules import norms as norms_rule
 from llmkern.swap.rules import rope as rope_rule
-from llmkern.swap.rules.attention import INTERFACE
-from llmkern.swap.whole_layer import LinearPart, NormPart
+from llmkern.swap.whole_layer import LinearPart, NormPart, whole_class
 
 SWITCHES = ("attention", "norms", "mlp", "rope")
 
@@ -60,26 +61,28 @@ _PROBES = (
 
 
 def find(module: nn.Module) -> Found | None:
-    if implementation(OP, "cpu").backend.missing is not None:
+    if implementation(OP, "cpu").backend.missing is not None or not is_own(nn.Linear, "forward"):
         return None
-    layer = _parts_of(module)
-    if layer is None:
+    known = _parts_of(module)
+    if known is None:
         return None
+    layer, granted = known
     first, second, *heads = layer.norms
     reasons = []
     for norms in ((first, second, *heads), (second, first, *heads)):
         try:
-            passed = _probed(module, replace(layer, norms=norms))
+            passed, notes = _probed(module, replace(layer, norms=norms))
         except NotAlike as error:
             reasons.append(str(error))
         else:
-            cls = derive(type(module), forward, ("_llmkern_layer", passed))
+            cls = whole_class(module, getattr(module, layer.attention), forward, passed, notes + granted, *FORGETTING)
             return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
     return Found("layer", OP, reasons[0], is_whole=True)
 
 
-def _parts_of(module: nn.Module) -> DecoderParts | None:
-    """The parts, where they are those of a decoder layer; what the probe finds out is still open."""
+def _parts_of(module: nn.Module) -> tuple[DecoderParts, tuple[Part, ...]] | None:
+    """The parts, where they are those of a decoder layer, and what they take for granted; what the probe finds out is
+    still open."""
     children = {name: as_before(child) for name, child in module._modules.items() if child is not None}
     if not 4 <= len(children) <= 8 or any(p is not None for p in module._parameters.values()):
         return None
@@ -100,8 +103,8 @@ def _parts_of(module: nn.Module) -> DecoderParts | None:
         return None
     gated: Any = mlp_rule.find(children[mlp])
     linears = (*linears, *_mlp_linears(mlp, children[mlp], gated.cls))
-    granted = [*[norm.granted for norm in norms], below((mlp,), gated.cls._llmkern_parts)]
-    return DecoderParts(
+    granted = [*[norm.granted for norm in norms], below((mlp,), gated.cls._llmkern_guard.parts)]
+    layer = DecoderParts(
         attention=attention,
         norms=(*[norm.part for norm in norms], *[None] * (4 - len(norms))),
         linears=linears,
@@ -110,8 +113,8 @@ def _parts_of(module: nn.Module) -> DecoderParts | None:
         kv_heads=_key_rows(within) // within.head_dim,
         interleaved=form.interleaved,
         activation=gated.cls._llmkern_activation,
-        granted=tuple(chain.from_iterable(granted)),
     )
+    return layer, tuple(chain.from_iterable(granted))
 
 
 def _kind(child: nn.Module) -> str:
@@ -138,7 +141,7 @@ def _norm(path: Path, norm: nn.Module) -> _Norm:
     found: Any = norms_rule.find(norm)
     weight, bias, eps, offset = found.cls._llmkern_norm
     number = norms_rule.eps_of(norm, eps, torch.empty(0))
-    return _Norm(NormPart(path, weight, bias, eps), number, offset, below(path, found.cls._llmkern_parts))
+    return _Norm(NormPart(path, weight, bias, eps), number, offset, below(path, found.cls._llmkern_guard.parts))
 
 
 def _head_norms(name: str, attention: nn.Module) -> list[_Norm] | None:
@@ -189,9 +192,10 @@ def _mlp_linears(name: str, mlp: nn.Module, cls: Any) -> tuple[LinearPart, ...]:
     return (*(gate_and_up if cls._llmkern_gate_first else reversed(gate_and_up)), LinearPart((name, down)))
 
 
-def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts:
-    """The layer with what its attention asks for; raises `NotAlike` where a small copy of it does not compute what the
-    op does, near and far."""
+def _probed(module: nn.Module, layer: DecoderParts) -> tuple[DecoderParts, tuple[Part, ...]]:
+    """The layer with what its attention asks for, and what its forward takes for granted.
+
+    Raises `NotAlike` where a small copy of it does not compute what the op does, near and far."""
     granted: tuple[Part, ...] = ()
     found = replace(layer, sm_scale=math.nan)
     for probe in (_NEAR, *_PROBES):
@@ -225,8 +229,12 @@ def _probed(module: nn.Module, layer: DecoderParts) -> DecoderParts:
             found = replace(layer, sm_scale=scale, window=window)
         elif (scale, window) != (found.sm_scale, found.window):
             raise NotAlike(f"its attention asks for another scale or window {probe.how}")
-        granted = tuple(dict.fromkeys((*granted, *notes)))
-    return replace(found, granted=granted + layer.granted)
+        if past is not None:  # its place in the cache is read at each call, and differs from layer to layer
+            notes = tuple(
+                [part._replace(reads=tuple([r for r in part.reads if r.name != "layer_idx"])) for part in notes]
+            )
+        granted += notes
+    return found, granted
 
 
 def _asked_for(asked: Asked) -> tuple[float, int]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmkern.swap.derive import derive, untouched
+from llmkern.swap.derive import is_own, untouched
 from llmkern.swap.found import Found
-from llmkern.swap.granted import UNSEEN, changed, stated
+from llmkern.swap.guard import UNSEEN, guarded, stated
 
 SWITCHES = ("attention", "norms", "mlp")
 
@@ -22,12 +22,13 @@ _LEFT_OUT = ("activation", "activation_relu_or_gelu", "self_attn", "dropout", "d
 
 
 def find(module: nn.Module) -> Found | None:
-    if type(module).forward is not nn.TransformerEncoderLayer.forward:
+    own = is_own(nn.TransformerEncoderLayer, "forward")
+    if type(module).forward is not nn.TransformerEncoderLayer.forward or not own:
         return None
-    granted = stated(module, *_LEFT_OUT)
-    if granted is None:
+    parts = stated(module, *_LEFT_OUT)
+    if parts is None:
         return Found("layer", "", UNSEEN)
-    return Found("layer", "", cls=derive(type(module), _forward, ("_llmkern_parts", granted)))
+    return Found("layer", "", cls=guarded(type(module), _forward, parts=parts))
 
 
 def _forward(
@@ -37,7 +38,7 @@ def _forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    reason = None if self.training else changed(self, self._llmkern_parts)
+    reason = None if self.training else self._llmkern_guard.why(self)
     if src.is_nested:
         reason = "torch.nn.TransformerEncoder has packed the padded batch into a nested tensor"
     if reason is not None:

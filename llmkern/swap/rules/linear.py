@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.checks import PLAIN_TENSORS
 from llmkern.dispatch import implementation
-from llmkern.swap.derive import derive, untouched
+from llmkern.swap.derive import is_own, untouched
 from llmkern.swap.found import Found
+from llmkern.swap.guard import guarded
 
 SWITCHES = ("linear",)
 MIN_BYTES = 8 << 20
@@ -20,13 +21,13 @@ MIN_BYTES = 8 << 20
 
 def find(module: nn.Module) -> Found | None:
     native = implementation("linear", "cpu")
-    if type(module) is not nn.Linear or native.backend.missing is not None:
+    if type(module) is not nn.Linear or not is_own(nn.Linear, "forward") or native.backend.missing is not None:
         return None
     weight = module.weight
     large = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.nbytes >= MIN_BYTES
     if not large or weight.dtype not in (native.dtypes or ()):
         return None
-    return Found("linear", "linear", cls=derive(nn.Linear, _forward), sample=_sample)
+    return Found("linear", "linear", cls=guarded(nn.Linear, _forward, op="linear"), sample=_sample)
 
 
 def _sample(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

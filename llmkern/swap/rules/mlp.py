@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from llmkern import ops
-from llmkern.swap.derive import derive, untouched
+from llmkern.swap.derive import untouched
 from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, stand_in, why_elsewhere
-from llmkern.swap.granted import UNSEEN, changed, noted
+from llmkern.swap.guard import UNSEEN, guarded, noted
 
 SWITCHES = ("mlp",)
 
@@ -58,9 +58,8 @@ def find(module: nn.Module) -> Found | None:
                         ("_llmkern_linears", names),
                         ("_llmkern_activation", activation),
                         ("_llmkern_gate_first", packed_gate_first),
-                        ("_llmkern_parts", parts),
                     )
-                    cls = derive(type(module), _forward, *attributes)
+                    cls = guarded(type(module), _forward, *attributes, op=op, parts=parts)
                     sample = partial(_sample, op, activation, linears[names[-1]].in_features)
                     return Found("mlp", op, cls=cls, sample=sample)
     for names in permutations(linears):
@@ -130,7 +129,7 @@ def _beyond(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | N
     weights = [self._modules[name]._parameters.get("weight") for name in self._llmkern_linears]
     if len({w.dtype for w in weights if w is not None and w.is_floating_point()}) > 1:  # some cast between them
         return "its linear layers have different dtypes"
-    return changed(self, self._llmkern_parts)
+    return None
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:

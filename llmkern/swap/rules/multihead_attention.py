@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern import ops
-from llmkern.swap.derive import derive, untouched
+from llmkern.swap.derive import is_own, untouched
 from llmkern.swap.found import Found, attention_sample
-from llmkern.swap.granted import changed, stated
+from llmkern.swap.guard import UNSEEN, guarded, stated
 
 SWITCHES = ("attention",)
 
@@ -20,12 +20,14 @@ SWITCHES = ("attention",)
 def find(module: nn.Module) -> Found | None:
     if not isinstance(module, nn.MultiheadAttention):
         return None
-    if type(module).forward is not nn.MultiheadAttention.forward:
+    if type(module).forward is not nn.MultiheadAttention.forward or not is_own(nn.MultiheadAttention, "forward"):
         return Found("attention", "", "it overrides the forward of torch.nn.MultiheadAttention")
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
         return Found("attention", "", "it has kdim, vdim, add_bias_kv or add_zero_attn")
-    granted = stated(module, "_qkv_same_embed_dim", "bias_k", "bias_v", "add_zero_attn")
-    cls = derive(type(module), _forward, ("_llmkern_parts", granted))
+    parts = stated(module, "_qkv_same_embed_dim", "bias_k", "bias_v", "add_zero_attn")
+    if parts is None:
+        return Found("attention", "", UNSEEN)
+    cls = guarded(type(module), _forward, op="attention", parts=parts)
     return Found("attention", "attention", cls=cls, sample=partial(_sample, module))
 
 
@@ -45,6 +47,8 @@ def _forward(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     reason = _beyond_the_op(self, query, need_weights)
+    if is_causal and attn_mask is None:
+        reason = "is_causal is a hint about attn_mask, and there is none"
     if reason is not None:
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return untouched(self, "attention", reason, (query, key, value, *options), {})
@@ -65,7 +69,7 @@ def _beyond_the_op(module: Any, query: Tensor, need_weights: bool) -> str | None
         return f"attention dropout is {module.dropout} in training"
     if query.is_nested or query.dim() != 3:
         return "the input is nested or not batched"
-    return changed(module, module._llmkern_parts)
+    return None
 
 
 def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

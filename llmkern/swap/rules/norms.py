@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from llmkern import ops
 from llmkern.dispatch import implementation
-from llmkern.swap.derive import derive, untouched
+from llmkern.swap.derive import untouched
 from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in, why_elsewhere
-from llmkern.swap.granted import UNSEEN, changed, noted
+from llmkern.swap.guard import UNSEEN, guarded, noted
 
 SWITCHES = ("norms",)
 
@@ -74,7 +74,7 @@ def _found(module: nn.Module, shell: nn.Module, op: str, norm: tuple[Any, ...], 
     if reason := why_elsewhere(shell, call["x"]):
         return Found("norm", "", reason)
     forward = _rms_forward if op == "rms_norm" else _layer_forward
-    cls = derive(type(module), forward, ("_llmkern_norm", norm), ("_llmkern_parts", parts))
+    cls = guarded(type(module), forward, ("_llmkern_norm", norm), op=op, parts=parts)
     return Found("norm", op, cls=cls, sample=_sample(call))
 
 
@@ -123,7 +123,7 @@ def _beyond(self: Any, weight: Tensor | None, args: tuple[Any, ...], kwargs: dic
         return "the norm is called with more than its input, or by keyword"
     if weight is not None and weight.dtype != args[0].dtype:
         return f"the input is {args[0].dtype} and the weight {weight.dtype}, so the result has the promoted dtype"
-    return changed(self, self._llmkern_parts)
+    return None
 
 
 def _held(self: Any, name: str | None) -> Any:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import dispatch, ops
-from llmkern.swap.derive import derive, mentioned_globals, rebind
+from llmkern.swap.derive import mentioned_globals, rebind
 from llmkern.swap.found import Found, agrees
+from llmkern.swap.guard import guarded
 from llmkern.swap.observe import Sources
 
 SWITCHES = ("rope",)
@@ -38,7 +39,7 @@ def find(module: nn.Module) -> Found | None:
         form = _form(function)
         if form is None:
             return Found("rope", "", f"{name} is not the rotary embedding of ops.rope")
-        cls = derive(type(module), _rebound(forward, name, _replacement(function, form)))
+        cls = guarded(type(module), _rebound(forward, name, _replacement(function, form)), op="rope")
         return Found("rope", "rope", cls=cls, sample=partial(_sample, form))
     return None
 
@@ -53,7 +54,6 @@ def form_of(module: nn.Module) -> _Form | None:
 _rebound = cache(rebind)  # the same forward for every layer, so that they share one class
 
 
-@cache
 def rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {
         name: value

@@ -1,15 +1,23 @@
-"""What a swapped module takes for granted: attributes that its own forward reads, and modules that are not called.
+"""Whether everything is still what it was when a module was swapped: one guard for modules, layers and stacks of them.
 
-What a module computes is found out by a probe, and holds while the module is what it was.  So the shells that are
-probed note which attributes the forward reads of them (`shell_class`, `noted`), and each call of the swapped module
-begins by looking whether these are what they were (`changed`).  Tensors and linear layers are none of this: a swapped
-forward takes them as they are at the call.
+What a module computes is found out by a probe, and holds while all that its forward goes by is what it was:
+
+- attributes of the module, of modules within it that are computed without being called, and of their configs.  The
+  shells that are probed note which of them the forward reads (`shell_class`, `noted`).
+- what lies outside it (llmkern/swap/surroundings.py): members of the classes that it inherits from, globals that its
+  forward mentions, attention functions that are registered under its model's name; hooks for all modules, modes and
+  transforms that are at work in the whole process.
+
+Each call of a swapped module begins by asking its `Guard`, which answers with a sentence where something has changed.
+Tensors and linear layers are none of this: a swapped forward takes them as they are at the call.
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,15 +27,18 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
 from llmkern.integrations.transformers.config_view import original_of
+from llmkern.swap.derive import derive, untouched
+from llmkern.swap.surroundings import Place, Surroundings, surroundings, why_hooks_for_all, why_untouched
 
 __all__ = [
     "UNSEEN",
+    "Guard",
     "Part",
     "Path",
     "Read",
     "are_inert",
     "below",
-    "changed",
+    "guarded",
     "noted",
     "places",
     "shell_class",
@@ -115,6 +126,8 @@ def _noting(cls: Any) -> Any:
 
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__getattribute__": getattribute}
     noting: Any = type(cls.__name__, (cls,), {**namespace, "_llmkern_noted": cls})
+    if "forward" in vars(noting):  # transformers' layers wrap the forward of every subclass, as it is at that time
+        del noting.forward
     return noting
 
 
@@ -167,31 +180,99 @@ def below(path: Path, parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple([part._replace(path=path + part.path) for part in parts])
 
 
-def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
-    """The sentence which says what of the parts is no longer what it was; None where nothing is."""
-    for path, cls, reads in parts:
-        child: Any = module
-        for name in path:
-            child = child._modules.get(name)
-        if path:
-            now: Any = type(child)
-            if now is not cls and now.__dict__.get("_llmkern_original") is not cls:
-                return f"{'.'.join(path)} is a {now.__name__}, not a plain {cls.__name__}"
-        state = child.__dict__
-        if path and (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state):
-            reason = why_hooks(".".join(path), state)
+def merged(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """One part for each module, with all that is read of it."""
+    found: dict[tuple[Path, Any], dict[Read, None]] = {}
+    for part in parts:
+        found.setdefault((part.path, part.cls), {}).update(dict.fromkeys(part.reads))
+    return tuple([Part(path, cls, tuple(reads)) for (path, cls), reads in found.items()])
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a swapped class takes for granted; classes with equal guards are one."""
+
+    parts: tuple[Part, ...]
+    surroundings: Surroundings
+    skips: bool  # whether modules within it are not called
+
+    def why(self, module: nn.Module) -> str | None:
+        """The sentence what of it is no longer so; None where all is."""
+        if torch.compiler.is_compiling():
+            reason = self.surroundings.why_traced()
+        else:
+            reason = self.surroundings.why() or why_untouched()
+            if reason is None and self.skips:
+                reason = why_hooks_for_all()
+        if reason is not None:
+            return reason
+        for part in self.parts:
+            reason = _changed(module, part)
             if reason is not None:
                 return reason
-        for holder, name, value in reads:
-            if not holder:
-                now = state.get(name, _ABSENT)
-            elif holder == _CONFIG and not torch.compiler.is_compiling():
-                # transformers' configs have a __getattribute__ in Python, which takes a microsecond.
-                now = object.__getattribute__(state[_CONFIG], "__dict__").get(name, _ABSENT)
-            else:
-                now = _value(state, holder, name)
-            if now is not value and (type(now) is not type(value) or now != value) and not _equal(now, value):
-                return _sentence(path, holder, name, now, value)
+        return None
+
+
+def guarded(
+    cls: type[nn.Module],
+    forward: Callable[..., Any] | None,
+    *attributes: tuple[str, Any],
+    op: str = "",
+    parts: tuple[Part, ...] = (),
+    within: tuple[type, ...] = (),
+    places: tuple[Place, ...] = (),
+) -> type[nn.Module]:
+    """The class to swap in for `cls`, with this forward, these attributes, and its guard as `_llmkern_guard`.
+
+    op: what `forward` calls; where the guard has a reason not to, the original forward runs, on record.  "" leaves it
+        to `forward` to ask.  None for the forward that the class has.
+    within: other classes whose members count.  places: what else counts.
+    """
+    original = cls.__dict__.get("_llmkern_original", cls)
+    counted = tuple(dict.fromkeys((original, *[part.cls for part in parts], *within)))
+    guard = Guard(merged(parts), surroundings(counted, places), any(part.path for part in parts))
+    if forward is not None and op:
+        forward = _asking(forward, op)
+    return derive(cls, forward, ("_llmkern_guard", guard), *attributes)
+
+
+@cache
+def _asking(forward: Callable[..., Any], op: str) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = self._llmkern_guard.why(self)
+        if reason is not None:
+            return untouched(self, op, reason, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return asked
+
+
+def _changed(module: nn.Module, part: Part) -> str | None:
+    """The sentence which says what of the part is no longer what it was; None where nothing is."""
+    path, cls, reads = part
+    child: Any = module
+    for name in path:
+        child = child._modules.get(name)
+    if path:
+        now: Any = type(child)
+        if now is not cls and now.__dict__.get("_llmkern_original") is not cls:
+            return f"{'.'.join(path)} is a {now.__name__}, not a plain {cls.__name__}"
+    state = child.__dict__
+    if path:
+        reason = why_hooks(".".join(path), state)
+        if reason is not None:
+            return reason
+    for holder, name, value in reads:
+        if not holder:
+            now = state.get(name, _ABSENT)
+        elif holder == _CONFIG and not torch.compiler.is_compiling():
+            # transformers' configs have a __getattribute__ in Python, which takes a microsecond.
+            now = object.__getattribute__(state[_CONFIG], "__dict__").get(name, _ABSENT)
+        else:
+            now = _value(state, holder, name)
+        if now is not value and (type(now) is not type(value) or now != value) and not _equal(now, value):
+            return _sentence(path, holder, name, now, value)
     return None
 
 
@@ -214,9 +295,17 @@ def are_inert(hooks: dict[int, Any]) -> bool:
 
 def why_hooks(name: str, state: dict[str, Any]) -> str | None:
     """The sentence why a module with these attributes has to be called; None where its hooks do nothing."""
-    if state["_forward_pre_hooks"] or "forward" in state or not are_inert(state["_forward_hooks"]):
-        return f"{name} has hooks, or a forward of its own"
-    return WEIGHTS if collects_weights() else None
+    forward = state["_forward_hooks"]
+    if forward or state["_forward_pre_hooks"] or "forward" in state or _hears_gradients(state):
+        if state["_forward_pre_hooks"] or "forward" in state or not are_inert(forward) or _hears_gradients(state):
+            return f"{name} has hooks, or a forward of its own"
+        if collects_weights():
+            return WEIGHTS
+    return None
+
+
+def _hears_gradients(state: dict[str, Any]) -> bool:
+    return bool(state["_backward_hooks"] or state["_backward_pre_hooks"])
 
 
 class _Unseen(Exception):

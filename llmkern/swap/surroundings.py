@@ -1,0 +1,131 @@
+"""What lies outside a module and its forward goes by: classes, globals, registries, and what the process is doing."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from operator import contains, getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from llmkern.swap.derive import mentions
+from llmkern.transforms import is_intercepted, why_mode, why_transformed
+
+__all__ = ["Place", "Surroundings", "classes_within", "surroundings", "why_hooks_for_all", "why_untouched"]
+
+Place = tuple[Mapping[Any, Any], Any, str]
+"""A mapping, a key of it, and what to call the value in a sentence."""
+
+# Of classes that all models share, what a call goes through; they have too much else to watch.
+_OF_LIBRARIES = ("forward", "__call__", "_call_impl", "__getattr__")
+_SPECIAL = ("__call__", "__getattr__", "__getattribute__")
+
+
+class Surroundings:
+    """Members of classes, globals that their methods mention, and other places; compared by identity."""
+
+    def __init__(self, classes: tuple[type, ...], places: Iterable[Place]) -> None:
+        self._forwards = tuple([(cls, cls.forward) for cls in classes if hasattr(cls, "forward")])
+        self._held: list[Mapping[Any, Any]] = []
+        self._names: list[Any] = []
+        self._values: list[Any] = []
+        self._absent: tuple[list[Mapping[Any, Any]], list[Any]] = [], []
+        self._shown: list[str] = []
+        found: dict[tuple[int, Any], Place] = {}
+        for place in (*_members(classes), *places):
+            found.setdefault((id(place[0]) if isinstance(place[0], dict) else id(place[2]), place[1]), place)
+        for held, name, shown in found.values():
+            if name in held:
+                self._held.append(held)
+                self._names.append(name)
+                self._values.append(held[name])
+                self._shown.append(shown)
+            else:
+                self._absent[0].append(held)
+                self._absent[1].append(name)
+
+    def hold(self) -> bool:
+        """Whether all is as it was."""
+        try:
+            if not all(map(is_, map(getitem, self._held, self._names), self._values)):
+                return False
+        except KeyError:
+            return False
+        return not (self._absent[0] and any(map(contains, *self._absent)))
+
+    def why(self) -> str | None:
+        """The sentence what is not as it was; None where nothing is."""
+        if self.hold():
+            return None
+        for held, name, value, shown in zip(self._held, self._names, self._values, self._shown, strict=True):
+            if held.get(name) is not value:
+                return f"{shown} was replaced since it was swapped"
+        return f"there is another {next(n for h, n in zip(*self._absent, strict=True) if n in h)} since it was swapped"
+
+    def why_traced(self) -> str | None:
+        """The same for torch.compile, whose graphs have guards of their own on what it reads: of the forwards."""
+        for cls, forward in self._forwards:
+            if cls.forward is not forward:
+                return "a forward was replaced since it was swapped"
+        return None
+
+
+_known: dict[Any, list[Surroundings]] = {}
+
+
+def surroundings(classes: tuple[type, ...], places: tuple[Place, ...] = ()) -> Surroundings:
+    """The surroundings of these classes as they are now: the same object for as long as they stay so."""
+    known = _known.setdefault((classes, tuple([(id(held), name) for held, name, _ in places])), [])
+    for each in known:
+        if each.hold():
+            return each
+    known.append(Surroundings(classes, places))
+    return known[-1]
+
+
+def _members(classes: tuple[type, ...]) -> Iterator[Place]:
+    for cls in classes:
+        for base in cls.__mro__[:-1]:
+            members = vars(base)
+            if base.__module__.startswith(("torch.", "transformers.")) and ".models." not in base.__module__:
+                for name in _OF_LIBRARIES:
+                    yield members, name, f"{base.__name__}.{name}"
+                continue
+            for name, member in members.items():
+                if name.startswith("__") and name not in _SPECIAL:
+                    continue
+                yield members, name, f"{base.__name__}.{name}"
+                for scope, mentioned in mentions(member):
+                    if not isinstance(scope[mentioned], types.ModuleType):
+                        yield scope, mentioned, f"{mentioned} of {scope.get('__name__')}"
+            if "forward" not in members:
+                yield members, "forward", f"{base.__name__}.forward"
+
+
+def why_untouched() -> str | None:
+    """The sentence why no swapped module may serve a call now, whichever it is; None where nothing is the matter."""
+    if torch.compiler.is_compiling() or not is_intercepted():
+        return None
+    return why_transformed() or why_mode()
+
+
+def why_hooks_for_all() -> str | None:
+    """The sentence that there are hooks for all modules, which are not called where a module is not; None where there
+    are none but those of `llmkern.explain`, which is told of whole layers."""
+    for hooks in (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    ):
+        if hooks and any(getattr(hook, "__module__", "") != "llmkern.explain" for hook in hooks.values()):
+            return "there are hooks for every module"
+    return None
+
+
+def classes_within(module: nn.Module) -> tuple[type, ...]:
+    """The classes of the module and of all within it, those of before where they are swapped."""
+    return tuple(dict.fromkeys([getattr(type(m), "_llmkern_original", type(m)) for m in module.modules()]))
