@@ -17,6 +17,7 @@ AS_avx2 := LLMKERN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 AS_avx2_vnni := $(AS_avx2) LLMKERN_CPU_ISA=avx2_vnni ONEDNN_MAX_CPU_ISA=AVX2_VNNI
 AS_avx512 := LLMKERN_CPU_ISA=avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
 AS_avx512_vnni := $(AS_avx512) LLMKERN_CPU_ISA=avx512_vnni ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
+AS_avx512_bf16 := $(AS_avx512) LLMKERN_CPU_ISA=avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 # Two workers, one thread each: two threads each would fight over two cores.  Triton and Pallas kernels run in their
 # interpreters; XLA, which compiles each call of the latter, is not to optimize it: that takes three times as long.
 INTERPRETERS := TRITON_INTERPRET=1 JAX_PLATFORMS=cpu \

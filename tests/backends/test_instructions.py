@@ -46,6 +46,9 @@ MEANT = [
     Meant("avx512_vnni", rf"stream\w*<.*{INTEGERS}", "vpdpbusd", "zmm"),
     Meant("avx512_vnni", r"stream\w*<.*Digits", "vpdpbusd", "zmm"),
     Meant("avx512_vnni", rf"block\w*<.*{INTEGERS}", "vpdpbusd", "zmm"),
+    Meant("avx512_bf16", rf"stream\w*<.*{INTEGERS}", "vpdpbusd", "zmm"),
+    Meant("avx512_bf16", r"stream\w*<.*Bf16", "vdpbf16ps", "zmm"),
+    Meant("avx512_bf16", r"block\w*<.*Bf16", "vdpbf16ps", "zmm"),
     Meant("amx", rf"stream\w*<.*{INTEGERS}", "vpdpbusd", "zmm"),
     Meant("amx", r"block\w*<.*TileIntegers", "tdpbssd", "tmm"),
     Meant("amx", r"block\w*<.*TileBf16", "tdpbf16ps", "tmm"),
@@ -59,6 +62,7 @@ LACKING = {
     "avx2_vnni": r"%zmm|%k[1-7]|%tmm",
     "avx512": r"%tmm|vpdp|vdpbf16ps|vcvtne",
     "avx512_vnni": r"%tmm|vdpbf16ps|vcvtne",
+    "avx512_bf16": r"%tmm",
 }
 
 _FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
