@@ -8,7 +8,7 @@ from llmkern.dispatch import implements, register, use_backend
 from llmkern.explain import explain
 from llmkern.info import Info, info
 from llmkern.quantization import Int8, QuantReport, dequantize_, load, quantize_
-from llmkern.report import Report, report
+from llmkern.report import Report, is_optimized, report
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
 from llmkern.verify import Accuracy, verify
 
@@ -32,6 +32,7 @@ __all__ = [
     "explain",
     "implements",
     "info",
+    "is_optimized",
     "load",
     "nn",
     "ops",
@@ -52,9 +53,9 @@ def __getattr__(name: str) -> Any:
 
         return kv_cache()
     if name == "Int8Config":
-        from llmkern.quantization.transformers_quantizer import Int8Config
+        from llmkern.integrations.transformers import int8_config
 
-        return Int8Config
+        return int8_config()
     if name == "__version__":
         from llmkern.info import package_version
 

@@ -9,21 +9,26 @@ from torch import nn
 
 from llmkern.quantization.report import QuantReport
 from llmkern.quantization.report import current as quantized
+from llmkern.swap import SwapReport
+from llmkern.swap.derive import is_swapped
+from llmkern.swap.report import current as swapped
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "is_optimized", "report"]
 
 
 @dataclass(frozen=True)
 class Report:
     """What each part of llmkern says of a model; prints as their tables.
 
+    swap: of the last `optimize_`; None where there was none, or `restore_` undid it.
     quantization: None where nothing in the model is or was quantized.
     """
 
+    swap: SwapReport | None = None
     quantization: QuantReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"quantization": {…}}`, without the parts that have nothing to say."""
+        """`{"swap": {…}, "quantization": {…}}`, without the parts that have nothing to say."""
         return {name: part.to_dict() for name, part in vars(self).items() if part is not None}
 
     def __str__(self) -> str:
@@ -32,10 +37,15 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What of `model` is quantized, and why the rest is not; of the model as it is now, adapters around it or not.
+    """Say what of `model` is swapped and quantized, and why the rest is not; adapters around it or not.
 
     Raises TypeError for what is no nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model is a {type(model).__name__}, expected a torch.nn.Module")
-    return Report(quantization=quantized(model))
+    return Report(swap=swapped(model), quantization=quantized(model))
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Whether anything in `model` is swapped at the moment."""
+    return any(is_swapped(module) for module in model.modules())

@@ -162,11 +162,11 @@ def test_a_system_without_huge_pages_moves_nothing(
 def test_optimize_moves_and_says_so_unless_told_not_to() -> None:
     model = nn.Sequential(nn.LayerNorm(1024), nn.Linear(1024, ROWS)).eval()
     pointer = model[1].weight.data_ptr()
-    report = llmkern.optimize_(model, huge_pages=False)
+    report = llmkern.report(llmkern.optimize_(model, huge_pages=False)).swap
     assert report.moved_bytes == 0
     assert model[1].weight.data_ptr() == pointer
     assert "huge pages" not in str(report)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     assert report.moved_bytes == report.to_dict()["moved_bytes"] > MIN_BYTES
     assert "huge pages" in str(report)
     value = model[1].weight.clone()

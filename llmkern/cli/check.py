@@ -17,6 +17,7 @@ from llmkern.cli.arguments import check_scheme
 from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize, token_ids
 from llmkern.cli.output import print_json, save, say, task, working
 from llmkern.swap import SwapReport, optimize_, restore_
+from llmkern.swap.report import current as swap_report
 from llmkern.table import render
 from llmkern.verify import Accuracy, outputs_of, verify
 
@@ -138,7 +139,8 @@ def run_check(loaded: Loaded, *, tokens: int, int8: bool, int8_cache: bool = Fal
     ids = token_ids(loaded, tokens).to(_device_of(original))
     inputs = _inputs(loaded, ids)
     model = copy.deepcopy(original)
-    report = optimize_(model, on_unsupported="ignore")
+    report = swap_report(optimize_(model, on_unsupported="ignore"))
+    assert report is not None
     with working("comparing with the original, and both with float64"):
         accuracy = verify(model, original, **inputs)
     perplexity: dict[str, float | None] = {"original": None, "optimized": None, "int8": None}

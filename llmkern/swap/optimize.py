@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -21,12 +21,13 @@ from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
 from llmkern.swap.found import Found, linear_like
 from llmkern.swap.observe import settled
-from llmkern.swap.report import SwapReport, SwapRow
+from llmkern.swap.report import SwapReport, SwapRow, forget_report, record_report
 from llmkern.swap.rules import RULES
 
 __all__ = ["optimize_", "patched", "restore_"]
 
-FilterFn = Callable[[str, nn.Module], bool]
+FilterFn = Callable[[nn.Module, str], bool]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class _Site:
 
 
 def optimize_(
-    model: nn.Module,
+    model: Model,
     *,
     attention: bool = True,
     norms: bool = True,
@@ -51,8 +52,8 @@ def optimize_(
     huge_pages: bool = True,
     filter_fn: FilterFn | None = None,
     on_unsupported: Literal["warn", "error", "ignore"] = "warn",
-) -> SwapReport:
-    """Swap llmkern's ops into `model`, in place and in this instance only.
+) -> Model:
+    """Swap llmkern's ops into `model`, in place and in this instance only; `llmkern.report(model)` says where.
 
     attention, norms, mlp, rope, linear: which kinds of modules to swap (mlp includes GELU modules; linear are large
         layers on the CPU that belong to none of the others, output heads above all).
@@ -64,10 +65,11 @@ def optimize_(
     huge_pages: give weights on the CPU, where they are many, pages of 2 MiB, which are read faster (`llmkern.memory`):
         parameters stay the same objects with the same values, large ones where they are, small ones in other memory,
         also after `restore_`.
-    filter_fn: called with a module's path and the module; False leaves it alone.
+    filter_fn: takes (module, path), as torchao's does; a module for which it is false is left alone.  It warns where
+        that leaves nothing.
     on_unsupported: what to do where a module of these kinds cannot be swapped: warn once, raise `RuntimeError`
         before anything has changed, or say nothing.  The report has the reasons in any case.
-    Returns the report.  Calling it again adds what was left out before and changes nothing else; `restore_` undoes
+    Returns the model.  Calling it again adds what was left out before and changes nothing else; `restore_` undoes
     all of it.  What changes in a module afterwards counts at once: where the swapped one cannot follow, its calls run
     untouched, with the reason in `explain`, until this is called again.
     Names propose, a probe decides: a module is swapped if a small copy of it computes what the op does, near and far,
@@ -86,10 +88,12 @@ def optimize_(
     }
     with settled():  # for the probes
         sites = _resolved(list(_sites(model, switches, filter_fn)))
+    wanted = [s for s in sites if not s.excluded and not s.found.reason]
+    if filter_fn is not None and sites and not wanted:
+        warnings.warn("optimize_: filter_fn is false for every module; nothing is swapped", UserWarning, stacklevel=2)
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
-    wanted = [s for s in sites if not s.excluded and not s.found.reason]
     wanted = [s for s in wanted if not s.found.is_frame or any(w.path.startswith(f"{s.path}.") for w in wanted)]
     with _undo_on_failure(model):
         for site in wanted:
@@ -112,10 +116,11 @@ def optimize_(
         warnings.warn(
             f"llmkern leaves {len(unsupported)} modules as they are: {'; '.join(reasons)}", UserWarning, stacklevel=2
         )
-    return SwapReport(rows, moved)
+    record_report(model, SwapReport(rows, moved))
+    return model
 
 
-def restore_(model: nn.Module) -> nn.Module:
+def restore_(model: Model) -> Model:
     """Undo `optimize_` exactly: every module has its own class, forward and config again.  Returns `model`.
 
     A model that was never optimized is left as it is.  Raises RuntimeError where something (FSDP, for one) has
@@ -133,15 +138,16 @@ def restore_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if "config" in vars(module):
             vars(module)["config"] = original_of(vars(module)["config"])
+    forget_report(model)
     return model
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, **options: Any) -> Iterator[SwapReport]:
+def patched(model: Model, **options: Any) -> Iterator[Model]:
     """`optimize_(model, **options)` within the block, the untouched model after it, whatever happens in between."""
-    report = optimize_(model, **options)
+    optimize_(model, **options)
     try:
-        yield report
+        yield model
     finally:
         restore_(model)
 
@@ -150,7 +156,9 @@ def _check(model: nn.Module, filter_fn: FilterFn | None, kv_cache: str | None, o
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize_: model is a {type(model).__name__}, expected a torch.nn.Module")
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"optimize_: filter_fn is a {type(filter_fn).__name__}, expected a function or None")
+        raise TypeError(
+            f"optimize_: filter_fn is a {type(filter_fn).__name__}, expected a function of (module, path) or None"
+        )
     check_choice("optimize_", "kv_cache", kv_cache, ("auto", "int8", None))
     if on_unsupported not in ("warn", "error", "ignore"):
         raise ValueError(f"optimize_: on_unsupported is {on_unsupported!r}, expected 'warn', 'error' or 'ignore'")
@@ -176,7 +184,7 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
                 off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES if not switches[switch]]
                 if off and (found.is_whole or len(off) == len(rule.SWITCHES)):
                     excluded = f"switched off by {' and '.join(off)}"
-                elif filter_fn is not None and not found.is_frame and not filter_fn(path, module):
+                elif filter_fn is not None and not found.is_frame and not filter_fn(module, path):
                     excluded = "left out by filter_fn"
                 elif not found.reason and derive.forward_is_replaced(module):
                     found = Found(found.kind, found.op, "its forward was replaced on the instance")

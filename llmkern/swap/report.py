@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from torch import nn
+
+from llmkern.record import forget, keep, kept
 from llmkern.table import collapse, render
 
-__all__ = ["SwapReport", "SwapRow"]
+__all__ = ["SwapReport", "SwapRow", "current", "forget_report", "record_report"]
+
+_RECORD = "_llmkern_swapped"
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,22 @@ class SwapReport:
         if self.moved_bytes:
             title += f"; {self.moved_bytes / 1e6:.0f} MB of weights moved to huge pages"
         return render(title, ("module", "×", "kind", "op", "served by", "left alone because"), cells)
+
+
+def record_report(model: nn.Module, report: SwapReport) -> None:
+    """Keep the report of the last `optimize_` call for `current`."""
+    keep(model, _RECORD, report)
+
+
+def forget_report(model: nn.Module) -> None:
+    """Undo `record_report`."""
+    forget(model, _RECORD)
+
+
+def current(model: nn.Module) -> SwapReport | None:
+    """Return the report of the last `optimize_` call, paths as of `model`; None before one, and after `restore_`."""
+    recorded = kept(model, _RECORD)
+    if recorded is None:
+        return None
+    prefix, report = recorded
+    return replace(report, rows=tuple(replace(row, path=f"{prefix}.{row.path}".strip(".")) for row in report.rows))

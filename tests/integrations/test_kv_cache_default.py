@@ -125,10 +125,12 @@ def test_int8_is_made_where_asked_for() -> None:
     model, inputs = optimized(kv_cache="int8"), LLAMA.inputs()
     out = tokens(model, inputs)
     assert [type(layer) for layer in out.past_key_values.layers] == [Int8KVLayer, Int8KVLayer]
-    report = llmkern.optimize_(model)  # "auto" leaves what is there
+    report = llmkern.report(llmkern.optimize_(model)).swap  # "auto" leaves what is there
     assert [row.backend for row in report if row.kind == "cache"] == ["KVCache int8"]
     assert torch.equal(tokens(model, inputs).sequences, out.sequences)
-    assert [row.backend for row in llmkern.optimize_(model, kv_cache="int8") if row.kind == "cache"] == ["KVCache int8"]
+    assert [
+        row.backend for row in llmkern.report(llmkern.optimize_(model, kv_cache="int8")).swap if row.kind == "cache"
+    ] == ["KVCache int8"]
     model = optimized()
     llmkern.optimize_(model, kv_cache="int8")
     assert type(tokens(model, inputs).past_key_values.layers[0]) is Int8KVLayer
@@ -137,7 +139,7 @@ def test_int8_is_made_where_asked_for() -> None:
 def test_it_can_be_left_out_and_is_undone() -> None:
     model, inputs = LLAMA.build(), LLAMA.inputs()
     cls, inner = type(model), type(model.model)
-    report = llmkern.optimize_(model, kv_cache=None)
+    report = llmkern.report(llmkern.optimize_(model, kv_cache=None)).swap
     assert [(row.action, row.reason) for row in report if row.kind == "cache"] == [
         ("left", "switched off by kv_cache=None")
     ]
@@ -154,7 +156,7 @@ def test_it_can_be_left_out_and_is_undone() -> None:
 
 def test_an_encoder_decoder_keeps_its_own_and_says_so() -> None:
     model = T5.build()
-    (row,) = [row for row in llmkern.optimize_(model) if row.kind == "cache"]
+    (row,) = [row for row in llmkern.report(llmkern.optimize_(model)).swap if row.kind == "cache"]
     assert (row.action, row.backend) == ("left", "")
     assert "encoder" in row.reason
     assert type(tokens(model, T5.inputs()).past_key_values) is transformers.EncoderDecoderCache
@@ -166,7 +168,7 @@ def test_an_encoder_decoder_keeps_its_own_and_says_so() -> None:
 def test_a_recurrent_model_keeps_its_own_and_says_so() -> None:
     small = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
     model = transformers.MambaForCausalLM(small).eval()
-    (row,) = [row for row in llmkern.optimize_(model) if row.kind == "cache"]
+    (row,) = [row for row in llmkern.report(llmkern.optimize_(model)).swap if row.kind == "cache"]
     assert row.action == "left"
     assert "layers keep" in row.reason or "of its own" in row.reason
     ids = torch.arange(1, 6)[None]

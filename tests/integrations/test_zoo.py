@@ -67,7 +67,7 @@ def test_as_accurate_as_the_untouched_model(entry: Entry, dtype: torch.dtype, pa
         pytest.skip(f"{entry.kind} inputs have no padding")
     baseline, exact = untouched(entry, dtype, padding)
     model = entry.build(dtype=dtype)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     assert report.swapped
     out = run(entry, model, entry.cast(entry.inputs(padding=padding), dtype))
     assert out.dtype == baseline.dtype
@@ -126,7 +126,7 @@ def test_other_instances_are_untouched(entry: Entry) -> None:
 def test_restore_is_exact(entry: Entry) -> None:
     model, inputs = entry.build(), entry.inputs(padding=entry.paddings[-1])
     expected, state = run(entry, model, inputs), snapshot(model)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     # Without padding: torch.nn.TransformerEncoder takes padded batches down a path of its own.
     assert {row.op for row in outermost(report.swapped) if row.op} <= called_ops(entry, model, entry.inputs())
     assert llmkern.restore_(model) is model
@@ -141,9 +141,9 @@ def test_restore_is_exact(entry: Entry) -> None:
 def test_optimizing_twice_is_optimizing_once(entry: Entry) -> None:
     model = entry.build()
     state = snapshot(model)
-    first = llmkern.optimize_(model)
+    first = llmkern.report(llmkern.optimize_(model)).swap
     once = snapshot(model)
-    second = llmkern.optimize_(model)
+    second = llmkern.report(llmkern.optimize_(model)).swap
     assert_same(once, model)
     assert second.rows == first.rows
     llmkern.restore_(model)
@@ -181,7 +181,7 @@ def test_a_copy_is_optimized_and_independent(entry: Entry) -> None:
 @every_entry
 def test_the_report_speaks_of_every_module(entry: Entry) -> None:
     model = entry.build()
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     for row in report.rows:
         if row.kind == "cache" and row.action == "swapped":
             assert row.backend == "KVCache"
@@ -217,9 +217,9 @@ def test_the_report_speaks_of_every_module(entry: Entry) -> None:
 )
 def test_each_switch_leaves_its_kind_alone(entry: Entry, switch: str, kinds: set[str]) -> None:
     model, inputs = entry.build(), entry.inputs()
-    everything = llmkern.optimize_(model)
+    everything = llmkern.report(llmkern.optimize_(model)).swap
     llmkern.restore_(model)
-    without = llmkern.optimize_(model, **{switch: False})
+    without = llmkern.report(llmkern.optimize_(model, **{switch: False})).swap
     # A layer is swapped as a whole only where everything in it is.
     gone = kinds | {"layer"} if entry.kind == "decoder" or switch != "rope" else kinds
     kept = [row for row in everything.swapped if row.kind not in gone]
@@ -241,13 +241,19 @@ def test_filter_fn_decides(entry: Entry) -> None:
         asked[path] = module
         return False
 
-    report = llmkern.optimize_(model, filter_fn=none)
+    report = llmkern.report(llmkern.optimize_(model, filter_fn=none)).swap
     assert_same(state, model)
     assert not report.swapped
     assert all(model.get_submodule(path) is module for path, module in asked.items())
-    chosen = next(row.path for row in llmkern.optimize_(model, filter_fn=lambda path, module: "0" in path).swapped)
+    chosen = next(
+        row.path
+        for row in llmkern.report(llmkern.optimize_(model, filter_fn=lambda module, path: "0" in path)).swap.swapped
+    )
     assert "0" in chosen
-    assert all("0" in row.path for row in llmkern.optimize_(model, filter_fn=lambda path, module: False).swapped)
+    assert all(
+        "0" in row.path
+        for row in llmkern.report(llmkern.optimize_(model, filter_fn=lambda module, path: False)).swap.swapped
+    )
 
 
 @every_entry
@@ -256,7 +262,7 @@ def test_unsupported_modules_are_an_error_where_that_is_asked_for(entry: Entry) 
     state = snapshot(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = llmkern.optimize_(model, on_unsupported="ignore")
+        report = llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
     assert not [w for w in caught if "llmkern" in str(w.message)]
     llmkern.restore_(model)
     unsupported = [row for row in report.left if row.kind != "cache"]
@@ -293,7 +299,7 @@ def test_a_failure_half_way_changes_nothing(entry: Entry, where: str, monkeypatc
 
     filter_fn = None
     if where == "while looking":
-        filter_fn = fail_later(lambda path, module: True)
+        filter_fn = fail_later(lambda module, path: True)
     elif where == "while swapping":
         monkeypatch.setattr("llmkern.swap.derive.set_class", fail_later(llmkern.swap.derive.set_class))
     else:

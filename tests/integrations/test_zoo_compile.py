@@ -35,7 +35,7 @@ def compiled(entry: Entry, model: nn.Module) -> tuple[int, Tensor]:
 def test_compiling_breaks_no_graph(entry: Entry) -> None:
     model = entry.build()
     untouched_graphs, _ = compiled(entry, model)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     inputs = entry.inputs(padding=entry.paddings[-1])
     with torch.no_grad():
         eager = entry.at_kept_positions(entry.output(model(**inputs)), inputs)

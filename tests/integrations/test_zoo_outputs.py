@@ -58,7 +58,7 @@ def test_extra_outputs_are_those_of_the_untouched_model(entry: Entry, attention:
     # sdpa has no attention weights to give; an optimized model gives those of eager attention whatever it was before.
     expected = built(entry, "eager" if what == "attentions" else attention)(**inputs, **options)
     model = built(entry, attention)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     record = Record()
     with dispatch.recording(record):
         result = model(**inputs, **options)
@@ -86,9 +86,9 @@ def test_asking_for_extra_outputs_leaves_nothing_behind(entry: Entry, asked: str
     inputs, model = entry.inputs(), entry.build()
     if asked == "before":
         expected = entry.output(model(**inputs, output_hidden_states=True))
-        report = llmkern.optimize_(model)
+        report = llmkern.report(llmkern.optimize_(model)).swap
     else:
-        report = llmkern.optimize_(model)
+        report = llmkern.report(llmkern.optimize_(model)).swap
         expected = entry.output(entry.build()(**inputs))
         model(**inputs, output_hidden_states=True)
     assert not [row for row in report.left if "forward was replaced" in row.reason]

@@ -22,7 +22,7 @@ every_entry = pytest.mark.parametrize("entry", ZOO, ids=str)
 
 def optimized(entry: Entry) -> nn.Module:
     model = entry.build()
-    assert llmkern.optimize_(model).swapped
+    assert llmkern.report(llmkern.optimize_(model)).swap.swapped
     return model
 
 

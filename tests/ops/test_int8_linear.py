@@ -13,7 +13,7 @@ BACKENDS = [impl.backend.name for impl in dispatch.implementations("int8_linear"
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with dispatch.use_backend(request.param):
-        yield
+        yield request.param
 
 
 def weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,9 +69,10 @@ def test_auto_follows_its_documented_rule(dtype: torch.dtype, rows: int, expecte
     assert not torch.equal(ops.int8_linear(x, w, scale), ops.int8_linear(x, w, scale, scheme=other))
 
 
-@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_gradient_is_that_of_the_dequantized_layer(scheme: str) -> None:
+def test_gradient_is_that_of_the_dequantized_layer(backend: str, scheme: str) -> None:
+    if not any(i.has_backward for i in dispatch.implementations("int8_linear") if i.backend.name == backend):
+        pytest.skip(f"{backend} has no gradient")
     w, scale = weight(24, 40)
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
     bias = torch.zeros(24, requires_grad=True)

@@ -393,6 +393,8 @@ def test_what_may_change_unseen_is_not_swapped() -> None:
     module = Listed()
     module.config = hf.PretrainedConfig(gains=[1.0])
     (row,) = [
-        row for row in llmkern.optimize_(nn.ModuleDict({"m": module}), on_unsupported="ignore") if row.kind == "mlp"
+        row
+        for row in llmkern.report(llmkern.optimize_(nn.ModuleDict({"m": module}), on_unsupported="ignore")).swap
+        if row.kind == "mlp"
     ]
     assert (row.action, row.reason) == ("left", "its forward reads an attribute that may change unseen")

@@ -27,7 +27,7 @@ def test_few_rows_are_native_and_many_pytorchs(dtype) -> None:
     few, many = torch.randn(1, 3, COLUMNS, dtype=dtype), torch.randn(1, 30, COLUMNS, dtype=dtype)
     with torch.no_grad():
         before = [module(few), module(many)]
-        report = llmkern.optimize_(module)
+        report = llmkern.report(llmkern.optimize_(module)).swap
         assert [(row.path, row.kind, row.backend) for row in report.swapped] == [("1", "linear", "cpu")]
         torch.testing.assert_close(module(few), before[0], rtol=2e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
         assert torch.equal(module(many), before[1])
@@ -39,7 +39,7 @@ def test_few_rows_are_native_and_many_pytorchs(dtype) -> None:
 
 def test_small_layers_and_the_switch_leave_alone() -> None:
     module = model()
-    assert not llmkern.optimize_(module, linear=False, on_unsupported="ignore").swapped
+    assert not llmkern.report(llmkern.optimize_(module, linear=False, on_unsupported="ignore")).swap.swapped
     assert type(module[1]) is nn.Linear
     assert type(module[0]) is nn.Linear
 

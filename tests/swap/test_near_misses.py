@@ -249,7 +249,7 @@ def test_an_encoder_that_goes_by_length() -> None:
     model = built(ENCODERS["bert"])
     for layer in model.encoder.layer:
         layer.output.__class__ = Halved
-    report = llmkern.optimize_(model, on_unsupported="ignore")
+    report = llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
     assert "encoder_layer" not in {row.op for row in report.swapped}
     assert "forward goes by `out.shape[1] > 100`, which a probe cannot see through" in {r.reason for r in report.left}
 
@@ -264,18 +264,18 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", [*SETTINGS, "default dtype"])
 def test_the_report_does_not_depend_on_the_callers_setting(name: str) -> None:
-    expected = llmkern.optimize_(built(DECODERS["llama"]))
+    expected = llmkern.report(llmkern.optimize_(built(DECODERS["llama"]))).swap
     model = built(DECODERS["llama"])
     if name == "default dtype":
         torch.set_default_dtype(torch.float64)
         try:
-            report = llmkern.optimize_(model)
+            report = llmkern.report(llmkern.optimize_(model)).swap
             assert torch.get_default_dtype() is torch.float64
         finally:
             torch.set_default_dtype(torch.float32)
     else:
         with SETTINGS[name]():
-            report = llmkern.optimize_(model)
+            report = llmkern.report(llmkern.optimize_(model)).swap
     assert report.rows == expected.rows
     model.train()(torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None]).loss.backward()
 

@@ -53,7 +53,7 @@ def classes(model: nn.Module) -> list[type]:
 
 def test_report(model: Model) -> None:
     with pytest.warns(UserWarning, match="llmkern leaves 3 modules as they are: it is neither"):
-        report = llmkern.optimize_(model)
+        report = llmkern.report(llmkern.optimize_(model)).swap
     assert [(r.path, r.kind, r.action) for r in report.rows] == [
         ("blocks.0.norm", "norm", "swapped"),
         ("blocks.0.odd", "norm", "left"),
@@ -71,7 +71,7 @@ def test_report(model: Model) -> None:
 
 
 def test_the_backend_in_the_report_is_the_one_that_serves(model: Model) -> None:
-    report = llmkern.optimize_(model, on_unsupported="ignore")
+    report = llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
     with torch.no_grad():
         served = {row.site: row.backend for row in llmkern.explain(model, X)}
     assert served == {row.path: row.backend for row in report.swapped}
@@ -80,10 +80,10 @@ def test_the_backend_in_the_report_is_the_one_that_serves(model: Model) -> None:
 def test_restore_and_idempotence(model: Model) -> None:
     before, expected = classes(model), model(X)
     llmkern.restore_(model)  # never optimized: nothing to do
-    first = llmkern.optimize_(model, on_unsupported="ignore")
+    first = llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
     swapped = classes(model)
     assert swapped != before
-    assert llmkern.optimize_(model, on_unsupported="ignore") == first
+    assert llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap == first
     assert classes(model) == swapped
     assert llmkern.restore_(model) is model
     assert classes(model) == before
@@ -91,19 +91,21 @@ def test_restore_and_idempotence(model: Model) -> None:
 
 
 def test_a_second_call_adds_what_the_first_left_out(model: Model) -> None:
-    llmkern.optimize_(model, filter_fn=lambda path, _: path == "final", on_unsupported="ignore")
-    report = llmkern.optimize_(model, filter_fn=lambda path, _: path != "final", on_unsupported="ignore")
+    llmkern.optimize_(model, filter_fn=lambda _, path: path == "final", on_unsupported="ignore")
+    report = llmkern.report(
+        llmkern.optimize_(model, filter_fn=lambda _, path: path != "final", on_unsupported="ignore")
+    ).swap
     assert {row.path for row in report.swapped} == {"blocks.0.norm", "blocks.1.norm", "blocks.2.norm", "final"}
-    report = llmkern.optimize_(model, norms=False, on_unsupported="ignore")
+    report = llmkern.report(llmkern.optimize_(model, norms=False, on_unsupported="ignore")).swap
     assert len(report.swapped) == 4  # still: a switch says what to swap, not what to restore
     assert all(row.reason == "switched off by norms=False" for row in report.left)
 
 
 def test_switches_do_not_unswap_torchs_attention() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
-    first = llmkern.optimize_(model)
+    first = llmkern.report(llmkern.optimize_(model)).swap
     assert {row.op for row in first.swapped} == {"attention", "layer_norm"}
-    assert llmkern.optimize_(model, attention=False).swapped == first.swapped
+    assert llmkern.report(llmkern.optimize_(model, attention=False)).swap.swapped == first.swapped
 
 
 def test_plain_torch_models_need_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_plain_torch_models_need_no_transformers(monkeypatch: pytest.MonkeyPatch
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x = torch.randn(2, 3, 16)
     expected = model(x)
-    assert llmkern.optimize_(model).swapped
+    assert llmkern.report(llmkern.optimize_(model)).swap.swapped
     torch.testing.assert_close(model(x), expected)
     assert torch.equal(llmkern.restore_(model)(x), expected)
     small = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
@@ -204,7 +206,7 @@ def test_patched_ends_with_its_block(model: Model) -> None:
 
 def test_a_forward_replaced_on_the_instance_is_left(model: Model) -> None:
     model.final.forward = lambda x: x * 2
-    report = llmkern.optimize_(model, on_unsupported="ignore")
+    report = llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
     row = next(row for row in report.rows if row.path == "final")
     assert (row.action, row.reason) == ("left", "its forward was replaced on the instance")
     assert torch.equal(model.final(X), X * 2)
@@ -321,6 +323,6 @@ def test_explain_leaves_no_hooks_behind_when_the_model_fails(model: Model) -> No
 
 
 def test_the_default_device_is_not_where_modules_are_probed(model: Model) -> None:
-    usual = llmkern.optimize_(copy.deepcopy(model), on_unsupported="ignore")
+    usual = llmkern.report(llmkern.optimize_(copy.deepcopy(model), on_unsupported="ignore")).swap
     with torch.device("meta"):
-        assert llmkern.optimize_(model, on_unsupported="ignore").rows == usual.rows
+        assert llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap.rows == usual.rows

@@ -71,7 +71,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 def only_row(module: nn.Module) -> llmkern.SwapRow:
-    (row,) = llmkern.optimize_(nn.ModuleDict({"m": module}), on_unsupported="ignore")
+    (row,) = llmkern.report(llmkern.optimize_(nn.ModuleDict({"m": module}), on_unsupported="ignore")).swap
     return row
 
 
@@ -123,7 +123,7 @@ def test_a_norm_without_parameters_and_with_its_eps_in_the_code() -> None:
 
 def test_scripted_modules_are_passed_by() -> None:
     model = nn.ModuleDict({"scripted": torch.jit.script(nn.LayerNorm(8)), "plain": nn.LayerNorm(8)})
-    assert [row.path for row in llmkern.optimize_(model).swapped] == ["plain"]
+    assert [row.path for row in llmkern.report(llmkern.optimize_(model)).swap.swapped] == ["plain"]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_torch_norms(module: nn.Module, op: str) -> None:
 def test_what_computes_something_else_is_left_with_a_reason(module: nn.Module) -> None:
     state = {k: v.clone() for k, v in module.state_dict().items()}
     before = type(module)
-    rows = llmkern.optimize_(nn.ModuleDict({"m": module}), on_unsupported="ignore").rows
+    rows = llmkern.report(llmkern.optimize_(nn.ModuleDict({"m": module}), on_unsupported="ignore")).swap.rows
     assert all(row.action == "left" and row.reason for row in rows)
     assert type(module) is before
     for name, value in module.state_dict().items():
@@ -213,7 +213,7 @@ def test_an_mlp_that_drops_out_trains_as_before() -> None:
     ("module", "swapped"), [(nn.GELU(), True), (nn.GELU("tanh"), True), (nn.SiLU(), False), (nn.Dropout(0.5), False)]
 )
 def test_activation_modules(module: nn.Module, swapped: bool) -> None:
-    rows = llmkern.optimize_(nn.ModuleDict({"m": module})).rows
+    rows = llmkern.report(llmkern.optimize_(nn.ModuleDict({"m": module}))).swap.rows
     assert bool(rows) is swapped
 
 

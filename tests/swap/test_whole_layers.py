@@ -58,7 +58,7 @@ encoders = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
 @torch.no_grad()
 def test_a_decoder_is_as_accurate_as_untouched(make, dtype) -> None:
     reference, model = built(make, dtype), built(make, dtype)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     assert [row.backend for row in report if row.kind == "layer"] == ["cpu", "cpu"]
     for inputs in ({"input_ids": TOKENS}, {"input_ids": TOKENS, "attention_mask": PADDED}):
         for use_cache in (False, True):
@@ -77,7 +77,7 @@ def test_a_decoder_is_as_accurate_as_untouched(make, dtype) -> None:
 @torch.no_grad()
 def test_an_encoder_is_as_accurate_as_untouched(make, dtype) -> None:
     reference, model = built(make, dtype), built(make, dtype)
-    report = llmkern.optimize_(model)
+    report = llmkern.report(llmkern.optimize_(model)).swap
     assert [row.backend for row in report if row.kind == "layer"] == ["cpu", "cpu"]
     for mask in (None, PADDED.flip(1)):
         inputs = {"input_ids": TOKENS, "attention_mask": mask}
@@ -93,7 +93,7 @@ def test_an_encoder_is_as_accurate_as_untouched(make, dtype) -> None:
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_another_layer_is_not_taken_for_one(make) -> None:
-    assert not [row for row in llmkern.optimize_(built(make)).swapped if row.kind == "layer"]
+    assert not [row for row in llmkern.report(llmkern.optimize_(built(make))).swap.swapped if row.kind == "layer"]
 
 
 def prompts(padded: bool) -> dict[str, Tensor]:
@@ -143,8 +143,12 @@ def test_int8_weights_and_an_int8_cache(make) -> None:
     model.model.layers[0].mlp.down_proj.scheme = "w8a16"  # as quantize_ leaves a layer that W8A8 would hurt
     parts = copy.deepcopy(model)
     llmkern.optimize_(model)
-    llmkern.optimize_(parts, filter_fn=lambda path, module: not hasattr(module, "mlp"))
-    assert not [row for row in llmkern.optimize_(parts, attention=False) if row.kind == "layer" and not row.reason]
+    llmkern.optimize_(parts, filter_fn=lambda module, path: not hasattr(module, "mlp"))
+    assert not [
+        row
+        for row in llmkern.report(llmkern.optimize_(parts, attention=False)).swap
+        if row.kind == "layer" and not row.reason
+    ]
     for count in (2, 10):
         ours, theirs = (llmkern.KVCache(model.config, dtype="int8") for _ in range(2))
         for tokens in (TOKENS[:, :count], TOKENS[:, :1], TOKENS[:, 1:2]):
@@ -276,12 +280,14 @@ def test_weights_are_those_of_the_moment() -> None:
 
 @pytest.mark.parametrize("switch", ["attention", "norms", "mlp", "rope"])
 def test_a_switch_off_leaves_the_layers_to_their_parts(switch) -> None:
-    report = llmkern.optimize_(built(DECODERS["llama"]), **{switch: False})
+    report = llmkern.report(llmkern.optimize_(built(DECODERS["llama"]), **{switch: False})).swap
     assert {row.reason for row in report if row.kind == "layer"} == {f"switched off by {switch}=False"}
 
 
 def test_a_part_left_out_leaves_its_layer_to_the_parts() -> None:
-    report = llmkern.optimize_(built(DECODERS["llama"]), filter_fn=lambda path, _: path != "model.layers.1.mlp")
+    report = llmkern.report(
+        llmkern.optimize_(built(DECODERS["llama"]), filter_fn=lambda _, path: path != "model.layers.1.mlp")
+    ).swap
     layers = {row.path: row.reason for row in report if row.kind == "layer"}
     assert layers == {"model.layers.0": "", "model.layers.1": "a part of it is left alone: model.layers.1.mlp"}
 
@@ -291,7 +297,9 @@ def test_large_linears_are_swapped_where_their_layer_is_not(monkeypatch: pytest.
     monkeypatch.setattr("llmkern.swap.rules.linear.MIN_BYTES", 0)
     model = built(DECODERS["llama"])
     expected = model(TOKENS).logits
-    report = llmkern.optimize_(model, filter_fn=lambda path, _: path != "model.layers.1.input_layernorm")
+    report = llmkern.report(
+        llmkern.optimize_(model, filter_fn=lambda _, path: path != "model.layers.1.input_layernorm")
+    ).swap
     swapped = {row.path for row in report.swapped if row.kind == "linear"}
     assert swapped == {f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"} | {"lm_head"}
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
@@ -300,9 +308,11 @@ def test_large_linears_are_swapped_where_their_layer_is_not(monkeypatch: pytest.
 @torch.no_grad()
 def test_layers_become_whole_over_linears_swapped_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmkern.swap.rules.linear.MIN_BYTES", 0)
-    for options in ({"attention": False}, {"filter_fn": lambda path, module: isinstance(module, nn.Linear)}):
+    for options in ({"attention": False}, {"filter_fn": lambda module, path: isinstance(module, nn.Linear)}):
         model = built(DECODERS["llama"])
-        assert any(row.path.endswith(".q_proj") for row in llmkern.optimize_(model, **options).swapped)
+        assert any(
+            row.path.endswith(".q_proj") for row in llmkern.report(llmkern.optimize_(model, **options)).swap.swapped
+        )
         llmkern.optimize_(model)
         assert recorded(lambda given=model: given(TOKENS)).ops.count("decoder_layer_") == 2
         assert type(llmkern.restore_(model).model.layers[0].self_attn.q_proj) is nn.Linear
@@ -310,8 +320,8 @@ def test_layers_become_whole_over_linears_swapped_before(monkeypatch: pytest.Mon
 
 def test_a_linear_that_is_not_wanted_leaves_its_layer_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmkern.swap.rules.linear.MIN_BYTES", 0)
-    for options in ({"linear": False}, {"filter_fn": lambda path, module: not isinstance(module, nn.Linear)}):
-        report = llmkern.optimize_(built(DECODERS["llama"]), **options)
+    for options in ({"linear": False}, {"filter_fn": lambda module, path: not isinstance(module, nn.Linear)}):
+        report = llmkern.report(llmkern.optimize_(built(DECODERS["llama"]), **options)).swap
         assert [row.reason for row in report if row.kind == "layer"] == ["", ""]
         assert [row.path for row in report if row.kind == "linear"] == ["lm_head"]
 

@@ -14,9 +14,23 @@ def kv_cache() -> Any:
         from llmkern.integrations.transformers.cache import KVCache
 
         return KVCache
-    return _Missing
+    return _missing("KVCache", "a cache")
 
 
-class _Missing:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ImportError("llmkern.KVCache is a cache of Hugging Face transformers, which is not installed")
+@functools.cache
+def int8_config() -> Any:
+    """The class `Int8Config`; without transformers, one that says so when it is called."""
+    if importlib.util.find_spec("transformers") is not None:
+        from llmkern.quantization.transformers_quantizer import Int8Config
+
+        return Int8Config
+    return _missing("Int8Config", "a config")
+
+
+def _missing(name: str, kind: str) -> Any:
+    """A class of that name whose instances cannot be made."""
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise ImportError(f"llmkern.{name} is {kind} of Hugging Face transformers, which is not installed")
+
+    return type(name, (), {"__init__": refuse})
