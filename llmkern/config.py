@@ -3,7 +3,28 @@
 They are read once, when `llmkern` is imported; call :func:`reload` after changing `os.environ`
 in a running process.  Unset and empty mean the same.
 
-=======================  ==========  =============================================================="""
+=======================  ==========  =====================================================================
+variable                 default     meaning
+=======================  ==========  =====================================================================
+LLMKERN_BACKEND          (none)      force one backend for every call, as ``use_backend(name)`` does; a call
+                                     that it cannot serve raises
+LLMKERN_STRICT           0           1: raise where no kernel backend (cuda, triton, cpu) can serve a call,
+                                     instead of falling back to PyTorch
+LLMKERN_BATCH_INVARIANT  0           1: a row's bits never depend on the rows beside it; backends that do not promise
+                                     that refuse, and linear layers of many rows take longer
+LLMKERN_DEBUG            0           1: the command line shows the traceback of every error, not only its line
+LLMKERN_LIBRARY          (none)      path of the native library to load instead of the one in the package
+LLMKERN_CACHE            ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept, and the tables
+                         llmkern     of ``llmkern tune``
+LLMKERN_CPU_ISA          (best)      instruction set of the native CPU kernels: portable, avx2, avx2_vnni, avx512,
+                                     avx512_vnni, avx512_bf16 or amx; read when the library is loaded
+LLMKERN_BUILD            1           while building: 0 = no native library
+LLMKERN_CUDA             auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
+                                     nvcc is found
+LLMKERN_CUDA_ARCHS       80;90a      while building: compute capabilities to compile for
+LLMKERN_SANITIZE         0           while building: 1 = with AddressSanitizer and UBSan, as ``make sanitize`` does
+=======================  ==========  =====================================================================
+"""
 
 from __future__ import annotations
 

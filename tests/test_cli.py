@@ -298,7 +298,7 @@ class TestGenerate:
         (["why", "gelu", "--shape", "1,2,3"], "shape of gelu is rows,hidden, got 1,2,3"),
         (["why", "gelu", "--shape", "1,x"], "expected rows,hidden as whole numbers"),
         (["why", "gelu", "--shape", "1,2", "--dtype", "int3"], "--dtype is 'int3', expected float32"),
-        (["why", "gelu", "--shape", "1,2", "--device", "tpu"], "device is 'tpu', expected cpu or cuda"),
+        (["why", "gelu", "--shape", "1,2", "--device", "npu"], "device is 'npu', expected cpu, cuda or tpu"),
         (["why", "gelu", "--shape", "1,2", "--capability", "9.0"], "capability is for cuda devices"),
         (["why", "gelu", "--shape", "1,2", "--device", "cuda", "--capability", "x"], "expected major.minor"),
         (["why", "gelu", "--shape", "1,2", "--arg", "x"], "expected NAME=VALUE"),

@@ -171,7 +171,9 @@ def test_compiles_without_a_graph_break(case: Case, dynamic: bool) -> None:
     compiled = torch.compile(lambda call: public(**call), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     call = case.make()
     if dynamic:  # where sizes are open, another backend may serve than at these sizes
-        assert_right(case, call, compiled(call))
+        out = as_list(compiled(call))
+        # The public function leaves out what nobody asked for.
+        assert_right(case, call, out + as_list(getattr(torch.ops.llmkern, case.op)(**call))[len(out) :])
     else:
         assert_same_bits(compiled(call), public(**call))
     if case.differentiable:
