@@ -27,6 +27,13 @@ using ForBf16 = Vectors;
 constexpr int64_t kFewForBf16 = kFewFloats;
 #endif
 
+#ifdef __AVX512BF16__
+// What streams reads every row from the workspace, however many there are.
+struct FewBf16 : Bf16 {
+  static constexpr int kRowsInPlace = 0;
+};
+#endif
+
 template <class F>
 void with_weight(WeightType type, const F& f) {
   switch (type) {
@@ -85,8 +92,8 @@ void floats(const LinearParams& p, const Threads& threads) {
     return blocks<ManyBf16, int8_t, ForBf16>(p, threads);
   }
   if (p.dtype == DType::bf16 && p.weight_type == WeightType::bf16) {
-    prepare<Bf16>(p, static_cast<const BFloat16*>(p.x), threads);
-    return stream<Bf16, BFloat16>(p, threads);
+    prepare<FewBf16>(p, static_cast<const BFloat16*>(p.x), threads);
+    return stream<FewBf16, BFloat16>(p, threads);
   }
 #endif
 #ifdef __AMX_INT8__

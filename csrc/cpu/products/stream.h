@@ -3,9 +3,8 @@
 // block    kRows × kColumns sums in registers, each one register wide and added up over k from left to right: a
 //          result depends neither on its neighbours nor on the number of threads.  A weight's vector is widened once
 //          for up to four rows; further rows find it in the L1 cache.  A row in digits is as many rows.
-// order    Integers go through the weight as it lies, a column at a time: Zen 4 reads 20 GB/s so on one core, and 7
-// from
-//          eight columns by turns, which its prefetchers do not follow.  With AMX (Xeon) eight by turns are as fast.
+// order    Integers go through the weight as it lies, a column at a time: so Zen 4 reads 20 GB/s on one core, and 7 by
+//          turns from eight columns, which its prefetchers do not follow.  On a Xeon with AMX turns are as fast.
 // threads  share the columns.
 #pragma once
 
