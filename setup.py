@@ -36,23 +36,46 @@ CHECKS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-
 HOST += CHECKS if SANITIZE else []
 WARN = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own immintrin.h
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and infinity stay what IEEE makes them
-# Each csrc/cpu file is compiled once per instruction set (csrc/cpu/isa.h); the best one is chosen at run time.  The
-# files in csrc/cpu itself are not compiled for sets that only add products of integers, bf16 or matrices.
-ISAS = {"portable": ["-DLLMKERN_ISA_LEVEL=0"]}
-PRODUCTS = ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx")
-if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = ["-DLLMKERN_ISA_LEVEL=1", "-march=x86-64-v3"]
-    ISAS["avx2_vnni"] = [*ISAS["avx2"], "-mavxvnni"]
-    ISAS["avx512"] = ["-DLLMKERN_ISA_LEVEL=2", "-march=x86-64-v4", "-mprefer-vector-width=512"]
-    ISAS["avx512_vnni"] = [*ISAS["avx512"], "-mavx512vnni"]
-    ISAS["avx512_bf16"] = [*ISAS["avx512_vnni"], "-mavx512bf16"]
-    ISAS["amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+
+
+def isas(machine: str) -> dict[str, list[str]]:
+    """The instruction sets of a machine (`platform.machine()`), and the flags of the copy of the kernels for each.
+
+    Each csrc/cpu file is compiled once per set (csrc/cpu/isa.h); the best one is chosen at run time.
+    """
+    sets = {"portable": ["-DLLMKERN_ISA_LEVEL=0", "-DLLMKERN_PORTABLE"]}
+    if machine in ("x86_64", "AMD64"):
+        sets["avx2"] = ["-DLLMKERN_ISA_LEVEL=1", "-march=x86-64-v3"]
+        sets["avx2_vnni"] = [*sets["avx2"], "-mavxvnni"]
+        sets["avx512"] = ["-DLLMKERN_ISA_LEVEL=2", "-march=x86-64-v4", "-mprefer-vector-width=512"]
+        sets["avx512_vnni"] = [*sets["avx512"], "-mavx512vnni"]
+        sets["avx512_bf16"] = [*sets["avx512_vnni"], "-mavx512bf16"]
+        sets["amx"] = [*sets["avx512_bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+    elif machine in ("aarch64", "arm64"):
+        sets["neon_dotprod"] = ["-DLLMKERN_ISA_LEVEL=0", "-march=armv8.2-a+dotprod"]
+        sets["neon_i8mm"] = ["-DLLMKERN_ISA_LEVEL=0", "-march=armv8.2-a+dotprod+i8mm+bf16"]
+    return sets
+
+
+# The files in csrc/cpu itself are not compiled for sets that only add products of integers, bf16 or matrices.
+PRODUCTS = ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm")
+ISAS = isas(platform.machine())
 ARCHS = (os.environ.get("LLMKERN_CUDA_ARCHS") or "80;90a").split(";")
 
 
-def compile_all(text: list[str], pattern: str, tool: list[str], tag: str = "") -> list[Path]:
+def compile_all(text: list[str], pattern: str, tool: list[str], tag: str = "", folder: Path = OBJECTS) -> list[Path]:
     sources = sorted(CSRC.glob(pattern))
-    return [build(text, "compile", OBJECTS / f"{s.relative_to(CSRC)}{tag}.o", [s], tool) for s in sources]
+    return [build(text, "compile", folder / f"{s.relative_to(CSRC)}{tag}.o", [s], tool) for s in sources]
+
+
+def compile_kernels(text: list[str], host: list[str], machine: str, folder: Path = OBJECTS) -> list[Path]:
+    """The CPU kernels for every instruction set of a machine, by the compiler and flags `host`."""
+    objects = []
+    for isa, flags in isas(machine).items():
+        tool = [*host, *KERNEL, *flags, f"-DLLMKERN_ISA={isa}"]
+        patterns = ["cpu/products/*.cpp"] + ([] if isa in PRODUCTS else ["cpu/*.cpp"])
+        objects += [made for pattern in patterns for made in compile_all(text, pattern, tool, f".{isa}", folder)]
+    return objects
 
 
 def library(text: list[str], output: Path, nvcc: str | None) -> None:
@@ -60,10 +83,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
     host, stable = [compiler, *COMMON, *HOST, *WARN], ["-isystem", str(torch / "include"), ABI]
     objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
     objects += compile_all(text, "bindings/*.cpp", [*host, *stable], ".cpu")
-    for isa, flags in ISAS.items():
-        kernel = [*host, *KERNEL, *flags, f"-DLLMKERN_ISA={isa}"]
-        objects += compile_all(text, "cpu/products/*.cpp", kernel, f".{isa}")
-        objects += compile_all(text, "cpu/*.cpp", kernel, f".{isa}") if isa not in PRODUCTS else []
+    objects += compile_kernels(text, host, platform.machine())
     link = [compiler, *CHECKS] if SANITIZE else [compiler]
     if nvcc:  # it compiles the CUDA bindings and links too: it alone knows where its headers and libraries are
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]

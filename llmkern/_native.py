@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import json
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ __all__ = [
 
 _PACKAGE = Path(__file__).parent
 _HOW = "build it with `pip install --no-build-isolation --no-deps -e .` in the source tree"
-CPU_ISAS = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-"""The instruction sets of the CPU kernels, best last."""
+CPU_ISAS = (
+    ("portable", "neon_dotprod", "neon_i8mm")
+    if platform.machine() in ("aarch64", "arm64")
+    else ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+)
+"""The instruction sets of the CPU kernels on this kind of machine, best last."""
 _ISAS = f"expected {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, as far as this CPU has it"
 
 

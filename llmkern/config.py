@@ -17,7 +17,8 @@ LLMKERN_LIBRARY          (none)      path of the native library to load instead 
 LLMKERN_CACHE            ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept, and the tables
                          llmkern     of ``llmkern tune``
 LLMKERN_CPU_ISA          (best)      instruction set of the native CPU kernels: portable, avx2, avx2_vnni, avx512,
-                                     avx512_vnni, avx512_bf16 or amx; read when the library is loaded
+                                     avx512_vnni, avx512_bf16 or amx, on Arm portable, neon_dotprod or neon_i8mm;
+                                     read when the library is loaded
 LLMKERN_BUILD            1           while building: 0 = no native library
 LLMKERN_CUDA             auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
                                      nvcc is found

@@ -28,6 +28,9 @@ _CPU_FLAGS = (
     "avx_vnni",
     "amx_int8",
     "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
 )
 
 

@@ -38,6 +38,7 @@ def make(folder: Path, tag: str, *members: str, size: int = 1) -> Path:
     ("tag", "members", "size", "said"),
     [
         ("py3-none-manylinux_2_34_x86_64", (LIBRARY,), 1, None),
+        ("py3-none-manylinux_2_34_aarch64", (LIBRARY,), 1, None),
         ("py3-none-linux_x86_64", (LIBRARY,), 1, None),
         ("py3-none-linux_x86_64", (LIBRARY,), 30 * 2**20, "has 30.0 MiB, at most 30 are wanted"),
         ("py3-none-linux_x86_64", ("llmkern/_build.json",), 1, "has no native library"),

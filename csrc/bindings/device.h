@@ -1,6 +1,7 @@
 // The device that a binding is compiled for.  Each csrc/bindings/<op>.cpp is compiled once for the CPU, once for CUDA
 // (LLMKERN_CUDA; csrc/bindings/cuda/<op>.cpp for it only) and, in tests, for the SIMT machine (LLMKERN_SIMT), which
-// takes CPU tensors; what differs is here:
+// takes CPU tensors; a test may register a copy under another name than llmkern (LLMKERN_NAMESPACE).  What differs is
+// here:
 //   LLMKERN_BINDINGS(m) { m.impl(...); }   where the operators are registered
 //   on_device(x, t)                        whether kernels on x's device can read t
 //   new_tensor(x, sizes, dtype)            memory on x's device
@@ -31,15 +32,19 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #elif defined(LLMKERN_SIMT)
 #include "llmkern/gpu.h"
 #include "simt/machine.h"
-// A test may load a second copy of an operator under another name.
-#ifndef LLMKERN_SIMT_NAMESPACE
-#define LLMKERN_SIMT_NAMESPACE llmkern_simt
+#ifndef LLMKERN_NAMESPACE
+#define LLMKERN_NAMESPACE llmkern_simt
 #endif
-#define LLMKERN_BINDINGS_OF(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m)
-#define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_OF(LLMKERN_SIMT_NAMESPACE, m)
 #else
 #include "cpu/threads.h"
+#ifndef LLMKERN_NAMESPACE
 #define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_ON(CPU, m)
+#endif
+#endif
+
+#ifdef LLMKERN_NAMESPACE
+#define LLMKERN_BINDINGS_OF(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m)
+#define LLMKERN_BINDINGS(m) LLMKERN_BINDINGS_OF(LLMKERN_NAMESPACE, m)
 #endif
 
 // Registers under llmkern, and under llmkern_native, whose operators have no autograd (llmkern/library.py).

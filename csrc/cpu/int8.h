@@ -12,6 +12,8 @@ inline S32 round_to_int(F32 v) {
   return bits_as<S32>(_mm512_cvtps_epi32(bits_as<__m512>(v)));
 #elif LLMKERN_ISA_LEVEL == 1
   return bits_as<S32>(_mm256_cvtps_epi32(bits_as<__m256>(v)));
+#elif defined(__aarch64__)
+  return bits_as<S32>(vcvtnq_s32_f32(v));
 #else
   S32 rounded;
   for (int i = 0; i < kLanes; ++i) rounded[i] = static_cast<int32_t>(__builtin_lrintf(v[i]));

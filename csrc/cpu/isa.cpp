@@ -1,7 +1,7 @@
 // The choice of instruction set, and the two functions by which Python reads and sets it (ctypes; llmkern/_native.py).
 #include "isa.h"
 
-#if LLMKERN_ISA_LEVEL == 0  // one copy is enough
+#ifdef LLMKERN_PORTABLE
 
 #include <atomic>
 #include <cstring>
@@ -9,13 +9,17 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace llmkern {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
-constexpr int kSets = 7;
+constexpr const char* kNames[] = {"portable",    "avx2", "avx2_vnni",    "avx512",   "avx512_vnni",
+                                  "avx512_bf16", "amx",  "neon_dotprod", "neon_i8mm"};
+constexpr int kSets = 9;
 
 #ifdef __x86_64__
 // Linux hands out the tiles' registers, 8 KiB of state to save, to processes that ask.
@@ -41,8 +45,6 @@ bool runs(Isa isa) {
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
-    case Isa::portable:
-      return true;
     case Isa::avx2:
       return avx2;
     case Isa::avx2_vnni:
@@ -56,7 +58,14 @@ bool runs(Isa isa) {
     case Isa::amx:
       return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
              __builtin_cpu_supports("amx-bf16") && tiles_granted();
+    default:
+      return false;
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  const bool dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  constexpr unsigned long kMatrices = HWCAP2_I8MM | HWCAP2_BF16;
+  if (isa == Isa::neon_dotprod) return dotprod;
+  if (isa == Isa::neon_i8mm) return dotprod && (getauxval(AT_HWCAP2) & kMatrices) == kMatrices;
 #endif
   return false;
 }

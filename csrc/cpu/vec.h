@@ -5,9 +5,12 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if LLMKERN_ISA_LEVEL > 0
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "llmkern/dtype.h"
@@ -17,6 +20,11 @@ namespace {
 
 constexpr int kVectorBytes = 16 << LLMKERN_ISA_LEVEL;
 constexpr int kLanes = kVectorBytes / 4;
+#if LLMKERN_ISA_LEVEL == 2 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 typedef float F32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t S32 __attribute__((vector_size(kVectorBytes)));
@@ -31,6 +39,15 @@ inline To bits_as(const From& from) {
   return to;
 }
 
+#ifdef __aarch64__  // compilers take what follows apart, into general registers
+inline U32 load_u16(const void* p) {
+  return bits_as<U32>(vmovl_u16(vld1_u16(static_cast<const uint16_t*>(p))));
+}
+
+inline void store_u16(void* p, U32 v) {
+  vst1_u16(static_cast<uint16_t*>(p), vmovn_u32(bits_as<uint32x4_t>(v)));
+}
+#else
 inline U32 load_u16(const void* p) {
   U16 v;
   std::memcpy(&v, p, sizeof(v));
@@ -41,6 +58,7 @@ inline void store_u16(void* p, U32 v) {
   const U16 narrow = __builtin_convertvector(v, U16);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
+#endif
 
 inline F32 load(const float* p) {
   F32 v;
@@ -91,6 +109,20 @@ inline F32 load(const Float16* p) {
 
 inline void store(Float16* p, F32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+inline F32 load(const int8_t* p) {
+  int32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes))))));
+}
+
+inline F32 load(const Float16* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+}
+
+inline void store(Float16* p, F32 v) {
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
 #else
 // Each byte four times in its lane, so that a shift leaves it with its sign: compilers widen byte by byte instead.
@@ -185,6 +217,13 @@ inline __attribute__((always_inline)) void for_registers(int64_t count, const F&
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) f(i, kLanes);
   if (i < count) f(i, static_cast<int>(count - i));
+}
+
+// f.template operator()<i>() for i in [0, n).
+template <int n, class F>
+inline __attribute__((always_inline)) void for_constants(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      __attribute__((always_inline)) { (f.template operator()<i>(), ...); }(std::make_integer_sequence<int, n>{});
 }
 
 // Not F32{} + value, which compilers add in earnest: it makes 0 of -0.

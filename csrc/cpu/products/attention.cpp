@@ -18,9 +18,9 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kSums = LLMKERN_ISA_LEVEL == 2 ? 24 : 12;  // in registers, beside kC operands and one broadcast number
-constexpr int kN = 48;                                   // a multiple of kLanes
-constexpr int64_t kProductsPerThread = 1 << 20;          // below this, waking a thread costs more than it saves
+constexpr int kSums = kRegisters == 32 ? 24 : 12;  // in registers, beside kC operands and one broadcast number
+constexpr int kN = 48;                             // a multiple of kLanes
+constexpr int64_t kProductsPerThread = 1 << 20;    // below this, waking a thread costs more than it saves
 
 // Lanes are the scheme's: fp32 numbers, or pairs of bf16 along what is summed up.
 template <class Scheme>
@@ -318,7 +318,7 @@ void attention(const AttentionParams& p, const Threads& threads) {
 
 }  // namespace llmkern::LLMKERN_ISA
 
-#if LLMKERN_ISA_LEVEL == 0
+#ifdef LLMKERN_PORTABLE
 int64_t llmkern::attention_workspace_bytes(const AttentionParams&) {
   return 0;
 }

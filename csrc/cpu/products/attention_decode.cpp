@@ -18,9 +18,9 @@ namespace llmkern::LLMKERN_ISA {
 namespace {
 
 constexpr int kBlock = 64;
-constexpr int kRows = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;
-constexpr int kVectors = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;  // of a row's output, in registers
-constexpr int kKeys = 4;                                  // whose scores are added up together
+constexpr int kRows = kRegisters == 32 ? 4 : 2;
+constexpr int kVectors = kRegisters == 32 ? 4 : 2;  // of a row's output, in registers
+constexpr int kKeys = 4;                            // whose scores are added up together
 constexpr int64_t kChunk = 128;
 constexpr int64_t kElementsPerThread = 32768;  // of the cache; below this, waking a thread costs more than it saves
 constexpr float kInfinity = __builtin_inff();
@@ -357,7 +357,7 @@ void attention_decode(const AttentionDecodeParams& p, const Threads& threads) {
   with_type(p.dtype, [&]<class T>() { p.k_scale ? decode<T, int8_t>(p, threads) : decode<T, T>(p, threads); });
 }
 
-#if LLMKERN_ISA_LEVEL == 0
+#ifdef LLMKERN_PORTABLE
 int64_t workspace_bytes(const AttentionDecodeParams& p) {
   const Call c{p};
   return p.batch * p.kv_heads * c.most_chunks * c.task_floats * static_cast<int64_t>(sizeof(float));
@@ -366,7 +366,7 @@ int64_t workspace_bytes(const AttentionDecodeParams& p) {
 
 }  // namespace llmkern::LLMKERN_ISA
 
-#if LLMKERN_ISA_LEVEL == 0
+#ifdef LLMKERN_PORTABLE
 int64_t llmkern::attention_decode_workspace_bytes(const AttentionDecodeParams& p) {
   return portable::workspace_bytes(p);
 }

@@ -12,7 +12,7 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-constexpr int kC = LLMKERN_ISA_LEVEL == 2 ? 4 : 2;  // registers of rows
+constexpr int kC = kRegisters == 32 ? 4 : 2;  // registers of rows
 constexpr int kM = kC * kLanes;
 constexpr int kMostKeys = 64;  // of any block
 constexpr float kInfinity = __builtin_inff();

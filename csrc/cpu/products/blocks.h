@@ -73,18 +73,25 @@ void pack(const Columns<Scheme>& from, int64_t begin, int64_t end, Bytes* panel)
   }
 }
 
-// sums[r] (+)= Σ over the panel's `groups` lanes of x[r] for kRows rows, `stride` bytes apart.
+// sums[r] (+)= Σ over the panel's `groups` lanes of x[r] for kRows rows, `stride` bytes apart.  Beyond those up to a
+// multiple of kLanesAtOnce there are zeros in both x and the panel.
 template <class Scheme, int kRows>
 inline void block(const char* x, int64_t stride, const Bytes* panel, int64_t groups, bool add,
                   typename Scheme::Sum* sums) {
   typename Scheme::Sums acc[kRows][2] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    const Bytes w0 = panel[2 * g], w1 = panel[2 * g + 1];
+  for (int64_t g = 0; g < groups; g += kLanesAtOnce) {
+    Bytes w[kLanesAtOnce][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanesAtOnce; ++i)
+      for (int half = 0; half < 2; ++half) w[i][half] = operand<Scheme>(panel[2 * (g + i) + half]);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const Bytes lane = broadcast_lane(x + r * stride + g * 4);
-      acc[r][0] = Scheme::multiply(w0, lane, acc[r][0]);
-      acc[r][1] = Scheme::multiply(w1, lane, acc[r][1]);
+      const Bytes lanes = load_lanes(x + r * stride + g * 4);
+      const auto multiply = [&]<int kLane>() __attribute__((always_inline)) {
+        acc[r][0] = multiply_lane<Scheme, kLane>(w[kLane][0], lanes, acc[r][0]);
+        acc[r][1] = multiply_lane<Scheme, kLane>(w[kLane][1], lanes, acc[r][1]);
+      };
+      for_constants<kLanesAtOnce>(multiply);
     }
   }
 #pragma GCC unroll 12
@@ -92,8 +99,9 @@ inline void block(const char* x, int64_t stride, const Bytes* panel, int64_t gro
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       typename Scheme::Sum* at = sums + r * kStripColumns + half * kLanes;
-      if (add) acc[r][half] = Scheme::add(acc[r][half], bits_as<typename Scheme::Sums>(load_bytes(at)));
-      std::memcpy(at, &acc[r][half], kVectorBytes);
+      typename Scheme::Sums value = acc[r][half];  // acc itself, were it copied, would be kept in memory
+      if (add) value = Scheme::add(value, bits_as<typename Scheme::Sums>(load_bytes(at)));
+      std::memcpy(at, &value, kVectorBytes);
     }
 }
 
@@ -113,9 +121,9 @@ struct Unfinished {
   }
 };
 
-// Registers: 2 sums for each row, 2 of the panel, 1 of x.
+// Registers: 2 sums for each row, 2 of the panel for each of the lanes at once, 1 of x.
 struct Vectors {
-  static constexpr int kRowsAtOnce = LLMKERN_ISA_LEVEL == 2 ? 12 : 6;
+  static constexpr int kRowsAtOnce = kLanesAtOnce > 1 ? 8 : kRegisters == 32 ? 12 : 6;
 
   // A thread calls the one before rows() and the other after.
   static void begin() {}

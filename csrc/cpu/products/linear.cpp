@@ -8,6 +8,7 @@
 
 #include "../isa.h"
 #include "blocks.h"
+#include "matrices.h"
 #include "stream.h"
 #include "tiles.h"
 
@@ -32,6 +33,12 @@ constexpr int64_t kFewForBf16 = kFewFloats;
 struct FewBf16 : Bf16 {
   static constexpr int kRowsInPlace = 0;
 };
+#endif
+
+#ifdef LLMKERN_MATRICES
+using ForIntegers = Matrices;
+#else
+using ForIntegers = Vectors;
 #endif
 
 template <class F>
@@ -63,10 +70,10 @@ void integers(const LinearParams& p, const Threads& threads) {
 #endif
   prepare_codes<Integers>(p, threads);
   if (p.rows.count <= kFewIntegers) return stream<Integers, int8_t>(p, threads);
-  blocks<Integers, int8_t>(p, threads);
+  blocks<Integers, int8_t, ForIntegers>(p, threads);
 }
 
-#ifdef LLMKERN_VNNI
+#ifdef LLMKERN_DOT
 // The call for row r alone.
 LinearParams row_of(LinearParams p, int64_t r) {
   p.x = static_cast<const char*>(p.x) + p.rows.offset(r) * size_of(p.dtype);
@@ -102,7 +109,18 @@ void floats(const LinearParams& p, const Threads& threads) {
     return blocks<TileFloats, int8_t, Tiles>(p, threads);
   }
 #endif
-#ifdef LLMKERN_VNNI
+#ifdef LLMKERN_MATRICES
+  if (p.dtype == DType::bf16 && p.weight_type == WeightType::bf16) {
+    prepare<Bf16>(p, static_cast<const BFloat16*>(p.x), threads);
+    if (few) return stream<Bf16, BFloat16>(p, threads);
+    return blocks<Bf16, BFloat16, Matrices>(p, threads);
+  }
+  if (p.dtype == DType::bf16 && p.weight_type == WeightType::s8 && !few) {
+    prepare<Bf16>(p, static_cast<const BFloat16*>(p.x), threads);
+    return blocks<Bf16, int8_t, Matrices>(p, threads);
+  }
+#endif
+#ifdef LLMKERN_DOT
   if (few && p.weight_type == WeightType::s8 && p.k <= kMostExactProducts) {
     with_type(p.dtype, [&]<class T>() { prepare<Digits>(p, static_cast<const T*>(p.x), threads); });
     const Header* const rows = headers(p);
@@ -129,7 +147,7 @@ void linear(const LinearParams& p, const Threads& threads) {
 
 }  // namespace llmkern::LLMKERN_ISA
 
-#if LLMKERN_ISA_LEVEL == 0
+#ifdef LLMKERN_PORTABLE
 namespace {
 std::atomic<bool> rows_alone{false};
 }

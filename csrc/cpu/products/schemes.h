@@ -1,9 +1,10 @@
 // What products are made of, per scheme and instruction set.  A lane, 4 bytes of a register, holds neighbours along k:
 // kPerLane of the scheme's Code.  multiply() adds the products of two registers, lane by lane, to one of sums.
 //   Floats    fp32, 1 to a lane; the weight of any type is widened on its way
-//   Integers  with VNNI int8, 4 to a lane; else widened to int16, 2 to a lane.  Exact for all codes.
-//   Digits    with VNNI: x in fixed point of 32 bits, four int8 digits; kSums = 4 sums for each row
-//   Bf16      with AVX512-BF16: bf16, 2 to a lane; products are exact, sums fp32, what is subnormal is taken for 0
+//   Integers  with VNNI or sdot int8, 4 to a lane; else widened to int16, 2 to a lane.  Exact for all codes.
+//   Digits    with VNNI or sdot: x in fixed point of 32 bits, four int8 digits; kSums = 4 sums for each row
+//   Bf16      with AVX512-BF16: bf16, 2 to a lane; products are exact, sums fp32, what is subnormal is taken for 0.  On
+//             Arm for matrices only (matrices.h)
 #pragma once
 
 #include <algorithm>
@@ -17,8 +18,8 @@
 #include <emmintrin.h>
 #endif
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#define LLMKERN_VNNI
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define LLMKERN_DOT  // products of four bytes
 #endif
 
 namespace llmkern::LLMKERN_ISA {
@@ -48,6 +49,24 @@ inline Bytes load_bytes(const void* p) {
 inline int64_t padded(int64_t k) {
   return (k + 63) / 64 * 64;
 }
+
+// kLanesAtOnce lanes of x, each to be multiplied with every lane of a register: on Arm as they lie, since instructions
+// multiply by a lane, else one lane's bytes in all.
+#ifdef __aarch64__
+constexpr int kLanesAtOnce = 4;
+
+inline Bytes load_lanes(const void* p) {
+  return vreinterpretq_u8_f32(vld1q_f32(static_cast<const float*>(p)));
+}
+#else
+constexpr int kLanesAtOnce = 1;
+
+inline Bytes load_lanes(const void* p) {
+  int32_t lane;
+  std::memcpy(&lane, p, sizeof(lane));
+  return bits_as<Bytes>(S32{} + lane);
+}
+#endif
 
 // One lane's bytes in every lane.
 inline Bytes broadcast_lane(const void* p) {
@@ -93,7 +112,17 @@ struct Integers : Prepared {
   using Sums = S32;
   static constexpr int kSums = 1;
   static constexpr int64_t kSegment = int64_t{1} << 62;  // exact at any length
-#ifdef LLMKERN_VNNI
+#if defined(__ARM_FEATURE_DOTPROD)
+  using Code = int8_t;
+  static constexpr int kPerLane = 4;
+  static constexpr int kShift = 0;
+
+  static Bytes load(const int8_t* w) { return load_bytes(w); }
+
+  static S32 multiply(Bytes w, Bytes x, S32 acc) {
+    return bits_as<S32>(vdotq_s32(bits_as<int32x4_t>(acc), bits_as<int8x16_t>(w), bits_as<int8x16_t>(x)));
+  }
+#elif defined(LLMKERN_DOT)
   using Code = int8_t;
   static constexpr int kPerLane = 4;
   static constexpr int kShift = 128;  // vpdpbusd multiplies unsigned by signed: the weight's codes are shifted
@@ -113,11 +142,15 @@ struct Integers : Prepared {
   static constexpr int kShift = 0;
 
   static Bytes load(const int8_t* w) {
+#ifdef __aarch64__
+    return vreinterpretq_u8_s16(vmovl_s8(vld1_s8(w)));
+#else
     typedef int8_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
     typedef int16_t Wide __attribute__((vector_size(kVectorBytes)));
     Narrow narrow;
     std::memcpy(&narrow, w, sizeof(narrow));
     return bits_as<Bytes>(__builtin_convertvector(narrow, Wide));
+#endif
   }
 
   static S32 multiply(Bytes w, Bytes x, S32 acc) {
@@ -127,6 +160,10 @@ struct Integers : Prepared {
     return acc + bits_as<S32>(_mm256_madd_epi16(bits_as<__m256i>(w), bits_as<__m256i>(x)));
 #elif defined(__SSE2__)
     return acc + bits_as<S32>(_mm_madd_epi16(bits_as<__m128i>(w), bits_as<__m128i>(x)));
+#elif defined(__aarch64__)
+    // Lane i has products of codes i and i + 4: only the lanes' total counts (multiply_lane has the columns apart).
+    const int16x8_t w16 = vreinterpretq_s16_u8(w), x16 = vreinterpretq_s16_u8(x);
+    return vmlal_high_s16(vmlal_s16(acc, vget_low_s16(w16), vget_low_s16(x16)), w16, x16);
 #else
     const S32 u = bits_as<S32>(w), v = bits_as<S32>(x);
     return acc + (u << 16 >> 16) * (v << 16 >> 16) + (u >> 16) * (v >> 16);
@@ -172,7 +209,7 @@ struct Integers : Prepared {
   }
 };
 
-#ifdef LLMKERN_VNNI
+#ifdef LLMKERN_DOT
 // x in steps of its row's largest number / 127 · 2²⁴, about 2⁻³¹ of it: finer than fp32 rounds a sum in which that
 // number takes part.  A number is four digits to the base 256, each from -128 to 127, the highest first.  Their four
 // products of bytes take less time than widening four codes to fp32, and keep up with memory.
@@ -248,6 +285,39 @@ struct Bf16 {
   static F32 finish(const float* sums, int64_t, const Header&) { return LLMKERN_ISA::load(sums); }
 };
 #endif
+
+// A register of a panel as multiply_lane takes it.
+template <class Scheme>
+inline Bytes operand(Bytes w) {
+#if defined(__aarch64__) && !defined(LLMKERN_DOT)
+  if constexpr (std::is_same_v<Scheme, Integers>) {  // the even codes, one of each column, then the odd ones
+    const uint16x8_t codes = vreinterpretq_u16_u8(w);
+    return vreinterpretq_u8_u64(
+        vzip1q_u64(vreinterpretq_u64_u16(vuzp1q_u16(codes, codes)), vreinterpretq_u64_u16(vuzp2q_u16(codes, codes))));
+  }
+#endif
+  return w;
+}
+
+// acc + w · lane kLane of x.
+template <class Scheme, int kLane>
+inline typename Scheme::Sums multiply_lane(Bytes w, Bytes x, typename Scheme::Sums acc) {
+#ifdef __aarch64__
+  if constexpr (std::is_same_v<Scheme, Floats>) {
+    return vfmaq_laneq_f32(acc, vreinterpretq_f32_u8(w), vreinterpretq_f32_u8(x), kLane);
+  } else {
+#ifdef LLMKERN_DOT
+    return vdotq_laneq_s32(acc, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x), kLane);
+#else
+    const int16x8_t w16 = vreinterpretq_s16_u8(w), x16 = vreinterpretq_s16_u8(x);
+    const int32x4_t even = vmlal_laneq_s16(acc, vget_low_s16(w16), x16, 2 * kLane);
+    return vmlal_high_laneq_s16(even, w16, x16, 2 * kLane + 1);
+#endif
+  }
+#else
+  return Scheme::multiply(w, x, acc);
+#endif
+}
 
 // The first n < kStep weights at w as a register; what stands for the others meets zeros of x.
 template <class Scheme, class W>

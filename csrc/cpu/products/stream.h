@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kColumnsAtOnce = 16;
 constexpr int kRowsAtOnce = 4;
-constexpr int kAccumulators = LLMKERN_ISA_LEVEL == 2 ? 16 : 8;  // half of the registers
+constexpr int kAccumulators = kRegisters / 2;
 constexpr int64_t kBytesAhead = 8192;
 #ifdef __AMX_INT8__
 constexpr bool kIntegersInOrder = false;

@@ -1,4 +1,4 @@
-"""Native CPU kernels (csrc/cpu), vectorised for AVX-512, AVX2 or whatever the CPU has, on torch's threads."""
+"""Native CPU kernels (csrc/cpu), vectorised for AVX-512, AVX2, NEON or whatever the CPU has, on torch's threads."""
 
 from __future__ import annotations
 
