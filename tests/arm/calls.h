@@ -35,7 +35,7 @@ enum class Function : int32_t {
 #undef LLMKERN_NAME
       attention_workspace_bytes,
   attention_decode_workspace_bytes,
-  linear_has_tiles,
+  linear_takes_many_rows,
   linear_keeps_rows_alone,
   set_isa,  // to the set of this name; 0: done
   get_isa,  // as text

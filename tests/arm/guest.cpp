@@ -42,8 +42,8 @@ Answer answer(const Request& r) {
       return {attention_workspace_bytes(as<AttentionParams>(r)), {}};
     case Function::attention_decode_workspace_bytes:
       return {attention_decode_workspace_bytes(as<AttentionDecodeParams>(r)), {}};
-    case Function::linear_has_tiles:
-      return {linear_has_tiles(as<WeightType>(r)), {}};
+    case Function::linear_takes_many_rows:
+      return {linear_takes_many_rows(as<WeightType>(r)), {}};
     case Function::linear_keeps_rows_alone:
       return {linear_keeps_rows_alone(), {}};
     case Function::set_isa:

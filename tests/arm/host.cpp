@@ -120,8 +120,8 @@ int64_t attention_decode_workspace_bytes(const AttentionDecodeParams& p) {
   return ask(Function::attention_decode_workspace_bytes, p);
 }
 
-bool linear_has_tiles(WeightType weight) {
-  return ask(Function::linear_has_tiles, weight) != 0;
+bool linear_takes_many_rows(WeightType weight) {
+  return ask(Function::linear_takes_many_rows, weight) != 0;
 }
 
 bool linear_keeps_rows_alone() {

@@ -161,7 +161,7 @@ extern "C" __attribute__((visibility("default"))) void llmkern_set_batch_invaria
 }
 
 bool llmkern::linear_takes_many_rows(WeightType weight) {
-  return isa() >= Isa::avx512_bf16 && weight == WeightType::bf16;
+  return (isa() == Isa::avx512_bf16 || isa() == Isa::amx) && weight == WeightType::bf16;
 }
 #endif
 
