@@ -21,7 +21,7 @@ from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
 from llmkern.swap.found import Found, linear_like
 from llmkern.swap.observe import settled
-from llmkern.swap.report import SwapReport, SwapRow, forget_report, record_report
+from llmkern.swap.report import SwapReport, SwapRow, current, forget_report, record_report
 from llmkern.swap.rules import RULES
 
 __all__ = ["optimize_", "patched", "restore_"]
@@ -143,11 +143,15 @@ def restore_(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, **options: Any) -> Iterator[Model]:
-    """`optimize_(model, **options)` within the block, the untouched model after it, whatever happens in between."""
-    optimize_(model, **options)
+def patched(model: nn.Module, **options: Any) -> Iterator[SwapReport]:
+    """Swap for the block, as `optimize_(model, **options)` does; the model is untouched after it, whatever happens.
+
+    The block is given the report.
+    """
+    report = current(optimize_(model, **options))
+    assert report is not None
     try:
-        yield model
+        yield report
     finally:
         restore_(model)
 

@@ -77,8 +77,12 @@ class SwapReport:
 
 
 def record_report(model: nn.Module, report: SwapReport) -> None:
-    """Keep the report of the last `optimize_` call for `current`."""
-    keep(model, _RECORD, report)
+    """Keep the report of an `optimize_` call for `current`; its rows are of all that is swapped by then."""
+    earlier: SwapReport | None = vars(model).get(_RECORD)
+    if earlier is not None:
+        report = replace(report, moved_bytes=earlier.moved_bytes + report.moved_bytes)
+    if report != earlier:
+        keep(model, _RECORD, report)
 
 
 def forget_report(model: nn.Module) -> None:

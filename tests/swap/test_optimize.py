@@ -85,7 +85,11 @@ def test_restore_and_idempotence(model: Model) -> None:
     assert swapped != before
     assert llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap == first
     assert classes(model) == swapped
+    assert llmkern.is_optimized(model)
+    assert llmkern.report(model).swap == first
     assert llmkern.restore_(model) is model
+    assert not llmkern.is_optimized(model)
+    assert llmkern.report(model).swap is None
     assert classes(model) == before
     assert torch.equal(model(X), expected)
 

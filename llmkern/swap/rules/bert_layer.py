@@ -136,7 +136,9 @@ def _set_activations_aside(module: nn.Module, copy: Any) -> None:
     """Let no probe look at the operators of activations, which are parts of the layer."""
     for path, child in module.named_modules():
         leaf: Any = None if child._modules or child._parameters or not path else at(copy, tuple(path.split(".")))
-        if leaf is not None and (type(child).__module__.startswith("torch.nn.") or activation_rule.find(child)):
+        if leaf is None:
+            continue
+        if type(child).__module__.startswith("torch.nn.") or activation_rule.find(as_before(child)):
             vars(leaf)["forward"] = aside(types.MethodType(type(leaf).forward, leaf))
 
 
