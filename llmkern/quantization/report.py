@@ -11,7 +11,6 @@ from torch import nn
 
 from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn._int8_weight import Int8Weight
-from llmkern.record import forget, keep, kept
 from llmkern.table import collapse, render
 
 __all__ = ["Action", "QuantReport", "QuantRow", "current", "forget_report", "record_report", "tensor_bytes"]
@@ -108,22 +107,23 @@ def _span(errors: list[float | None]) -> str:
     return f"{low}%" if low == high else f"{low}–{high}%"
 
 
-_RECORD = "_llmkern_quantized"
+_RECORD = "_llmkern_quantized"  # in the `__dict__` of the model that was quantized: it is copied and pickled with it
 
 
 def record_report(model: nn.Module, report: QuantReport) -> None:
     """Keep the report of a `quantize_` call for `current`; rows of earlier calls stay, but for the same modules."""
-    known: QuantReport | None = vars(model).get(_RECORD)
+    known: QuantReport | None = model.__dict__.get(_RECORD)
     if known is not None:
         now = {row.path for row in report.rows}
         rows = (*(row for row in known.rows if row.path not in now), *report.rows)
         report = replace(report, rows=rows, bytes_before=known.bytes_before)
-    keep(model, _RECORD, report)
+    model.__dict__[_RECORD] = report
 
 
 def forget_report(model: nn.Module) -> None:
     """Undo `record_report`."""
-    forget(model, _RECORD)
+    for module in model.modules():
+        module.__dict__.pop(_RECORD, None)
 
 
 def current(model: nn.Module) -> QuantReport | None:
@@ -133,13 +133,13 @@ def current(model: nn.Module) -> QuantReport | None:
     """
     modules = dict(model.named_modules())
     int8 = {path: module for path, module in modules.items() if isinstance(module, Int8Weight)}
-    recorded = kept(model, _RECORD)
+    recorded = [(path, module.__dict__[_RECORD]) for path, module in modules.items() if _RECORD in module.__dict__]
     if not recorded and not int8:
         return None
     now = tensor_bytes(model)
     if not recorded:
         return QuantReport(tuple(_unmeasured(path, module) for path, module in int8.items()), "nothing", now, now)
-    prefix, report = recorded
+    prefix, report = recorded[0]
     rows = tuple(_now(row, prefix, modules) for row in report.rows)
     return replace(report, rows=rows, bytes_after=now)
 

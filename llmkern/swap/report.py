@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from llmkern.record import forget, keep, kept
 from llmkern.table import collapse, render
 
 __all__ = ["SwapReport", "SwapRow", "current", "forget_report", "record_report"]
-
-_RECORD = "_llmkern_swapped"
 
 
 @dataclass(frozen=True)
@@ -76,24 +74,30 @@ class SwapReport:
         return render(title, ("module", "×", "kind", "op", "served by", "left alone because"), cells)
 
 
+_reports: weakref.WeakKeyDictionary[nn.Module, SwapReport] = weakref.WeakKeyDictionary()
+"""Beside the models, not in them: a pickle of an optimized model is one of the untouched model, readable without us."""
+
+
 def record_report(model: nn.Module, report: SwapReport) -> None:
     """Keep the report of an `optimize_` call for `current`; its rows are of all that is swapped by then."""
-    earlier: SwapReport | None = vars(model).get(_RECORD)
-    if earlier is not None:
-        report = replace(report, moved_bytes=earlier.moved_bytes + report.moved_bytes)
-    if report != earlier:
-        keep(model, _RECORD, report)
+    earlier = _reports.get(model)
+    _reports[model] = replace(report, moved_bytes=report.moved_bytes + (earlier.moved_bytes if earlier else 0))
 
 
 def forget_report(model: nn.Module) -> None:
-    """Undo `record_report`."""
-    forget(model, _RECORD)
+    """Drop the reports of the model and of everything within it."""
+    for module in model.modules():
+        _reports.pop(module, None)
 
 
 def current(model: nn.Module) -> SwapReport | None:
-    """Return the report of the last `optimize_` call, paths as of `model`; None before one, and after `restore_`."""
-    recorded = kept(model, _RECORD)
-    if recorded is None:
-        return None
-    prefix, report = recorded
-    return replace(report, rows=tuple(replace(row, path=f"{prefix}.{row.path}".strip(".")) for row in report.rows))
+    """Return the report of the last `optimize_` call, of `model` or of one within it (adapters wrap models).
+
+    None before one, after `restore_`, and of a copy: a copy's report comes with the next `optimize_`, which changes
+    nothing that is swapped already.
+    """
+    for prefix, module in model.named_modules():
+        if (report := _reports.get(module)) is not None:
+            rows = (replace(row, path=f"{prefix}.{row.path}".strip(".")) for row in report.rows)
+            return replace(report, rows=tuple(rows)) if prefix else report
+    return None

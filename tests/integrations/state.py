@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 
 Snapshot = dict[str, dict[str, Any]]
-RECORDS = ("_llmkern_swapped",)
-"""What `llmkern.report` reads: kept with a model that was asked to be swapped, though nothing may be."""
 
 
 def snapshot(model: nn.Module) -> Snapshot:
@@ -31,8 +29,6 @@ def assert_same(before: Snapshot, model: nn.Module) -> None:
 def _of_module(module: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {"object": module, "class": type(module), "forward": type(module).forward}
     for name, value in vars(module).items():
-        if name in RECORDS:
-            continue
         state[name] = value
         if isinstance(value, dict):  # parameters, buffers, modules, every kind of hook
             state[f"{name} (items)"] = list(value.items())
