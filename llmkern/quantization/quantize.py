@@ -108,7 +108,7 @@ def _quantize(
     wanted = [layer.module for layer in layers if not layer.reason]
     _check_layers(model, layers, wanted)
     if asked and not any(asked):
-        warnings.warn("quantize_: filter_fn is false for every layer; nothing is quantized", UserWarning, stacklevel=3)
+        warnings.warn("quantize_: filter_fn is false for every layer; nothing is quantized", UserWarning, stacklevel=4)
     heads = heads_of(model, layers)
     before = tensor_bytes(model)
     observed, measured_on = _observe(model, wanted, calib, tokenizer)

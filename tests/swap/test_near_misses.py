@@ -177,7 +177,7 @@ def models(change: Callable[[Any], None]) -> tuple[Any, Any, llmkern.SwapReport]
     for layer in untouched.model.layers:
         change(layer)
     model = copy.deepcopy(untouched)
-    return untouched, model, llmkern.optimize_(model, on_unsupported="ignore")
+    return untouched, model, llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
 
 
 @needs_kernels
