@@ -119,7 +119,7 @@ def _model_table(name: str, rows: list[Row]) -> Table:
                 provider,
                 *[_model_cell(own.get(metric)) for metric in metrics],
                 *[_ACCURACY[k][1](accuracy[k]) if accuracy.get(k) is not None else "–" for k in measures],
-                "; ".join(errors),
+                "; ".join([*errors, *filter(None, [accuracy.get("unjudged")])]),
             ]
         )
     x = next((row.x for row in rows), {})

@@ -166,11 +166,14 @@ def transformers_runner(
     spec: Spec,
     *,
     attention: str | None = None,
-    compiled: bool = False,
+    compiled: str | None = None,
     change: Callable[[nn.Module, Loaded], nn.Module] = lambda model, loaded: model,
     cache: Callable[[Any], Any] | None = None,
 ) -> Runner:
-    """The model, changed by `change`.  cache: takes the config, makes a key-value cache; transformers' own without."""
+    """The model, changed by `change`.
+
+    compiled: torch.compile's backend.  cache: takes the config, makes a key-value cache; transformers' own without.
+    """
     from transformers import DynamicCache, StaticCache
 
     loaded = loaded_model(spec)
@@ -183,8 +186,8 @@ def transformers_runner(
     if cache is not None:
         chosen = cache
         make = lambda: chosen(config)  # noqa: E731
-    if compiled:
-        forward = torch.compile(model, dynamic=False)
+    if compiled is not None:
+        forward = torch.compile(model, dynamic=False, backend=compiled)
         make = lambda: StaticCache(config=config, max_cache_len=spec.capacity)  # noqa: E731
     return TransformersRunner(model, spec, forward, make)
 

@@ -18,7 +18,7 @@ PEER = Peer("llama.cpp", need("llama_cpp", "llama-cpp-python"))
 TYPES = {"F32": "LLAMA_FTYPE_ALL_F32", "BF16": "LLAMA_FTYPE_MOSTLY_BF16", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
 
 
-def _file(spec: Any, kind: str) -> Path:
+def file_of(spec: Any, kind: str) -> Path:
     """The model's GGUF in this type, converted from the file that there is and kept in the cache folder."""
     import llama_cpp
 
@@ -101,7 +101,7 @@ class LlamaCppRunner:
 def _register(kind: str) -> None:
     @PEER.variant(f"llama.cpp-{kind}", kinds=("causal",), dtypes=(), int8=kind == "Q8_0", quick=kind == "Q8_0")
     def build(spec: Any) -> Any:
-        return LlamaCppRunner(spec, _file(spec, kind))
+        return LlamaCppRunner(spec, file_of(spec, kind))
 
 
 for _kind in TYPES:

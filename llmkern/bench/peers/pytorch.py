@@ -133,7 +133,7 @@ def _compiled(spec: Any) -> Any:
     from llmkern.bench.variants import transformers_runner
 
     torch._inductor.config.freezing = True
-    return transformers_runner(spec, compiled=True)
+    return transformers_runner(spec, compiled="inductor")
 
 
 @PEER.variant("quantize_dynamic", int8=True)
