@@ -16,7 +16,7 @@ p20, p50, p80   percentiles over the repetitions, in `unit`; null where nothing 
 speed_of_light  the share of the device's measured ceiling, by bytes or operations, whichever is nearer; ops only
 accuracy        what was checked, and the numbers: {"error", "baseline"} by the accuracy rule (the largest
                 absolute error and PyTorch's own), or {"relative_error", "approximate"}; of models {"top1", "max_abs",
-                "rel", "perplexity", "cosine"}
+                "rel", "perplexity", "cosine"}, or {"unjudged": reason} where a peer gives out no logits
 detail          bytes, operations, gb_per_s, tflop_per_s of ops; n, p90, p99; ratio: {"to", "p20", "p50", "p80"}, how
                 many times as good as that provider, pair by pair
 error           null, or the sentence why there is no number

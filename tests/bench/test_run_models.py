@@ -10,9 +10,10 @@ import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, T5Config
 
 from llmkern.bench import variants as variants_module
-from llmkern.bench.peer import Peer, variants
+from llmkern.bench.peer import Peer, Unsupported, variants
 from llmkern.bench.run_models import Chosen, Plan, at_once, choose, run_models
 from llmkern.bench.schema import Result, Row
+from llmkern.bench.tables import markdown
 from llmkern.bench.variants import Spec, config_names, kind_of, loaded_model, published_config
 from llmkern.bench.worker import Worker
 from llmkern.bench.workers import Failed, WorkerProcess
@@ -200,6 +201,19 @@ def test_a_worker_reads_no_window_twice(tmp_path, tokens: int, forwards: int) ->
         assert found["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
+def test_a_peer_without_logits_is_timed_and_says_that_it_was_not_judged() -> None:
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        raise Unsupported("its server gives out no logits")
+
+    worker = Worker()
+    worker.spec = Spec(None, None, "causal", "float32", "cpu", 1, 8, 8, 1)
+    worker.runner = SimpleNamespace(logits=logits)
+    found = worker.accuracy(list(range(8)), "no file", False, 8)
+    assert found == {"unjudged": "not judged: its server gives out no logits"}
+    row = Row("model", "demo", "peer", "decode_tokens_per_s", {"batch": 1}, 9.0, 10.0, 11.0, accuracy=found)
+    assert "| peer | 10 | not judged: its server gives out no logits |" in markdown([row])
+
+
 def test_the_usual_variants() -> None:
     names = [chosen.name for chosen in choose(variants(), "causal")]
     assert names[0] == "sdpa fp32"
@@ -217,7 +231,7 @@ def test_the_usual_variants() -> None:
         "llmkern bf16",
         "llmkern-int8 fp32",
     ]
-    peers = ["sdpa fp32", "sdpa bf16", "quantize_dynamic fp32", "llama.cpp-Q8_0", "torchao-int8 fp32"]
+    peers = ["sdpa fp32", "sdpa bf16", "quantize_dynamic fp32", "llama.cpp-Q8_0", "openvino-int8", "torchao-int8 fp32"]
     assert sorted(name for name in quick if not name.startswith("llmkern")) == sorted(peers)
 
 

@@ -74,7 +74,7 @@ class _EncoderRunner:
 
 
 def _register(name: str, compute: str) -> None:
-    @PEER.variant(name, dtypes=(), int8=compute == "int8", quick=compute == "int8")
+    @PEER.variant(name, dtypes=(), int8=compute == "int8", quick=False)
     def build(spec: Any) -> Any:
         return (_CausalRunner if spec.kind == "causal" else _EncoderRunner)(spec, compute)
 

@@ -230,7 +230,7 @@ def _static_int8(model: Any, loaded: Any) -> Any:
     return nncf.quantize(model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION)
 
 
-@PEER.variant("openvino", dtypes=("bfloat16", "float32"))
+@PEER.variant("openvino", dtypes=("bfloat16", "float32"), quick=False)
 def _plain(spec: Any) -> Any:
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(spec.dtype)
     if precision is None:
@@ -244,7 +244,7 @@ def _int8(spec: Any) -> Any:
     return _runner(spec, _int8_weights if spec.kind == "causal" else _static_int8, None)
 
 
-@PEER.variant("openvino-int4", kinds=("causal",), dtypes=())
+@PEER.variant("openvino-int4", kinds=("causal",), dtypes=(), quick=False)
 def _int4(spec: Any) -> Any:
     return _runner(spec, _int4_weights, None)
 

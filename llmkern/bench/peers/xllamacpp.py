@@ -51,6 +51,6 @@ class _Runner:
         raise Unsupported("xllamacpp is measured on causal models")
 
 
-@PEER.variant("xllamacpp-Q8_0-avx2", kinds=("causal",), dtypes=(), int8=True)
+@PEER.variant("xllamacpp-Q8_0-avx2", kinds=("causal",), dtypes=(), int8=True, quick=False)
 def _q8_0(spec: Any) -> Any:
     return _Runner(spec)
