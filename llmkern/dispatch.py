@@ -8,7 +8,7 @@ guards on what it read, and keeps only the chosen implementation in the graph.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ __all__ = [
     "backends",
     "decisions",
     "define_op",
+    "direct",
     "dispatch",
     "forced_backend",
     "implementation",
@@ -66,6 +67,7 @@ __all__ = [
     "select",
     "unwatched",
     "use_backend",
+    "why_not_direct",
 ]
 
 
@@ -262,6 +264,33 @@ def record_parts(op: str, to: str, reason: str, call: dict[str, Any]) -> None:
     """A caller leaves `op` to the ops of its parts, which are dispatched in turn: to the record, never an error."""
     if _state.recorder is not None:
         _state.recorder.fell_back(op, call, to, reason)
+
+
+def why_not_direct(implementation: Implementation) -> str | None:
+    """The sentence why `direct` may not be called for this implementation's backend; None where it may."""
+    forced = forced_backend()
+    if forced is not None and forced != implementation.backend.name:
+        return f"the backend {forced!r} is forced, which does not compute all layers at once"
+    return None if _state.interceptor is None else "calls of ops are intercepted"
+
+
+def direct(
+    op: str,
+    implementation: Implementation,
+    operator: Callable[..., Any],
+    arguments: Sequence[Any],
+    call: dict[str, Any],
+) -> Any:
+    """Run an operator that stands for many calls of `implementation`, below autograd; on record as `op`.
+
+    call: the tensors for the record, by name.
+    """
+    start = time.perf_counter()
+    with torch._C._AutoDispatchBelowAutograd():
+        result = operator(*arguments)
+    if _state.recorder is not None:
+        _state.recorder.served(op, call, implementation, start)
+    return result
 
 
 def unwatched() -> bool:

@@ -89,7 +89,8 @@ class _Collector:
             torch.cuda.synchronize()
         elapsed = (time.perf_counter() - start) * 1e3
         refused = []
-        for backend, candidate, reason in dispatch.decisions(op, call):
+        # An operator that stands for several ops has no decision of its own.
+        for backend, candidate, reason in dispatch.decisions(op, call) if op in dispatch.ops() else ():
             if candidate is implementation:
                 break
             refused.append((backend.name, reason or "another backend is forced"))

@@ -1,23 +1,21 @@
 """The forward of a decoder layer that was swapped as a whole: one op where it can be, else the layer's own forward.
 
 This runs once for each layer and token, between matrix products that have emptied the caches: it looks at what it
-must, in plain dictionaries, and calls the native kernel without further ado where nobody wants to hear of the call.
+must, in plain dictionaries.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern.dispatch import unwatched
 from llmkern.integrations.transformers.attention import HARMLESS
 from llmkern.swap.derive import is_own
 from llmkern.swap.surroundings import Surroundings
@@ -26,8 +24,8 @@ from llmkern.swap.whole_layer import (
     NormPart,
     Unserved,
     check_arguments,
-    check_forced,
     check_guard,
+    computed,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -41,7 +39,6 @@ __all__ = [
     "LINEARS",
     "OP",
     "DecoderParts",
-    "Run",
     "cache_classes",
     "check_call",
     "check_updates",
@@ -49,7 +46,6 @@ __all__ = [
     "layer_parameters",
     "numbers",
     "reserved",
-    "running",
 ]
 
 OP = "decoder_layer_"
@@ -80,26 +76,11 @@ class DecoderParts:
     window: int = -1
 
 
-class Run(Protocol):
-    """A call of a decoder in which its layers may be computed together (llmkern/swap/decoder_stack.py)."""
-
-    def served(self, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """What the layer's call is to return; None where it is to compute that itself."""
-
-
-class _Running(threading.local):
-    run: Run | None = None
-
-
-running = _Running()
-
-
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     reason = parts(self, hidden_states)
     if reason is None:
         try:
-            out = None if running.run is None else running.run.served(self, hidden_states, args, kwargs)
-            return _whole(self, self._llmkern_layer, hidden_states, args, kwargs) if out is None else out
+            return _whole(self, self._llmkern_layer, hidden_states, args, kwargs)
         except Unserved as unserved:
             reason = str(unserved)
     return why_parts(self, OP, reason, hidden_states, args, kwargs)
@@ -123,12 +104,7 @@ def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: di
         *numbers(layer, eps),
         scheme_argument(schemes, hidden),
     )
-    if unwatched():
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = _OPERATOR(*arguments)
-    else:
-        check_forced(OP)
-        out = ops.decoder_layer_(**dict(zip(_NAMES, arguments, strict=True)))
+    out = computed(ops.decoder_layer_, _OPERATOR, arguments)
     written()
     return out
 
@@ -238,4 +214,3 @@ def _updates() -> tuple[Surroundings, bool]:
 
 
 _OPERATOR = torch.ops.llmkern.decoder_layer_.default
-_NAMES = tuple(a.name for a in _OPERATOR._schema.arguments)

@@ -1,26 +1,24 @@
-"""All layers of a decoder in one call of the native library, where the model could not tell the difference.
+"""All layers of a decoder in one call of the native library.
 
-At batch 1 the Python around a layer takes about as long as the layer.  So the decoder's forward announces that its
-layers are about to be called (`announcing`), in a loop of which the source says that nothing else happens in it.  The
-first layer then computes all of them, and the others return what they are given.  What that takes is looked up once
-(`_Stack`) and compared at each call with what the modules hold, hooks, classes and tensors, by identity.  Whatever is
-not as it was is looked up again, and whatever cannot be served is left to the layers themselves.
+At batch 1 the Python around a layer takes about as long as the layer.  So the loop in which a decoder's forward calls
+its layers, and of which the source says that nothing else happens in it (llmkern/swap/layer_loop.py), runs over one
+element instead, an `Element`.  It computes all layers at once where a guard says that they are what they were, and
+calls them one after the other where they are not, or where the call is none for the op.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from operator import getitem, is_
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from llmkern.dispatch import implementation, unwatched
-from llmkern.integrations.transformers.attention import collected_outputs
+from llmkern import dispatch
+from llmkern.dispatch import implementation
+from llmkern.integrations.transformers.attention import WEIGHTS, collected_outputs, collects_weights
 from llmkern.nn.int8_linear import Int8Linear
 from llmkern.ops.int8_linear import resolve_scheme
 from llmkern.registry import static_reason
@@ -33,16 +31,18 @@ from llmkern.swap.decoder_forward import (
     layer_parameters,
     numbers,
     reserved,
-    running,
 )
+from llmkern.swap.edit import Edit
 from llmkern.swap.guard import Guard, Path, are_inert, places
-from llmkern.swap.layer_loop import LayerLoop, layer_loop
-from llmkern.swap.whole_layer import Unserved, at, check_guard, layer_mask, scheme_argument
+from llmkern.swap.layer_loop import LayerLoop
+from llmkern.swap.snapshot import Snapshot
+from llmkern.swap.whole_layer import Unserved, at, check_guard, layer_mask, parts, scheme_argument
 
-__all__ = ["FORGETTING", "announcing", "forget"]
+__all__ = ["FORGETTING", "forget", "one_element"]
 
-_MASKS = "the layers have different masks"
+_OP = "decoder_layers_"
 _KIND = "attention_type"  # a layer's attribute in transformers, by which the decoder chooses its mask
+_ELEMENTS = "_llmkern_layers"  # what the loop runs over
 
 _stacks: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
 
@@ -75,96 +75,69 @@ def _forget_all_with(module: nn.Module) -> None:
 FORGETTING = tuple(map(forgetting, ("_apply", "load_state_dict")))
 
 
-def announcing(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of a decoder, which lets its layers be computed together where `original`, whose code it runs, calls
-    them in a plain loop."""
-    loop = layer_loop(original)
-    if loop is None:
-        return forward
+@functools.cache
+def one_element(loop: LayerLoop) -> Edit:
+    """The edit of a decoder that calls its layers in this loop."""
 
-    @functools.wraps(forward)
-    def announced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not unwatched():
-            return forward(self, *args, **kwargs)
-        before, run = running.run, _Run(self, loop)
-        running.run = run
-        try:
-            out = forward(self, *args, **kwargs)
-        finally:
-            running.run = before
-        run.check_all_called()
-        return out
+    def elements(self: Any) -> Any:
+        layers = getattr(self, loop.layers)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return layers
+        element = _element(self, layers, loop)
+        return layers if element is None else [element]
 
-    return announced
+    return Edit(renames=((loop.layers, _ELEMENTS),), members=((_ELEMENTS, property(elements)), *FORGETTING))
 
 
-class _Run:
-    """One call of a decoder's forward (`llmkern.swap.decoder_forward.Run`)."""
+def _element(decoder: Any, holder: Any, loop: LayerLoop) -> Element | None:
+    """The one element for the loop to run over; None where it gives layers different arguments or leaves one out."""
+    if type(holder) is not nn.ModuleList:
+        return None
+    layers, config = tuple(holder._modules.values()), decoder.config
+    if loop.counted and config.num_hidden_layers != len(layers):
+        return None
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return None
+    stack = _stacks.get(decoder)
+    if stack is not None and (stack.layers != layers or not stack.holds()):
+        forget(decoder)
+        stack = None
+    if stack is None and (not layers or len({getattr(layer, _KIND, None) for layer in layers}) > 1):
+        return None
+    return Element(decoder, layers, stack)
 
-    def __init__(self, decoder: Any, loop: LayerLoop) -> None:
-        self.decoder, self.loop = decoder, loop
-        self.asked = False
-        self.left: Iterator[nn.Module] | None = None  # the layers that have been computed but not called yet
-        self.result: Tensor | None = None
-        self.given: tuple[Any, ...] = ()
 
-    def served(self, layer: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        given = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
-        if self.left is not None:
-            expected = next(self.left, None)
-            if expected is None:  # all have been called: this is another layer, or the loop once more
-                return None
-            if layer is not expected or hidden is not self.result or not all(map(is_, given, self.given)):
-                raise self._otherwise()
-            return hidden
-        if self.asked:
-            return None
-        self.asked = True
-        try:
-            stack = self._stack(layer, hidden, given[2])
-            self.result = stack.computed(hidden, args, kwargs)
-        except Unserved:
-            return None
-        self.given, self.left = given, iter(stack.layers[1:])
-        return self.result
+class Element:
+    """The layers of a decoder, called as one of them is."""
 
-    def check_all_called(self) -> None:
-        """Raises RuntimeError where layers were computed that the decoder has not called, or not by our forward."""
-        if self.left is not None and next(self.left, None) is not None:
-            raise self._otherwise()
+    def __init__(self, decoder: Any, layers: tuple[Any, ...], stack: _Stack | None) -> None:
+        self.decoder, self.layers, self.stack = decoder, layers, stack
 
-    def _otherwise(self) -> RuntimeError:
-        return RuntimeError(
-            f"{type(self.decoder).__name__} calls its layers otherwise than its source says, after they were "
-            "computed together; optimize_(model, kv_cache=None) keeps them apart"
-        )
+    @property
+    def attention_type(self) -> Any:
+        """The kind of all layers, by which transformers 4 chooses their mask."""
+        return self.layers[0].attention_type
 
-    def _stack(self, first: Any, hidden: Tensor, cache: Any) -> _Stack:
-        holder = self.decoder._modules.get(self.loop.layers)
-        if type(holder) is not nn.ModuleList:
-            raise Unserved("the layers are in no plain ModuleList")
-        layers = tuple(holder._modules.values())
-        config: Any = self.decoder.config
-        if len(set(getattr(config, "layer_types", None) or ())) > 1:
-            raise Unserved(_MASKS)
-        if layers[:1] != (first,) or (self.loop.counted and config.num_hidden_layers != len(layers)):
-            raise Unserved("another layer is the first, or not all are to be called")
-        stack, thorough = _stacks.get(self.decoder), hidden.shape[1] > 1
-        if (
-            stack is None
-            or stack.layers != layers
-            or stack.dtype is not hidden.dtype
-            or not stack.guard.surroundings.hold()
-            or stack.watch.has_changed(thorough)
-        ):
+    def __call__(self, hidden: Tensor, **kwargs: Any) -> Any:
+        reason = parts(self.layers[0], hidden)
+        if reason is None:
+            try:
+                return self._known(hidden, kwargs.get("past_key_values")).computed(hidden, kwargs)
+            except Unserved as unserved:
+                reason = str(unserved)
+        dispatch.record_parts(_OP, "one layer after the other", reason, {"hidden": hidden})
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        return hidden
+
+    def _known(self, hidden: Tensor, cache: Any) -> _Stack:
+        if self.stack is None or self.stack.dtype is not hidden.dtype:
+            forget(self.decoder)
             # Not for every token: what cannot be served now will hardly be for the next one.
-            _stacks.pop(self.decoder, None)
-            if not thorough and cache is not None and cache.get_seq_length():
+            if hidden.shape[1] == 1 and cache is not None and cache.get_seq_length():
                 raise Unserved("nothing is known of the layers yet")
-            stack = _stacks[self.decoder] = _Stack(layers, hidden)
-        if stack.watch.inert and collected_outputs():
-            raise Unserved("outputs are collected")
-        return stack
+            self.stack = _stacks[self.decoder] = _Stack(self.layers, hidden)
+        return self.stack
 
 
 class _Stack:
@@ -176,7 +149,10 @@ class _Stack:
         layer: DecoderParts | None = vars(self.cls).get("_llmkern_layer")  # not of a class from which it is derived
         if layer is None or any(type(each) is not self.cls for each in layers):
             raise Unserved("not every layer is swapped as a whole, or they differ")
-        if reason := static_reason(implementation(OP, "cpu"), hidden.device, hidden.dtype, grad=False):
+        if not self._is_called():
+            raise Unserved("the __call__ of the layers was replaced")
+        self.serving = implementation(OP, "cpu")
+        if reason := static_reason(self.serving, hidden.device, hidden.dtype, grad=False):
             raise Unserved(reason)
         self.layer = layer
         self.guard: Guard = self.cls._llmkern_guard
@@ -184,7 +160,9 @@ class _Stack:
         planned: list[Tensor | None] = []
         self.schemes: list[tuple[str | None, ...]] = []
         self.joined: dict[str, str] = {}  # the op's argument, by what "auto" means
-        self.watch = _Watch()
+        self.outdated = False
+        self.snapshot = Snapshot()
+        self.collecting: list[dict[int, Any]] = []  # hooks that do nothing unless outputs are collected
         found_eps = set()
         for i, each in enumerate(layers):
             check_guard(each)
@@ -192,67 +170,91 @@ class _Stack:
             planned += parameters
             self.schemes.append(schemes)
             found_eps.add(eps)
-            self._watch_layer(each)
+            self._keep_layer(each)
             if each._modules[layer.attention].layer_idx != i:
                 raise Unserved("the layers are not in the order of the cache")
         if len(found_eps) > 1:
             raise Unserved("the layers have different eps")
-        if len({vars(each).get(_KIND) for each in layers}) > 1:
-            raise Unserved(_MASKS)
         self.plan = torch.ops.llmkern.decoder_plan.default(planned)
         self.numbers = numbers(layer, found_eps.pop())
 
-    def _watch_layer(self, layer: Any) -> None:
-        parts = self.layer
-        self.watch.module(layer)
+    def holds(self) -> bool:
+        """Whether all is as it was when the layers were looked up."""
+        known = not self.outdated and self._is_called()
+        return known and self.guard.surroundings.hold() and self.snapshot.holds()
+
+    def _is_called(self) -> bool:
+        return self.cls.__call__ is nn.Module.__call__
+
+    def _keep_layer(self, layer: Any) -> None:
+        self._keep_module(layer)
         if layer.training:
             raise Unserved("a layer is in training mode")
         for name in ("training", _KIND):
-            self.watch.same(vars(layer), name)
-        self.watch.same(vars(layer._modules[parts.attention]), "layer_idx")
+            self.snapshot.entry(vars(layer), name)
+        self.snapshot.entry(vars(layer._modules[self.layer.attention]), "layer_idx")
         for part in self.guard.parts:
             child = at(layer, part.path)
             if part.path:
-                self._watch_child(layer, part.path)
+                self._keep_child(layer, part.path)
             for held, name in places(child, part):
-                self.watch.same(held, name)
-        for path in dict.fromkeys([linear.path for linear in parts.linears]):
-            self._watch_child(layer, path)
-        for norm in parts.norms:
+                if isinstance(held, dict):
+                    self.snapshot.entry(held, name)
+                else:
+                    self.snapshot.attribute(held, name)
+        for path in dict.fromkeys([linear.path for linear in self.layer.linears]):
+            self._keep_child(layer, path)
+        for norm in self.layer.norms:
             if norm is not None and isinstance(norm.eps, str):
-                self.watch.same(vars(at(layer, norm.path)), norm.eps)
-        for linear in parts.linears:
+                self.snapshot.entry(vars(at(layer, norm.path)), norm.eps)
+        for linear in self.layer.linears:
             if linear.rows is not None:  # its rows are views, which do not follow `weight.data = …`
                 held = at(layer, linear.path)
                 for tensor in (*held._parameters.values(), held._buffers.get("weight_scale")):
                     if tensor is not None:
-                        self.watch.storage(tensor)
+                        self.snapshot.storage(tensor)
 
-    def _watch_child(self, layer: Any, path: Path) -> None:
+    def _keep_child(self, layer: Any, path: Path) -> None:
         owner, child = at(layer, path[:-1]), at(layer, path)
-        self.watch.same(owner._modules, path[-1])
-        self.watch.module(child)
-        for name in child._parameters:
-            self.watch.same(child._parameters, name)
+        self.snapshot.entry(owner._modules, path[-1])
+        self._keep_module(child)
+        if child._parameters:
+            self.snapshot.entries(child._parameters)
         if isinstance(child, Int8Linear):
-            self.watch.same(child._buffers, "weight_scale")
-            self.watch.same(vars(child), "_scheme")
+            self.snapshot.entry(child._buffers, "weight_scale")
+            self.snapshot.entry(vars(child), "_scheme")
 
-    def computed(self, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        cos, sin = check_call(hidden, args, kwargs)
+    def _keep_module(self, module: nn.Module) -> None:
+        hooks = module._forward_hooks
+        own = any(vars(module).get(name) is not None for name in ("forward", "_compiled_call_impl"))
+        if module._forward_pre_hooks or not are_inert(hooks) or own:
+            raise Unserved(f"a {type(module).__name__} has hooks, or a forward of its own")
+        self.snapshot.module(module)
+        self.snapshot.empty(module._forward_pre_hooks)
+        if hooks:
+            self.snapshot.entries(hooks)
+            self.collecting.append(hooks)
+        else:
+            self.snapshot.empty(hooks)
+
+    def computed(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states after the last layer; `Unserved` where the call is none for the op."""
+        if reason := dispatch.why_not_direct(self.serving):
+            raise Unserved(reason)
+        if self.collecting and collected_outputs():
+            raise Unserved(WEIGHTS if collects_weights() else "outputs of the layers are collected")
+        cos, sin = check_call(hidden, (), kwargs)
         past, caches, written = self._cached(kwargs.get("past_key_values"), hidden)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             mask = layer_mask(mask, hidden, past + hidden.shape[1])
+        arguments = (hidden, cos, sin, caches, past, mask, self.plan, *self.numbers, self._scheme(hidden))
         try:
-            with torch._C._AutoDispatchBelowAutograd():
-                out: Tensor = self.operator(
-                    hidden, cos, sin, caches, past, mask, self.plan, *self.numbers, self._scheme(hidden)
-                )
+            out = dispatch.direct(_OP, self.serving, self.operator, arguments, {"hidden": hidden, "mask": mask})
         except RuntimeError as error:
             # `weight.data = …` of another dtype, shape or layout: who computes a layer alone looks for that first.
             # The cache holds what it held, as what has been written to it does not count yet.
-            self.watch.outdated = True
+            self.outdated = True
             raise Unserved(str(error)) from None
         for advance in written:
             advance()
@@ -285,80 +287,3 @@ class _Stack:
         if len(forms) > 1:
             raise Unserved("the cache's layers hold different numbers of tokens, or some of them codes")
         return past, caches, written
-
-
-class _Watch:
-    """What must be as it was for a `_Stack` to hold."""
-
-    def __init__(self) -> None:
-        self.outdated = False
-        self.modules: list[nn.Module] = []
-        self.classes: list[type[nn.Module]] = []
-        self.states: list[dict[str, Any]] = []
-        self.lengths: list[int] = []
-        self.handles = -1
-        self.hooks: list[Any] = []
-        self.inert: list[Any] = []
-        self.places: tuple[list[Any], list[str], list[Any]] = [], [], []
-        self.absent: list[tuple[dict[str, Any], str]] = []
-        self.configs: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self.views: list[tuple[Tensor, tuple[Any, ...]]] = []
-
-    def module(self, module: nn.Module) -> None:
-        """Its class, and that it has no hooks but those that do nothing unless outputs are collected."""
-        self.modules.append(module)
-        self.classes.append(type(module))
-        self.states.append(vars(module))
-        if module._forward_pre_hooks or not are_inert(module._forward_hooks) or _has_own_call(vars(module)):
-            raise Unserved(f"a {type(module).__name__} has hooks, or a forward of its own")
-        (self.inert if module._forward_hooks else self.hooks).append(module._forward_hooks)
-        self.hooks.append(module._forward_pre_hooks)
-
-    def same(self, held: Any, name: str) -> None:
-        """held[name] is the same object, or still absent; held.name where it is no dictionary, but a config that many
-        share."""
-        if not isinstance(held, dict):
-            self.configs[id(held), name] = held, name, getattr(held, name, None)
-            return
-        if name not in held:
-            self.absent.append((held, name))
-            return
-        for column, entry in zip(self.places, (held, name, held[name]), strict=True):
-            column.append(entry)
-
-    def storage(self, tensor: Tensor) -> None:
-        """The tensor lies where it lay, as it did."""
-        self.views.append((tensor, _place(tensor)))
-
-    def has_changed(self, thorough: bool) -> bool:
-        """Whether something is not as it was.  At every token thousands of objects would have to come from memory, so
-        that hooks are looked at when torch has given out another handle of one, and attributes when there are more
-        or fewer; thorough: in any case."""
-        if self.outdated:
-            return True
-        handles, lengths = RemovableHandle.next_id, list(map(len, self.states))
-        if thorough or handles != self.handles or lengths != self.lengths:
-            if any(map(_has_own_call, self.states)) or any(self.hooks) or not all(map(are_inert, self.inert)):
-                return True
-            if any([name in held for held, name in self.absent]):
-                return True
-            self.handles, self.lengths = handles, lengths
-        held, names, objects = self.places
-        try:
-            return (
-                list(map(type, self.modules)) != self.classes
-                or not all(map(is_, map(getitem, held, names), objects))
-                or any([getattr(config, name, None) is not value for config, name, value in self.configs.values()])
-                or any([_place(tensor) != place for tensor, place in self.views])
-            )
-        except KeyError:
-            return True
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _has_own_call(state: dict[str, Any]) -> bool:
-    """Whether a module with these attributes runs something else than its class's forward when it is called."""
-    return "forward" in state or state.get("_compiled_call_impl") is not None

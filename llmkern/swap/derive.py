@@ -28,6 +28,7 @@ __all__ = [
     "mentions",
     "original_class",
     "rebind",
+    "rename",
     "set_class",
     "untouched",
     "wrapped_functions",
@@ -125,29 +126,49 @@ def set_class(module: nn.Module, cls: Any) -> None:
     module.__class__ = cls
 
 
-def rebind(function: Any, name: str, replacement: Any, _above: tuple[Any, ...] = ()) -> Any:
+def rebind(function: Any, name: str, replacement: Any) -> Any:
     """`function` as it would be if the global `name` of its module were `replacement`.
 
     Decorators are followed through their closures.  The function itself is returned where nothing refers to `name`.
     """
+
+    def changed(code: types.CodeType, scope: dict[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:
+        if name in code.co_names and name in scope:
+            # Without __name__, torch.compile looks globals up in this dict instead of in the module of that name.
+            scope = {key: value for key, value in scope.items() if key != "__name__"} | {name: replacement}
+        return code, scope
+
+    return _copied(function, changed)
+
+
+def rename(function: Any, name: str, instead: str) -> Any:
+    """`function` as it would be if it read the attribute `instead` wherever it reads `name`; otherwise as `rebind`."""
+
+    def changed(code: types.CodeType, scope: dict[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:
+        if name in code.co_names:
+            code = code.replace(co_names=tuple([instead if each == name else each for each in code.co_names]))
+        return code, scope
+
+    return _copied(function, changed)
+
+
+def _copied(function: Any, changed: Callable[..., tuple[Any, Any]], _above: tuple[Any, ...] = ()) -> Any:
+    """`function`, and what its decorators wrap, with what `changed` makes of their code and globals."""
     if not isinstance(function, types.FunctionType) or function in _above:
         return function
-    scope = function.__globals__
-    if name in function.__code__.co_names and name in scope:
-        # Without __name__, torch.compile looks globals up in this dict instead of in the module of that name.
-        scope = {key: value for key, value in scope.items() if key != "__name__"} | {name: replacement}
+    code, scope = changed(function.__code__, function.__globals__)
     cells = []
     for cell, content in _cells(function):
-        rebound = rebind(content, name, replacement, (*_above, function))
-        cells.append(cell if rebound is content else types.CellType(rebound))
+        copied = _copied(content, changed, (*_above, function))
+        cells.append(cell if copied is content else types.CellType(copied))
     closure = tuple(cells) if function.__closure__ else None
-    if scope is function.__globals__ and closure == function.__closure__:
+    if code is function.__code__ and scope is function.__globals__ and closure == function.__closure__:
         return function
-    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(copied, function)
-    del vars(copied)["__wrapped__"]
-    return copied
+    made = types.FunctionType(code, scope, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(made, function)
+    vars(made).pop("__wrapped__", None)
+    return made
 
 
 def mentioned_globals(function: Any) -> dict[str, Any]:

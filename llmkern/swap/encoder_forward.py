@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern.dispatch import unwatched
 from llmkern.integrations.transformers.attention import HARMLESS
 from llmkern.swap.whole_layer import (
     LinearPart,
     NormPart,
     Unserved,
     check_arguments,
-    check_forced,
     check_guard,
+    computed,
     eps_of,
     layer_mask,
     linear_arguments,
@@ -82,13 +81,7 @@ def _whole(self: Any, layer: EncoderParts, hidden: Tensor, args: Any, kwargs: di
         layer.activation,
         scheme_argument(schemes, hidden),
     )
-    if unwatched():
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = _OPERATOR(*arguments)
-            return out
-    check_forced(OP)
-    return ops.encoder_layer(**dict(zip(_NAMES, arguments, strict=True)))
+    return computed(ops.encoder_layer, _OPERATOR, arguments)
 
 
 _OPERATOR = torch.ops.llmkern.encoder_layer.default
-_NAMES = tuple(a.name for a in _OPERATOR._schema.arguments)

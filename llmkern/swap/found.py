@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern.swap.edit import Edit
 from llmkern.swap.guard import shell_class
 from llmkern.swap.observe import Sources
 
@@ -40,11 +41,12 @@ class Found:
     """A module of a kind that llmkern knows.
 
     kind, op: as in `SwapRow`.  reason: why it must be left alone, "" where it can be swapped.
-    cls: the class to give it (None where the swap is not a matter of the module's own class).
+    cls, edit: the two ways to swap it: the class to give it, or what to change of its own (llmkern/swap/edit.py).
     sample: given a dtype and a device, a small call of the op with this module's sizes, to name the backend that
         will serve it.
-    variants, served: where the switch has several values that turn it on, the class for each, `cls` being that of the
-        default; and where no op is called, what the report names instead of a backend.
+    edits, served: where there is a choice of edits, each by its name, `edit` being that of the default; and where no op
+        is called, what the report names instead of a backend, by the same names.
+    around: of what calls no op itself (`is_frame`), the op of modules in it for whose sake it is swapped; "" for any.
     is_whole: it is served without the modules within it being called.  Its rule's switches must all be on.
     """
 
@@ -52,9 +54,11 @@ class Found:
     op: str
     reason: str = ""
     cls: type[nn.Module] | None = None
+    edit: Edit | None = None
     sample: Callable[[torch.dtype, torch.device], dict[str, Any]] | None = field(default=None, repr=False)
-    variants: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    edits: Mapping[str, Edit] = field(default_factory=dict)
     served: Mapping[str, str] = field(default_factory=dict)
+    around: str = ""
     is_whole: bool = False
 
     @property

@@ -26,7 +26,6 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
-from llmkern.integrations.transformers.config_view import original_of
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.surroundings import Place, Surroundings, surroundings, why_hooks_for_all, why_untouched
 
@@ -113,7 +112,7 @@ def shell_class(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
     attributes = {**vars(module), _NOTES: set()}
     config = attributes.get(_CONFIG)
     if hasattr(config, "__dict__"):
-        attributes[_CONFIG] = _NotedConfig(original_of(config), attributes[_NOTES])
+        attributes[_CONFIG] = _NotedConfig(config, attributes[_NOTES])
     return _noting(_own_class(module)), attributes
 
 
@@ -196,7 +195,7 @@ class Guard:
     surroundings: Surroundings
     skips: bool  # whether modules within it are not called
 
-    def why(self, module: nn.Module) -> str | None:
+    def broken(self, module: nn.Module) -> str | None:
         """The sentence what of it is no longer so; None where all is."""
         if torch.compiler.is_compiling():
             reason = self.surroundings.why_traced()
@@ -240,7 +239,7 @@ def guarded(
 def _asking(forward: Callable[..., Any], op: str) -> Callable[..., Any]:
     @functools.wraps(forward)
     def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = self._llmkern_guard.why(self)
+        reason = self._llmkern_guard.broken(self)
         if reason is not None:
             return untouched(self, op, reason, args, kwargs)
         return forward(self, *args, **kwargs)
@@ -281,7 +280,7 @@ def places(module: nn.Module, part: Part) -> Iterator[tuple[Any, str]]:
     state = vars(module)
     for holder, name, _ in part.reads:
         if holder in _CONFIGS:
-            config = original_of(state[_CONFIG])
+            config = state[_CONFIG]
             yield state, _CONFIG
             yield vars(config) if holder == _CONFIG else config, name
         else:
@@ -363,7 +362,7 @@ def _frozen(value: Any, owner: type[nn.Module]) -> Any:
 
 def _value(state: dict[str, Any], holder: str, name: str) -> Any:
     if holder in _CONFIGS:
-        return getattr(original_of(state[_CONFIG]), name, _ABSENT)
+        return getattr(state[_CONFIG], name, _ABSENT)
     return state[holder].get(name, _ABSENT)
 
 

@@ -37,7 +37,7 @@ def layer_loop(forward: Callable[..., Any]) -> LayerLoop | None:
         except (OSError, TypeError, SyntaxError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.For) and (plain := _plain(node)) is not None:
+            if isinstance(node, ast.For) and (plain := _plain(node)) is not None and _is_alone(tree, node, plain):
                 found.append((plain, function))
     if len(found) != 1:
         return None
@@ -64,6 +64,15 @@ def _plain(loop: ast.For) -> LayerLoop | None:
     if loop.orelse or len(loop.body) != 1 or not _is_step(loop.body[0], target.id, index):
         return None
     return LayerLoop(over.attr, counted)
+
+
+def _is_alone(tree: ast.AST, loop: ast.For, found: LayerLoop) -> bool:
+    """Whether nothing but the loop mentions the layers, or what its variables hold when it has ended."""
+    mentioned = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == found.layers]
+    within = {id(node) for node in ast.walk(loop)}
+    variables = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)} | {found.layers}
+    others = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in variables and id(n) not in within]
+    return len(mentioned) == 1 and not others
 
 
 def _is_first_layers(index: ast.expr) -> bool:

@@ -14,15 +14,15 @@ from torch import nn
 
 from llmkern import dispatch
 from llmkern.checks import check_choice
-from llmkern.integrations.transformers.attention import register_once
-from llmkern.integrations.transformers.config_view import is_view, learn_causality, original_of, view_of
 from llmkern.memory import move_to_huge_pages_
 from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
+from llmkern.swap.edit import Edit, edited, edits_of
 from llmkern.swap.found import Found, linear_like
 from llmkern.swap.observe import settled
 from llmkern.swap.report import SwapReport, SwapRow, current, forget_report, record_report
 from llmkern.swap.rules import RULES
+from llmkern.swap.rules.attention import skipping_masks
 
 __all__ = ["optimize_", "patched", "restore_"]
 
@@ -60,8 +60,7 @@ def optimize_(
     kv_cache: the cache that the model makes where the caller gives and chooses none.  "auto": on the CPU an
         `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; transformers' own for
         encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
-        and a model that keeps its own counts as unsupported.  None: always transformers' own, and layers that are
-        called one by one (otherwise a decoder's may be computed together: `llmkern/swap/decoder_stack.py`).
+        and a model that keeps its own counts as unsupported.  None: always transformers' own.
     huge_pages: give weights on the CPU, where they are many, pages of 2 MiB, which are read faster (`llmkern.memory`):
         parameters stay the same objects with the same values, large ones where they are, small ones in other memory,
         also after `restore_`.
@@ -94,7 +93,7 @@ def optimize_(
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
-    wanted = [s for s in wanted if not s.found.is_frame or any(w.path.startswith(f"{s.path}.") for w in wanted)]
+    wanted = [s for s in wanted if not s.found.is_frame or any(_is_framed(w, s) for w in wanted)]
     with _undo_on_failure(model):
         for site in wanted:
             if site.found.cls is not None:
@@ -103,12 +102,8 @@ def optimize_(
                 for child in _linears(site.module):
                     if "_llmkern_original" in vars(type(child)):  # else somebody has derived from it since
                         derive.set_class(child, derive.original_class(child))
-        attending = [s.module for s in wanted if s.found.cls is None]  # through their config
-        if attending:
-            register_once()
-            everywhere = len(attending) == sum(s.found.kind == "attention" and s.found.cls is None for s in sites)
-            _give_views([m for m in model.modules() if m is not model] if everywhere else attending)
-            learn_causality(attending)
+        for module, edits in _edits(model, sites, wanted):
+            derive.set_class(module, edited(module, edits))
         rows = tuple(_row(model, site) for site in sites if not site.found.is_frame)
         moved = move_to_huge_pages_(model) if huge_pages and wanted else 0
     if unsupported and on_unsupported == "warn":
@@ -121,7 +116,7 @@ def optimize_(
 
 
 def restore_(model: Model) -> Model:
-    """Undo `optimize_` exactly: every module has its own class, forward and config again.  Returns `model`.
+    """Undo `optimize_` exactly: every module has its own class and forward again.  Returns `model`.
 
     A model that was never optimized is left as it is.  Raises RuntimeError where something (FSDP, for one) has
     derived another class from a swapped module's since: that has to be undone first.
@@ -135,9 +130,6 @@ def restore_(model: Model) -> Model:
     for _, module in swapped:
         derive.set_class(module, derive.original_class(module))
         forget(module)
-    for module in model.modules():
-        if "config" in vars(module):
-            vars(module)["config"] = original_of(vars(module)["config"])
     forget_report(model)
     return model
 
@@ -182,7 +174,7 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
             found = rule.find(derive.as_before(module))
             if found is None or id(module) in absorbed:
                 continue
-            found = _variant(found, module, switches[rule.SWITCHES[0]])
+            found = _chosen(found, module, switches[rule.SWITCHES[0]])
             excluded = ""
             if not _is_swapped(module, found):
                 off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES if not switches[switch]]
@@ -199,11 +191,12 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
             yield _Site(path, module, found, excluded)
 
 
-def _variant(found: Found, module: nn.Module, choice: Any) -> Found:
-    """What is found with the class for this value of the switch; "auto" changes nothing that is swapped already."""
-    if choice == "auto" and type(module) in found.variants.values():
-        return replace(found, cls=type(module))
-    return replace(found, cls=found.variants.get(choice, found.cls))
+def _chosen(found: Found, module: nn.Module, choice: Any) -> Found:
+    """What is found with the edit for this value of the switch; "auto" changes nothing that is swapped already."""
+    if choice == "auto":
+        had = edits_of(module)
+        return replace(found, edit=next((edit for edit in found.edits.values() if edit in had), found.edit))
+    return replace(found, edit=found.edits.get(choice, found.edit))
 
 
 def _resolved(sites: list[_Site]) -> list[_Site]:
@@ -225,25 +218,42 @@ def _resolved(sites: list[_Site]) -> list[_Site]:
     return settled
 
 
+def _is_framed(site: _Site, frame: _Site) -> bool:
+    """Whether the site is one for whose sake the frame is swapped."""
+    within = site.path.startswith(f"{frame.path}." if frame.path else "") and site is not frame
+    return within and frame.found.around in ("", site.found.op)
+
+
 def _linears(layer: nn.Module) -> list[nn.Module]:
     return [child for child in layer.modules() if linear_like(child)]
 
 
 def _is_swapped(module: nn.Module, found: Found) -> bool:
-    if found.cls is None and not found.reason:
-        return is_view(vars(module).get("config"))
-    return found.cls is type(module)
+    if found.edit is None:
+        return found.cls is type(module)
+    had = edits_of(module)
+    return found.edit in had or any(edit in had for edit in found.edits.values() if found.kind == "attention")
 
 
-def _give_views(modules: list[nn.Module]) -> None:
-    """Let the modules see a config that names llmkern's attention; one view for each config.
-
-    The model itself is never among them: `model.config` stays the object that it was, for its owner to use.
-    """
-    views: dict[int, Any] = {}
-    holders = [m for m in modules if hasattr(vars(m).get("config"), "_attn_implementation")]
-    for module in sorted(holders, key=lambda m: not is_view(m.config)):  # views that are there already come first
-        vars(module)["config"] = view_of(module.config, views)
+def _edits(model: nn.Module, sites: list[_Site], wanted: list[_Site]) -> list[tuple[nn.Module, list[Edit]]]:
+    """The modules whose own forwards are changed, and how."""
+    chosen: dict[str, list[Edit]] = {}
+    for site in wanted:
+        if site.found.edit is not None:
+            chosen.setdefault(site.path, []).append(site.found.edit)
+    attending = {site.path: site for site in sites if site.found.kind == "attention"}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        within = [site for at, site in attending.items() if at.startswith(prefix) and at != path]
+        if not within or any(site not in wanted or site.found.edit is None for site in within):
+            continue  # one of them takes masks as the model makes them
+        if skipping := skipping_masks(module, {site.path.removeprefix(prefix): site.found for site in within}):
+            edit, theirs = skipping
+            chosen.setdefault(path, []).append(edit)
+            for site in within:
+                others = [e for e in chosen[site.path] if e not in site.found.edits.values()]
+                chosen[site.path] = [*others, theirs[site.path.removeprefix(prefix)]]
+    return [(model.get_submodule(path), edits) for path, edits in chosen.items()]
 
 
 def _row(model: nn.Module, site: _Site) -> SwapRow:
@@ -252,7 +262,7 @@ def _row(model: nn.Module, site: _Site) -> SwapRow:
     if reason:
         return SwapRow(site.path, found.kind, found.op, "left", "", reason)
     if found.served:
-        served = next(found.served[choice] for choice, cls in found.variants.items() if cls is found.cls)
+        served = next(found.served[choice] for choice, edit in found.edits.items() if edit == found.edit)
     else:
         served = _serving(model, site)
     return SwapRow(site.path, found.kind, found.op, "swapped", served, "")

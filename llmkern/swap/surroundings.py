@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from operator import contains, getitem, is_
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from llmkern.swap.derive import mentions
+from llmkern.swap.snapshot import Snapshot
 from llmkern.transforms import is_intercepted, why_mode, why_transformed
 
 __all__ = ["Place", "Surroundings", "classes_within", "surroundings", "why_hooks_for_all", "why_untouched"]
@@ -21,6 +21,7 @@ Place = tuple[Mapping[Any, Any], Any, str]
 
 # Of classes that all models share, what a call goes through; they have too much else to watch.
 _OF_LIBRARIES = ("forward", "__call__", "_call_impl", "__getattr__")
+_ABSENT = object()
 _SPECIAL = ("__call__", "__getattr__", "__getattribute__")
 
 
@@ -29,41 +30,22 @@ class Surroundings:
 
     def __init__(self, classes: tuple[type, ...], places: Iterable[Place]) -> None:
         self._forwards = tuple([(cls, cls.forward) for cls in classes if hasattr(cls, "forward")])
-        self._held: list[Mapping[Any, Any]] = []
-        self._names: list[Any] = []
-        self._values: list[Any] = []
-        self._absent: tuple[list[Mapping[Any, Any]], list[Any]] = [], []
-        self._shown: list[str] = []
-        found: dict[tuple[int, Any], Place] = {}
-        for place in (*_members(classes), *places):
-            found.setdefault((id(place[0]) if isinstance(place[0], dict) else id(place[2]), place[1]), place)
-        for held, name, shown in found.values():
-            if name in held:
-                self._held.append(held)
-                self._names.append(name)
-                self._values.append(held[name])
-                self._shown.append(shown)
-            else:
-                self._absent[0].append(held)
-                self._absent[1].append(name)
-
-    def hold(self) -> bool:
-        """Whether all is as it was."""
-        try:
-            if not all(map(is_, map(getitem, self._held, self._names), self._values)):
-                return False
-        except KeyError:
-            return False
-        return not (self._absent[0] and any(map(contains, *self._absent)))
+        self._snapshot = Snapshot()
+        self._shown: list[tuple[Mapping[Any, Any], Any, Any, str]] = []
+        for held, name, shown in (*_members(classes), *places):
+            self._snapshot.entry(held, name)
+            self._shown.append((held, name, held.get(name, _ABSENT), shown))
+        self.hold = self._snapshot.holds
 
     def why(self) -> str | None:
         """The sentence what is not as it was; None where nothing is."""
         if self.hold():
             return None
-        for held, name, value, shown in zip(self._held, self._names, self._values, self._shown, strict=True):
-            if held.get(name) is not value:
-                return f"{shown} was replaced since it was swapped"
-        return f"there is another {next(n for h, n in zip(*self._absent, strict=True) if n in h)} since it was swapped"
+        for held, name, value, shown in self._shown:
+            if held.get(name, _ABSENT) is not value:
+                what = f"there is another {name}" if value is _ABSENT else f"{shown} was replaced"
+                return f"{what} since it was swapped"
+        return None
 
     def why_traced(self) -> str | None:
         """The same for torch.compile, whose graphs have guards of their own on what it reads: of the forwards."""
@@ -87,22 +69,21 @@ def surroundings(classes: tuple[type, ...], places: tuple[Place, ...] = ()) -> S
 
 
 def _members(classes: tuple[type, ...]) -> Iterator[Place]:
-    for cls in classes:
-        for base in cls.__mro__[:-1]:
-            members = vars(base)
-            if base.__module__.startswith(("torch.", "transformers.")) and ".models." not in base.__module__:
-                for name in _OF_LIBRARIES:
-                    yield members, name, f"{base.__name__}.{name}"
-                continue
-            for name, member in members.items():
-                if name.startswith("__") and name not in _SPECIAL:
-                    continue
+    for base in dict.fromkeys(base for cls in classes for base in cls.__mro__[:-1]):
+        members = vars(base)
+        if base.__module__.startswith(("torch.", "transformers.")) and ".models." not in base.__module__:
+            for name in _OF_LIBRARIES:
                 yield members, name, f"{base.__name__}.{name}"
-                for scope, mentioned in mentions(member):
-                    if not isinstance(scope[mentioned], types.ModuleType):
-                        yield scope, mentioned, f"{mentioned} of {scope.get('__name__')}"
-            if "forward" not in members:
-                yield members, "forward", f"{base.__name__}.forward"
+            continue
+        for name, member in members.items():
+            if name.startswith("__") and name not in _SPECIAL:
+                continue
+            yield members, name, f"{base.__name__}.{name}"
+            for scope, mentioned in mentions(member):
+                if not isinstance(scope[mentioned], types.ModuleType):
+                    yield scope, mentioned, f"{mentioned} of {scope.get('__name__')}"
+        if "forward" not in members:
+            yield members, "forward", f"{base.__name__}.forward"
 
 
 def why_untouched() -> str | None:

@@ -24,7 +24,7 @@ __all__ = [
     "at",
     "check_arguments",
     "check_guard",
-    "check_forced",
+    "computed",
     "eps_of",
     "layer_mask",
     "linear_arguments",
@@ -78,11 +78,20 @@ def why_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwar
     return module._llmkern_original.forward(module, hidden, *args, **kwargs)
 
 
-def check_forced(op: str) -> None:
-    """Raises `Unserved` where a backend is forced that has no whole layers: it may have what they consist of."""
-    forced = dispatch.forced_backend()
-    if forced is not None and all(impl.backend.name != forced for impl in dispatch.implementations(op)):
-        raise Unserved(f"the forced backend {forced!r} does not implement {op}")
+def computed(op: Callable[..., Tensor], operator: Any, arguments: Sequence[Any]) -> Tensor:
+    """The op of a whole layer; `Unserved` where a backend is forced that has none: it may have those of the parts.
+
+    `operator` is the op as PyTorch knows it.  Without the dispatcher's look at some 40 arguments it is called where
+    that could only choose it and nobody wants to hear of it.
+    """
+    if dispatch.unwatched():
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor = operator(*arguments)
+            return out
+    name, forced = op.__name__, dispatch.forced_backend()
+    if forced is not None and all(impl.backend.name != forced for impl in dispatch.implementations(name)):
+        raise Unserved(f"the forced backend {forced!r} does not implement {name}")
+    return op(**dict(zip([a.name for a in operator._schema.arguments], arguments, strict=True)))
 
 
 def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozenset[str]) -> None:
@@ -99,7 +108,7 @@ def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozense
 
 def check_guard(module: Any) -> None:
     """Raises `Unserved` where something is no longer what it was, or calling a part would do more than compute."""
-    reason = module._llmkern_guard.why(module)
+    reason = module._llmkern_guard.broken(module)
     if reason is not None:
         raise Unserved(reason)
 

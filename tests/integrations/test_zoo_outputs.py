@@ -40,7 +40,7 @@ class Record:
         self.reasons: list[str] = []
 
     def served(self, op: str, *rest: Any) -> None:
-        self.served_ops.add(op)
+        self.served_ops.add("decoder_layer_" if op == "decoder_layers_" else op)  # all layers in one call
 
     def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
         self.reasons.append(reason)
@@ -74,8 +74,8 @@ def test_extra_outputs_are_those_of_the_untouched_model(entry: Entry, attention:
     if what == "attentions" and any(row.kind == "attention" for row in report.swapped):
         assert record.reasons
         assert all("attention weights" in reason for reason in record.reasons)
-    else:
-        assert not record.reasons
+    else:  # but for layers that are computed one by one, each as a whole
+        assert set(record.reasons) <= {"outputs of the layers are collected"}
 
 
 @every_hf_entry

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,6 +107,14 @@ def whole_layers(function: Callable[[], Any]) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
     return [e.name.removeprefix("llmkern::") for e in profile.events() if e.name.startswith("llmkern::decoder_layer")]
+
+
+@contextlib.contextmanager
+def layers_alone() -> Iterator[None]:
+    """Within the block a decoder's loop runs over its layers, whatever could compute them together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmkern.swap.decoder_stack._element", lambda *_: None)
+        yield
 
 
 class Sequence:

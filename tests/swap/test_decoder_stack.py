@@ -23,9 +23,11 @@ from layer_models import (
     Sequence,
     built,
     decoders,
+    layers_alone,
     needs_kernels,
     optimized,
     pieces,
+    recorded,
     whole_layers,
 )
 from torch import Tensor
@@ -59,7 +61,7 @@ def test_the_bits_are_those_of_one_layer_after_the_other(make, weights, cached) 
         out: list[Tensor] = []
         called = whole_layers(lambda tokens=tokens, out=out: out.append(model(tokens, past_key_values=ours).logits))
         assert called == together(make)
-        with dispatch.recording(Record()):  # somebody who listens is told of each layer
+        with layers_alone():
             assert torch.equal(out[0], model(tokens, past_key_values=alone).logits)
     for mine, other in zip(ours.layers, alone.layers, strict=True):
         assert torch.equal(mine.keys, other.keys)
@@ -172,10 +174,10 @@ def test_restored_and_optimized_again() -> None:
 
 
 @torch.no_grad()
-def test_kv_cache_none_keeps_the_layers_apart() -> None:
+def test_without_a_cache_of_ours_too() -> None:
     model = built(DECODERS["llama"])
     llmkern.optimize_(model, kv_cache=None)
-    assert Sequence(built(DECODERS["llama"]), model).give(TOKENS) == APART
+    assert Sequence(built(DECODERS["llama"]), model).give(TOKENS) == TOGETHER
 
 
 @torch.no_grad()
@@ -261,22 +263,34 @@ def test_threads_that_decode_at_once() -> None:
 
 
 @torch.no_grad()
-def test_who_listens_chooses_or_is_strict_is_told_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_listens_chooses_or_is_strict_sees_what_runs_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     untouched, model = built(DECODERS["llama"]), optimized(DECODERS["llama"])
     sequence = Sequence(untouched, model)
     first, second, third, fourth = pieces(TOKENS)
     assert sequence.give(first) == TOGETHER
     record = Record()
     with dispatch.recording(record):
-        assert sequence.give(second) == APART
-    assert record.ops.count("decoder_layer_") == 2
-    with llmkern.use_backend("torch"):
-        assert sequence.give(third) == []
-    assert [row.op for row in llmkern.explain(model, TOKENS)].count("decoder_layer_") == 2
+        assert sequence.give(second) == TOGETHER
+    assert record.ops.count("decoder_layers_") == 1
+    assert not record.reasons
+    with llmkern.use_backend("cpu"):
+        assert sequence.give(third) == TOGETHER
     with monkeypatch.context() as patch:
         patch.setattr(settings, "strict", True)
-        assert sequence.give(fourth) == APART
-    assert sequence.give(first) == TOGETHER
+        assert sequence.give(fourth) == TOGETHER
+    (row,) = [row for row in llmkern.explain(model, TOKENS) if row.op == "decoder_layers_"]
+    assert (row.site, row.backend, row.shapes) == ("model", "cpu", {"hidden": (2, 10, 32)})
+
+
+@torch.no_grad()
+def test_another_backend_is_given_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    untouched, model = built(DECODERS["llama"]), optimized(DECODERS["llama"])
+    sequence = Sequence(untouched, model)
+    for tokens, name in zip(pieces(TOKENS), ("torch", "reference"), strict=False):
+        with llmkern.use_backend(name):
+            assert sequence.give(tokens) == []
+            reasons = recorded(lambda: model(TOKENS)).reasons
+        assert f"the backend {name!r} is forced, which does not compute all layers at once" in reasons
 
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])

@@ -1,4 +1,4 @@
-"""Decoders that call their layers in another way, or other layers: computed one by one, or an error, never wrong."""
+"""Decoders that call their layers in another way, or other layers: computed one by one, never wrong."""
 
 from __future__ import annotations
 
@@ -254,10 +254,10 @@ def with_decoder(cls: Any, model: Any) -> Any:
         (OneAfterTheOther, TOGETHER),
         (TupleForEach, APART),
         (OneMoreAfterThem, [*TOGETHER, *APART[:1]]),
-        (OneMoreBeforeThem, [*APART, *APART[:1]]),
+        (OneMoreBeforeThem, [*APART[:1], *TOGETHER]),
         (TwoMasks, APART),
         (ByAProperty, APART),
-        (Twice, [*TOGETHER, *APART]),
+        (Twice, [*TOGETHER, *TOGETHER]),
         (ShiftedBetweenThem, APART),
     ],
 )
@@ -300,33 +300,19 @@ def call_instead(patch: pytest.MonkeyPatch, layer: nn.Module, instead: Any) -> N
     patch.setattr(type(layer), "__call__", replaced)
 
 
+@pytest.mark.parametrize("index", range(2))
 @pytest.mark.parametrize(
-    ("index", "instead"),
-    [
-        *[(1, instead) for instead in (adds_one_before, leaves_it_out, gives_another_mask)],
-        *[(0, instead) for instead in (adds_one_after, calls_it_twice)],
-    ],
+    "instead", [adds_one_before, adds_one_after, leaves_it_out, gives_another_mask, calls_it_twice]
 )
 @torch.no_grad()
-def test_what_no_source_says_is_an_error(index, instead, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = optimized(DECODERS["llama"])
-    expected = model(TOKENS).logits
-    with monkeypatch.context() as patch:
-        call_instead(patch, model.model.layers[index], instead)
-        with pytest.raises(RuntimeError, match="LlamaModel calls its layers otherwise than its source says") as raised:
-            model(TOKENS)
-    assert "\n" not in str(raised.value)
-    assert torch.equal(model(TOKENS).logits, expected)
-
-
-@pytest.mark.parametrize("instead", [adds_one_after, calls_it_twice])
-@torch.no_grad()
-def test_what_happens_after_the_last_layer_counts(instead, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_of_a_layer_that_means_something_else(index, instead, monkeypatch: pytest.MonkeyPatch) -> None:
     untouched, model = built(DECODERS["llama"]), optimized(DECODERS["llama"])
-    before = untouched(TOKENS).logits
+    expected = [each(TOKENS, use_cache=False).logits for each in (untouched, model)]
     for each in (untouched, model):
-        call_instead(monkeypatch, each.model.layers[1], instead)
-    assert (untouched(TOKENS).logits - before).abs().max() > 0.01
-    out: list[Tensor] = []
-    assert whole_layers(lambda: out.append(model(TOKENS, use_cache=False).logits))[:1] == TOGETHER
-    torch.testing.assert_close(out[0], untouched(TOKENS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        call_instead(monkeypatch, each.model.layers[index], instead)
+    found = untouched(TOKENS, use_cache=False).logits
+    assert (found - expected[0]).abs().max() > 0.01
+    for _ in range(2):
+        torch.testing.assert_close(model(TOKENS, use_cache=False).logits, found, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    assert torch.equal(model(TOKENS, use_cache=False).logits, expected[1])

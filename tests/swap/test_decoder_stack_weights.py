@@ -13,9 +13,9 @@ from layer_models import (
     STEPS,
     TOGETHER,
     TOKENS,
-    Record,
     Sequence,
     built,
+    layers_alone,
     named,
     needs_kernels,
     on_each_layer,
@@ -25,7 +25,6 @@ from layer_models import (
 from torch import Tensor, nn
 
 import llmkern
-from llmkern import dispatch
 
 pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
 
@@ -38,10 +37,10 @@ def give_biases(model: Any) -> None:
 
 
 def bits_of_each_layer_alone(model: Any, ours: Any, alone: Any, tokens: Tensor) -> list[str]:
-    """Compares the layers together, where they are, with what somebody who listens is told of; what was called."""
+    """Compares the layers together, where they are, with one after the other; what was called."""
     out: list[Tensor] = []
     called = whole_layers(lambda: out.append(model(tokens, past_key_values=ours).logits))
-    with dispatch.recording(Record()):
+    with layers_alone():
         assert torch.equal(out[0], model(tokens, past_key_values=alone).logits)
     return called
 

@@ -325,6 +325,21 @@ class Other:
             x = layer(x)
         return x
 
+    def mentioned_again(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x, len(self.layers)
+
+    def of_another_object_too(self, x, cache):
+        for layer in self.layers:
+            x = layer(x)
+        return x, cache.layers
+
+    def last_layer_after_it(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return layer(x)
+
     def no_loop(self, x):
         return self.layers[0](x)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from layer_models import (
     Record,
     built,
     decoders,
+    layers_alone,
     needs_kernels,
     optimized,
     recorded,
@@ -48,6 +49,13 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
         hf.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16)
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_by_one() -> Iterator[None]:
+    """Layers are computed together in test_decoder_stack*.py."""
+    with layers_alone():
+        yield
 
 
 encoders = pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)

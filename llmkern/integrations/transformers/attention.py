@@ -17,21 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import dispatch, ops
-from llmkern.integrations.transformers.config_view import NAME, knows_causality, original_of
-from llmkern.swap.derive import mentioned_globals, original_class
+from llmkern.swap.derive import mentioned_globals, original_class, rebind
 from llmkern.swap.surroundings import why_untouched
 
 __all__ = [
     "HARMLESS",
     "INTERFACE",
+    "NAME",
     "WEIGHTS",
     "attention_forward",
     "collected_outputs",
     "collects_weights",
+    "interface",
+    "mask_functions",
     "register_once",
     "registered_places",
+    "skipping_mask",
     "why_registered",
 ]
+
+NAME = "llmkern"
+"""The name under which `register_once` makes the attention known to transformers."""
 
 # What a model passes along with every call and attention has no use for, or has used already to build the mask.
 HARMLESS = frozenset(
@@ -53,13 +59,16 @@ HARMLESS = frozenset(
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """The global by which transformers' attention modules look their function up."""
 
+_MASKS = "ALL_MASK_ATTENTION_FUNCTIONS"  # the same for functions that make masks
+
 WEIGHTS = "the attention weights are asked for (output_attentions), and a fused kernel has none"
 
 _collector: Any = None  # transformers 5's context variable of outputs being collected
 
 
+@functools.cache
 def register_once() -> None:
-    """Make `NAME` known to transformers: one entry in two registries, which nothing uses until a model is swapped."""
+    """Make `NAME` known to transformers: one entry in two registries, which nothing uses unless it is asked for."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -68,18 +77,63 @@ def register_once() -> None:
         from transformers.utils.output_capturing import _active_collector as _collector
     AttentionInterface.register(NAME, attention_forward)
     # Boolean masks with broadcast strides, and none at all where `causal` says it: what the op takes.
-    AttentionMaskInterface.register(NAME, partial(_mask, sdpa_mask))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _mask(sdpa_mask: Callable[..., Any], *args: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
-    """transformers' mask; a causal one is also made where no attention module would know of it otherwise."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+class _Interface:
+    """An interface of transformers in which one name stands for another function."""
 
-    registered = ALL_MASK_ATTENTION_FUNCTIONS[original_of(kwargs["config"])._attn_implementation]
-    if registered not in (sdpa_mask, eager_mask):  # the program's own
-        return registered(*args, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
-    skip = allow_is_causal_skip and knows_causality(kwargs.get("config"))
-    return sdpa_mask(*args, allow_is_causal_skip=skip, **kwargs)
+    def __init__(self, theirs: Any, name: str, function: Callable[..., Any]) -> None:
+        self.theirs, self.name, self.function = theirs, name, function
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        found: Callable[..., Any] = self.function if name == self.name else self.theirs.get_interface(name, default)
+        return found
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = self.function if name == self.name else self.theirs[name]
+        return found
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.theirs, attribute)
+
+
+def interface(forward: Callable[..., Any], name: str, none_may_be_causal: bool) -> Any:
+    """The AttentionInterface for a module with this forward: `name` stands for `attention_forward`.
+
+    none_may_be_causal: whether no mask stands for a causal one where the module says that it is causal, as under sdpa.
+        Under eager attention it means that every key is seen.
+    """
+    function = partial(attention_forward, none_may_be_causal=none_may_be_causal)
+    return _Interface(mentioned_globals(forward)[INTERFACE], name, function)
+
+
+def mask_functions(module: nn.Module) -> dict[str, Callable[..., Any]]:
+    """transformers' functions that make masks, by the names of the globals that the module's forward mentions."""
+    found = mentioned_globals(type(module).forward)
+    return {name: each for name, each in found.items() if callable(each) and _MASKS in mentioned_globals(each)}
+
+
+@functools.cache
+def skipping_mask(function: Callable[..., Any], causal: bool) -> Callable[..., Any]:
+    """One of these functions, with sdpa's masks for a model under eager attention.
+
+    causal: whether a causal mask may be left out: where attentions know that they are causal.
+    """
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    theirs = mentioned_globals(function)[_MASKS]
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        registered = theirs["eager"]
+        if registered is not eager_mask:  # the program's own
+            return registered(*args, **kwargs)
+        if not causal:
+            kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(*args, **kwargs)
+
+    made: Callable[..., Any] = rebind(function, _MASKS, _Interface(theirs, "eager", make))
+    return made
 
 
 def attention_forward(
@@ -95,12 +149,16 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    none_may_be_causal: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: q [B, Hq, Sq, D], k/v [B, Hkv, Skv, D] → ([B, Sq, Hq, D], weights or None)."""
+    """transformers' attention function: q [B, Hq, Sq, D], k/v [B, Hkv, Skv, D] → ([B, Sq, Hq, D], weights or None).
+
+    none_may_be_causal: as of `interface`; all other arguments are those of transformers.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As in transformers: a mask says everything, and a single query sees all the keys that it is given.
-    causal = causal and attention_mask is None and query.shape[2] > 1
+    causal = causal and attention_mask is None and query.shape[2] > 1 and none_may_be_causal
     reason = _beyond_the_op(module, query, key, value, attention_mask, dropout, causal, sliding_window, softcap, kwargs)
     if reason is not None:  # with all arguments as they came: a paged cache has not even seen the new keys yet
         arguments = {
@@ -159,7 +217,7 @@ def _beyond_the_op(
     # transformers 5 collects through hooks on the module, so that without one there is nothing to ask.
     if kwargs.get("output_attentions") or (module._forward_hooks and collects_weights()):
         return WEIGHTS
-    named = original_of(module.config)._attn_implementation
+    named = module.config._attn_implementation  # type: ignore[union-attr]
     if softcap is not None and named == "sdpa":
         return "the untouched model leaves out softcap under sdpa; load it with attn_implementation='eager'"
     autocast = torch.is_autocast_enabled(query.device.type)
@@ -169,9 +227,10 @@ def _beyond_the_op(
         # A False may mean something; that of output_attentions does not.
         if argument is not None and name not in HARMLESS and name != "output_attentions":
             return f"the model passes {name}, which llmkern does not know"
-    if attention_mask is None and not causal and sliding_window is not None and query.shape[2] > 1:
+    windowed = sliding_window is not None and named != "eager"  # where the mask alone says it
+    if attention_mask is None and not causal and windowed and query.shape[2] > 1:
         return "a window without a mask is only defined for causal attention"
-    if reason := why_untouched() or why_registered(original_class(module).forward, named):
+    if reason := why_untouched() or why_registered(original_class(module).forward, _named(module)):
         return reason
     if named == "eager" and query.requires_grad and not torch.compiler.is_compiling():
         call: dict[str, Any] = {"q": query, "k": key, "v": value, "attn_mask": attention_mask, "key_padding_mask": None}
@@ -179,6 +238,12 @@ def _beyond_the_op(
         if not dispatch.select("attention", call | {"return_lse": False}).backend.kernels:
             return "gradients through eager attention can be differentiated again, through PyTorch's fused kernel not"
     return None
+
+
+def _named(module: nn.Module) -> Any:
+    """The attention that the untouched model uses: eager where it was given ours by name."""
+    name = module.config._attn_implementation  # type: ignore[union-attr]
+    return "eager" if name == NAME else name
 
 
 def why_registered(forward: Callable[..., Any], name: str) -> str | None:
@@ -193,7 +258,7 @@ def why_registered(forward: Callable[..., Any], name: str) -> str | None:
 
 def registered_places(attention: Any) -> tuple[tuple[dict[str, Any], str, str], ...]:
     """Where that function lies, or would lie: for a guard (llmkern/swap/surroundings.py)."""
-    name = original_of(attention.config)._attn_implementation
+    name = attention.config._attn_implementation
     shown = f"the attention function registered as {name!r}"
     return tuple([(registry, name, shown) for registry in _registries(original_class(attention).forward)])
 
@@ -243,7 +308,7 @@ def _untouched(
 ) -> tuple[Tensor, Tensor | None]:
     """The call as the model without llmkern makes it."""
     # sdpa has no weights to return; eager attention does.
-    name = "eager" if reason == WEIGHTS else original_of(module.config)._attn_implementation
+    name = "eager" if reason == WEIGHTS else _named(module)
     dispatch.record_fallback("attention", f"transformers {name}", reason, {"q": query, "k": key})
     interface = mentioned_globals(original_class(module).forward)
     eager = interface.get("eager_attention_forward")

@@ -2,7 +2,6 @@
 
 It becomes an llmkern.KVCache with layers of the same kinds, on the CPU, where a step's time goes into copying the past
 otherwise.  What the caller chooses (past_key_values, cache_implementation, use_cache=False) is left as it is.
-The forward of such a decoder is also where its layers learn that they are about to be called one after the other.
 """
 
 from __future__ import annotations
@@ -14,17 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkern import dispatch
-from llmkern.integrations.transformers.config_view import original_of
-from llmkern.swap.decoder_stack import FORGETTING, announcing
-from llmkern.swap.derive import mentioned_globals, rebind
+from llmkern.swap.derive import mentioned_globals
+from llmkern.swap.edit import Edit
 from llmkern.swap.found import Found
-from llmkern.swap.guard import guarded
 
 SWITCHES = ("kv_cache",)
 
 _PREPARE = "_prepare_cache_for_generation"
 _MADE = "DynamicCache"
+_DTYPES = {"auto": None, "int8": "int8"}
 
 
 def find(module: nn.Module) -> Found | None:
@@ -35,9 +32,9 @@ def find(module: nn.Module) -> Found | None:
     reason = _why_not(module)
     if reason:
         return Found("cache", "", reason) if generates else None
-    variants = {choice: _variant(cls, dtype) for choice, dtype in (("auto", None), ("int8", "int8"))}
+    edits = {choice: _edit(cls, dtype) for choice, dtype in _DTYPES.items()}
     served = {"auto": "KVCache", "int8": "KVCache int8"} if generates else {}
-    return Found("cache", "", cls=variants["auto"], variants=variants, served=served)
+    return Found("cache", "", edit=edits["auto"], edits=edits, served=served)
 
 
 def _looks_back(module: nn.Module) -> bool:
@@ -49,7 +46,7 @@ def _why_not(module: Any) -> str:
     from llmkern.integrations.transformers.cache import KVCache
     from llmkern.integrations.transformers.kv_layers import KVLayer
 
-    config = original_of(module.config)
+    config = module.config
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         return "its cache holds keys and values of an encoder too, and stays transformers' own"
     if not getattr(module, "_supports_default_dynamic_cache", lambda: True)():
@@ -60,13 +57,21 @@ def _why_not(module: Any) -> str:
     return ""
 
 
-def _variant(cls: Any, dtype: str | None) -> type[nn.Module]:
-    """The derived class with caches of that dtype."""
-    attributes = [(_PREPARE, _prepare(getattr(cls, _PREPARE), dtype))] if hasattr(cls, _PREPARE) else []
-    return guarded(cls, _forward(cls.forward, dtype), *attributes, *FORGETTING)
-
-
 @functools.cache
+def _edit(cls: Any, dtype: str | None) -> Edit:
+    """The edit with caches of that dtype."""
+    made = mentioned_globals(cls.forward).get(_MADE)
+    rebinds = () if made is None else ((_MADE, _Default(made.__name__, (made,), {"_llmkern_dtype": dtype})),)
+    members = ((_PREPARE, _prepare(getattr(cls, _PREPARE), dtype)),) if hasattr(cls, _PREPARE) else ()
+    return Edit(rebinds=rebinds, members=members, when=_serves)
+
+
+def _serves(module: Any) -> bool:
+    """Autograd has to keep what each step returned, and a compiled graph its guards: both as transformers does it."""
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return not plain and module.device.type == "cpu"
+
+
 def _prepare(original: Callable[..., Any], dtype: str | None) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -78,36 +83,6 @@ def _prepare(original: Callable[..., Any], dtype: str | None) -> Callable[..., A
         return result
 
     return prepare
-
-
-@functools.cache
-def _forward(original: Callable[..., Any], dtype: str | None) -> Callable[..., Any] | None:
-    """The forward in which a KVCache is made; None where it makes no cache."""
-    made = mentioned_globals(original).get(_MADE)
-    if made is None:
-        return None
-    rebound = rebind(original, _MADE, _Default(made.__name__, (made,), {"_llmkern_dtype": dtype}))
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Autograd has to keep what each step returned, and a compiled graph its guards: both as transformers does it.
-        plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if kwargs.get("past_key_values") is not None or plain or self.device.type != "cpu":
-            return original(self, *args, **kwargs)
-        return rebound(self, *args, **kwargs)
-
-    announced = announcing(forward, original)
-
-    @functools.wraps(original)
-    def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = self._llmkern_guard.why(self)
-        if reason is not None:  # whatever it calls is swapped all the same
-            tensors = {name: v for name, v in kwargs.items() if isinstance(v, torch.Tensor)}
-            if tensors:
-                dispatch.record_parts("decoder_layers_", type(self).__name__, reason, tensors)
-            return self._llmkern_original.forward(self, *args, **kwargs)
-        return announced(self, *args, **kwargs)
-
-    return asked
 
 
 class _Default(type):

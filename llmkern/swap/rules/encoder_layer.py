@@ -38,7 +38,7 @@ def _forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    reason = None if self.training else self._llmkern_guard.why(self)
+    reason = None if self.training else self._llmkern_guard.broken(self)
     if src.is_nested:
         reason = "torch.nn.TransformerEncoder has packed the padded batch into a nested tensor"
     if reason is not None:

@@ -1,7 +1,7 @@
 """Rotary embedding: attention modules whose forward calls a function `f(q, k, cos, sin)` that computes ops.rope.
 
 The function lives in the model's source file and serves every model of that architecture, so it is not replaced
-there: this module's class gets a copy of its forward that sees another function under that name.
+there: the module's forward sees another function under that name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import dispatch, ops
-from llmkern.swap.derive import mentioned_globals, rebind
+from llmkern.swap.derive import mentioned_globals
+from llmkern.swap.edit import Edit
 from llmkern.swap.found import Found, agrees
-from llmkern.swap.guard import guarded
 from llmkern.swap.observe import Sources
 
 SWITCHES = ("rope",)
@@ -39,8 +39,8 @@ def find(module: nn.Module) -> Found | None:
         form = _form(function)
         if form is None:
             return Found("rope", "", f"{name} is not the rotary embedding of ops.rope")
-        cls = guarded(type(module), _rebound(forward, name, _replacement(function, form)), op="rope")
-        return Found("rope", "rope", cls=cls, sample=partial(_sample, form))
+        edit = Edit("rope", rebinds=((name, _replacement(function, form)),))
+        return Found("rope", "rope", edit=edit, sample=partial(_sample, form))
     return None
 
 
@@ -49,9 +49,6 @@ def form_of(module: nn.Module) -> _Form | None:
     for function in rotary_functions(type(module).forward).values():
         return _form(function)
     return None
-
-
-_rebound = cache(rebind)  # the same forward for every layer, so that they share one class
 
 
 def rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

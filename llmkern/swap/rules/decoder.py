@@ -1,0 +1,25 @@
+"""Decoders that call their layers in a plain loop: it runs over one element, which computes all of them at once."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from llmkern.swap.decoder_stack import one_element
+from llmkern.swap.derive import as_before
+from llmkern.swap.found import Found
+from llmkern.swap.layer_loop import layer_loop
+from llmkern.swap.rules import decoder_layer
+
+SWITCHES = decoder_layer.SWITCHES
+
+
+def find(module: nn.Module) -> Found | None:
+    if not any(type(child) is nn.ModuleList for child in module._modules.values()):
+        return None
+    loop = layer_loop(type(module).forward)
+    layers = None if loop is None else module._modules.get(loop.layers)
+    if loop is None or type(layers) is not nn.ModuleList or not hasattr(module, "config"):
+        return None
+    first = next(iter(layers), None)
+    layer = None if first is None else decoder_layer.find(as_before(first))
+    return None if layer is None or layer.reason else Found("layer", "", edit=one_element(loop), around=layer.op)
