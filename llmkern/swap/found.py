@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.swap.edit import Edit
-from llmkern.swap.guard import shell_class
+from llmkern.swap.guard import Guard, shell_class
 from llmkern.swap.observe import Sources
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "is_stateless",
     "linear_like",
     "probe",
+    "remembered",
     "stand_in",
     "why_elsewhere",
 ]
@@ -65,6 +67,27 @@ class Found:
     def is_frame(self) -> bool:
         """Whether it calls no op itself, and is swapped only so that the modules within it are called: no row."""
         return not self.op and not self.reason and not self.served
+
+
+_REMEMBERED = 8  # of one key: modules that differ in an attribute, and classes whose surroundings have changed
+_known: dict[Any, deque[Found]] = {}
+
+
+def remembered(key: Any, module: nn.Module, find: Callable[[], Found | None]) -> Found | None:
+    """What `find` finds of the module; what it found of another one with an equal key, if the guard of that one's class
+    holds for the module: all that the swap goes by is then the same, and need not be probed again.
+
+    key: whatever `find` goes by that no guard looks at: classes and sizes.
+    """
+    known = _known.setdefault(key, deque(maxlen=_REMEMBERED))
+    for found in known:
+        guard: Guard = found.cls._llmkern_guard  # type: ignore[union-attr]
+        if guard.broken(module) is None:
+            return found
+    result = find()
+    if result is not None and result.cls is not None:
+        known.appendleft(result)
+    return result
 
 
 def is_stateless(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from llmkern.integrations.transformers.attention import INTERFACE
 from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
 from llmkern.swap.decoder_stack import FORGETTING
 from llmkern.swap.derive import as_before, is_own
-from llmkern.swap.found import FAR, Found, agrees, linear_like
+from llmkern.swap.found import FAR, Found, agrees, linear_like, remembered
 from llmkern.swap.guard import UNSEEN, Part, Path, below, noted
 from llmkern.swap.layer_probe import FAR_POSITION, Asked, Computed, NotAlike, Past, differs, run, small_copy
 from llmkern.swap.observe import aside
@@ -31,6 +31,7 @@ from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import mlp as mlp_rule
 from llmkern.swap.rules import norms as norms_rule
 from llmkern.swap.rules import rope as rope_rule
+from llmkern.swap.surroundings import classes_within
 from llmkern.swap.whole_layer import LinearPart, NormPart, whole_class
 
 SWITCHES = ("attention", "norms", "mlp", "rope")
@@ -67,6 +68,12 @@ def find(module: nn.Module) -> Found | None:
     if known is None:
         return None
     layer, granted = known
+    across = module._modules[layer.attention].o_proj.in_features  # type: ignore[union-attr]
+    key = (classes_within(module), layer, across)
+    return remembered(key, module, partial(_recognise, module, layer, granted))
+
+
+def _recognise(module: nn.Module, layer: DecoderParts, granted: tuple[Part, ...]) -> Found:
     first, second, *heads = layer.norms
     reasons = []
     for norms in ((first, second, *heads), (second, first, *heads)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import permutations
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 
 from llmkern import ops
 from llmkern.swap.derive import untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, stand_in, why_elsewhere
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, remembered, stand_in, why_elsewhere
 from llmkern.swap.guard import UNSEEN, guarded, noted
 
 SWITCHES = ("mlp",)
@@ -42,6 +42,11 @@ def find(module: nn.Module) -> Found | None:
     linears: dict[str, Any] = {name: child for name, child in module._modules.items() if linear_like(child)}
     if len(linears) not in (2, 3) or module._parameters or not is_stateless(module):
         return None
+    sizes = tuple([(name, layer.in_features, layer.out_features) for name, layer in linears.items()])
+    return remembered((type(module), sizes), module, partial(_recognise, module, linears))
+
+
+def _recognise(module: nn.Module, linears: dict[str, Any]) -> Found | None:
     for names in permutations(linears):
         if not _shapes_fit([linears[n] for n in names]):
             continue
@@ -81,6 +86,7 @@ def _shapes_fit(linears: list[Any]) -> bool:
     return all(layer.in_features == hidden and layer.out_features == packed * intermediate for layer in into)
 
 
+@cache
 def _small_layers(names: tuple[str, ...]) -> tuple[dict[str, nn.Module], Tensor]:
     """Layers to probe the class's forward with, in the roles (gate, up, down) or (packed, down), and an input."""
     generator = torch.Generator().manual_seed(0)

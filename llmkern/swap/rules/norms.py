@@ -4,6 +4,7 @@ what it computes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in, why_elsewhere
+from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, remembered, stand_in, why_elsewhere
 from llmkern.swap.guard import UNSEEN, guarded, noted
 
 SWITCHES = ("norms",)
@@ -28,7 +29,9 @@ def find(module: nn.Module) -> Found | None:
     if any(p.is_meta for p in parameters.values()):
         return Found("norm", "", "its weight is offloaded, and only there while it runs") if _named(module) else None
     if all(p.dim() == 1 and p.is_floating_point() and p.numel() for p in parameters.values()):
-        found = _recognise(module, parameters)
+        # A weight may make one norm look like another; where one is zero, nothing can be told.
+        sizes = tuple([(name, p.shape, bool(p.any())) for name, p in parameters.items()])
+        found = remembered((type(module), sizes), module, partial(_recognise, module, parameters))
         if found is not None:
             return found
     if _named(module):
@@ -114,7 +117,10 @@ def _inputs(hidden: int) -> Tensor:
 
 
 def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[str, Any]]:
-    return lambda dtype, device: {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in call.items()}
+    shapes = {k: v.shape if isinstance(v, Tensor) else v for k, v in call.items()}  # a report need not keep weights
+    return lambda dtype, device: {
+        k: torch.zeros(v, dtype=dtype, device=device) if isinstance(v, torch.Size) else v for k, v in shapes.items()
+    }
 
 
 def _beyond(self: Any, weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
