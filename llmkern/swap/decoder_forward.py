@@ -22,7 +22,7 @@ from llmkern.swap.surroundings import Surroundings
 from llmkern.swap.whole_layer import (
     LinearPart,
     NormPart,
-    Unserved,
+    NotServed,
     check_arguments,
     check_guard,
     computed,
@@ -30,9 +30,9 @@ from llmkern.swap.whole_layer import (
     layer_mask,
     linear_arguments,
     norm_parameter,
-    parts,
+    run_parts,
     scheme_argument,
-    why_parts,
+    why_not_fused,
 )
 
 __all__ = [
@@ -77,13 +77,13 @@ class DecoderParts:
 
 
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    reason = parts(self, hidden_states)
+    reason = why_not_fused(self, hidden_states)
     if reason is None:
         try:
             return _whole(self, self._llmkern_layer, hidden_states, args, kwargs)
-        except Unserved as unserved:
+        except NotServed as unserved:
             reason = str(unserved)
-    return why_parts(self, OP, reason, hidden_states, args, kwargs)
+    return run_parts(self, OP, reason, hidden_states, args, kwargs)
 
 
 def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -110,12 +110,12 @@ def _whole(self: Any, layer: DecoderParts, hidden: Tensor, args: Any, kwargs: di
 
 
 def check_call(hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """cos and sin; `Unserved` where they are not the op's, or the call says more than it can be told."""
+    """cos and sin; `NotServed` where they are not the op's, or the call says more than it can be told."""
     if args or not _KNOWN.issuperset(kwargs):
         check_arguments(args, kwargs, _KNOWN)
     angles = kwargs.get("position_embeddings")
     if type(angles) is not tuple or len(angles) != 2 or angles[0].dtype is not hidden.dtype or angles[0].dim() != 3:
-        raise Unserved("there are no rotary embeddings in the dtype of the hidden states")
+        raise NotServed("there are no rotary embeddings in the dtype of the hidden states")
     return angles
 
 
@@ -159,7 +159,7 @@ def _cached(cache: Any, self: Any, layer: DecoderParts, hidden: Tensor) -> tuple
         k, v = hidden.new_empty(shape), hidden.new_empty(shape)
         return 0, (k, v), partial(cache.update, k, v, index)
     filled = " with tokens in it" if type(cache) is dynamic_cache else ""
-    raise Unserved(f"the cache is a {type(cache).__name__}{filled}, not a llmkern.KVCache")
+    raise NotServed(f"the cache is a {type(cache).__name__}{filled}, not a llmkern.KVCache")
 
 
 def reserved(held: Any, layer: DecoderParts, hidden: Tensor) -> tuple[int, _Buffers, Callable[[], Any]]:
@@ -171,7 +171,7 @@ def reserved(held: Any, layer: DecoderParts, hidden: Tensor) -> tuple[int, _Buff
     begin, buffers = held.begin, held._buffers
     k = buffers[0]
     if k.shape[0] != hidden.shape[0] or (len(buffers) == 2 and k.dtype is not hidden.dtype):
-        raise Unserved("the cache holds another batch size or dtype")
+        raise NotServed("the cache holds another batch size or dtype")
     past = held.end - begin
     if begin:
         buffers = tuple([buffer[:, :, begin:] for buffer in buffers])
@@ -183,13 +183,13 @@ def _nothing() -> None:
 
 
 def check_updates(cache: Any) -> None:
-    """Raises `Unserved` where the cache's `update`, which is not called, or that of its layers is another one."""
+    """Raises `NotServed` where the cache's `update`, which is not called, or that of its layers is another one."""
     if any(["update" in vars(held) for held in (cache, *getattr(cache, "layers", ()))]):
-        raise Unserved("the cache, or a layer of it, has an update of its own")
+        raise NotServed("the cache, or a layer of it, has an update of its own")
     updates, own = _updates()
     reason = updates.why()
     if reason is not None or not own:
-        raise Unserved(reason or "the update of a class of caches was replaced")
+        raise NotServed(reason or "the update of a class of caches was replaced")
 
 
 @once

@@ -36,7 +36,7 @@ from llmkern.swap.edit import Edit
 from llmkern.swap.guard import Guard, Path, are_inert, places
 from llmkern.swap.layer_loop import LayerLoop
 from llmkern.swap.snapshot import Snapshot
-from llmkern.swap.whole_layer import Unserved, at, check_guard, layer_mask, parts, scheme_argument
+from llmkern.swap.whole_layer import NotServed, at, check_guard, layer_mask, scheme_argument, why_not_fused
 
 __all__ = ["FORGETTING", "forget", "one_element"]
 
@@ -119,11 +119,11 @@ class Element:
         return self.layers[0].attention_type
 
     def __call__(self, hidden: Tensor, **kwargs: Any) -> Any:
-        reason = parts(self.layers[0], hidden)
+        reason = why_not_fused(self.layers[0], hidden)
         if reason is None:
             try:
                 return self._known(hidden, kwargs.get("past_key_values")).computed(hidden, kwargs)
-            except Unserved as unserved:
+            except NotServed as unserved:
                 reason = str(unserved)
         dispatch.record_parts(_OP, "one layer after the other", reason, {"hidden": hidden})
         for layer in self.layers:
@@ -135,25 +135,25 @@ class Element:
             forget(self.decoder)
             # Not for every token: what cannot be served now will hardly be for the next one.
             if hidden.shape[1] == 1 and cache is not None and cache.get_seq_length():
-                raise Unserved("nothing is known of the layers yet")
+                raise NotServed("nothing is known of the layers yet")
             self.stack = _stacks[self.decoder] = _Stack(self.layers, hidden)
         return self.stack
 
 
 class _Stack:
-    """Layers, and what the op is to be told of them.  `Unserved` where one is not like the others."""
+    """Layers, and what the op is to be told of them.  `NotServed` where one is not like the others."""
 
     def __init__(self, layers: tuple[Any, ...], hidden: Tensor) -> None:
         self.layers, self.dtype = layers, hidden.dtype
         self.cls = type(layers[0])
         layer: DecoderParts | None = vars(self.cls).get("_llmkern_layer")  # not of a class from which it is derived
         if layer is None or any(type(each) is not self.cls for each in layers):
-            raise Unserved("not every layer is swapped as a whole, or they differ")
+            raise NotServed("not every layer is swapped as a whole, or they differ")
         if not self._is_called():
-            raise Unserved("the __call__ of the layers was replaced")
+            raise NotServed("the __call__ of the layers was replaced")
         self.serving = implementation(OP, "cpu")
         if reason := static_reason(self.serving, hidden.device, hidden.dtype, grad=False):
-            raise Unserved(reason)
+            raise NotServed(reason)
         self.layer = layer
         self.guard: Guard = self.cls._llmkern_guard
         self.operator = torch.ops.llmkern.decoder_layers_.default
@@ -172,9 +172,9 @@ class _Stack:
             found_eps.add(eps)
             self._keep_layer(each)
             if each._modules[layer.attention].layer_idx != i:
-                raise Unserved("the layers are not in the order of the cache")
+                raise NotServed("the layers are not in the order of the cache")
         if len(found_eps) > 1:
-            raise Unserved("the layers have different eps")
+            raise NotServed("the layers have different eps")
         self.plan = torch.ops.llmkern.decoder_plan.default(planned)
         self.numbers = numbers(layer, found_eps.pop())
 
@@ -189,7 +189,7 @@ class _Stack:
     def _keep_layer(self, layer: Any) -> None:
         self._keep_module(layer)
         if layer.training:
-            raise Unserved("a layer is in training mode")
+            raise NotServed("a layer is in training mode")
         for name in ("training", _KIND):
             self.snapshot.entry(vars(layer), name)
         self.snapshot.entry(vars(layer._modules[self.layer.attention]), "layer_idx")
@@ -228,7 +228,7 @@ class _Stack:
         hooks = module._forward_hooks
         own = any(vars(module).get(name) is not None for name in ("forward", "_compiled_call_impl"))
         if module._forward_pre_hooks or not are_inert(hooks) or own:
-            raise Unserved(f"a {type(module).__name__} has hooks, or a forward of its own")
+            raise NotServed(f"a {type(module).__name__} has hooks, or a forward of its own")
         self.snapshot.module(module)
         self.snapshot.empty(module._forward_pre_hooks)
         if hooks:
@@ -238,11 +238,11 @@ class _Stack:
             self.snapshot.empty(hooks)
 
     def computed(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states after the last layer; `Unserved` where the call is none for the op."""
+        """The hidden states after the last layer; `NotServed` where the call is none for the op."""
         if reason := dispatch.why_not_direct(self.serving):
-            raise Unserved(reason)
+            raise NotServed(reason)
         if self.collecting and collected_outputs():
-            raise Unserved(WEIGHTS if collects_weights() else "outputs of the layers are collected")
+            raise NotServed(WEIGHTS if collects_weights() else "outputs of the layers are collected")
         cos, sin = check_call(hidden, (), kwargs)
         past, caches, written = self._cached(kwargs.get("past_key_values"), hidden)
         mask = kwargs.get("attention_mask")
@@ -255,7 +255,7 @@ class _Stack:
             # `weight.data = …` of another dtype, shape or layout: who computes a layer alone looks for that first.
             # The cache holds what it held, as what has been written to it does not count yet.
             self.outdated = True
-            raise Unserved(str(error)) from None
+            raise NotServed(str(error)) from None
         for advance in written:
             advance()
         return out
@@ -274,7 +274,7 @@ class _Stack:
         _, kv_cache, kv_layers = cache_classes()
         held = cache.layers[: len(self.layers)] if type(cache) is kv_cache else ()
         if len(held) != len(self.layers) or not all([type(each) in kv_layers for each in held]):
-            raise Unserved("the cache is not a llmkern.KVCache with a layer for each")
+            raise NotServed("the cache is not a llmkern.KVCache with a layer for each")
         check_updates(cache)
         caches: list[Tensor] = []
         written = []
@@ -285,5 +285,5 @@ class _Stack:
             written.append(advance)
             forms.add((past, len(buffers)))
         if len(forms) > 1:
-            raise Unserved("the cache's layers hold different numbers of tokens, or some of them codes")
+            raise NotServed("the cache's layers hold different numbers of tokens, or some of them codes")
         return past, caches, written

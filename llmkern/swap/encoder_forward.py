@@ -13,7 +13,7 @@ from llmkern.integrations.transformers.attention import HARMLESS
 from llmkern.swap.whole_layer import (
     LinearPart,
     NormPart,
-    Unserved,
+    NotServed,
     check_arguments,
     check_guard,
     computed,
@@ -21,9 +21,9 @@ from llmkern.swap.whole_layer import (
     layer_mask,
     linear_arguments,
     norm_parameter,
-    parts,
+    run_parts,
     scheme_argument,
-    why_parts,
+    why_not_fused,
 )
 
 __all__ = ["LINEARS", "OP", "EncoderParts", "forward"]
@@ -51,13 +51,13 @@ class EncoderParts:
 
 
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    reason = parts(self, hidden_states)
+    reason = why_not_fused(self, hidden_states)
     if reason is None:
         try:
             return _whole(self, self._llmkern_layer, hidden_states, args, kwargs)
-        except Unserved as unserved:
+        except NotServed as unserved:
             reason = str(unserved)
-    return why_parts(self, OP, reason, hidden_states, args, kwargs)
+    return run_parts(self, OP, reason, hidden_states, args, kwargs)
 
 
 def _whole(self: Any, layer: EncoderParts, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:

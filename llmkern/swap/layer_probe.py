@@ -18,8 +18,8 @@ from llmkern.dispatch import implementation
 from llmkern.integrations.transformers.attention import HARMLESS
 from llmkern.nn._int8_weight import HOOKS
 from llmkern.swap.derive import as_before, rebind
-from llmkern.swap.found import stand_in
 from llmkern.swap.guard import Path
+from llmkern.swap.match import stand_in
 from llmkern.swap.observe import Between, Sources, aside
 
 __all__ = ["FAR_POSITION", "Asked", "Computed", "NotAlike", "Past", "Raises", "differs", "run", "small_copy"]

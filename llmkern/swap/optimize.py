@@ -18,7 +18,7 @@ from llmkern.memory import move_to_huge_pages_
 from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
 from llmkern.swap.edit import Edit, edited, edits_of
-from llmkern.swap.found import Found, linear_like
+from llmkern.swap.match import Match, linear_like
 from llmkern.swap.observe import settled
 from llmkern.swap.report import SwapReport, SwapRow, current, forget_report, record_report
 from llmkern.swap.rules import RULES
@@ -36,7 +36,7 @@ class _Site:
 
     path: str
     module: nn.Module
-    found: Found
+    found: Match
     excluded: str  # why the caller does not want it, "" if it does
 
 
@@ -93,7 +93,7 @@ def optimize_(
     unsupported = [s for s in sites if s.found.reason and not s.excluded]
     if unsupported and on_unsupported == "error":
         raise RuntimeError("; ".join(f"{s.path}: {s.found.reason}" for s in unsupported))
-    wanted = [s for s in wanted if not s.found.is_frame or any(_is_framed(w, s) for w in wanted)]
+    wanted = [s for s in wanted if not s.found.only_for_children or any(_is_framed(w, s) for w in wanted)]
     with _undo_on_failure(model):
         for site in wanted:
             if site.found.cls is not None:
@@ -104,7 +104,7 @@ def optimize_(
                         derive.set_class(child, derive.original_class(child))
         for module, edits in _edits(model, sites, wanted):
             derive.set_class(module, edited(module, edits))
-        rows = tuple(_row(model, site) for site in sites if not site.found.is_frame)
+        rows = tuple(_row(model, site) for site in sites if not site.found.only_for_children)
         moved = move_to_huge_pages_(model) if huge_pages and wanted else 0
     if unsupported and on_unsupported == "warn":
         reasons = sorted({s.found.reason for s in unsupported})
@@ -180,10 +180,10 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
                 off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES if not switches[switch]]
                 if off and (found.is_whole or len(off) == len(rule.SWITCHES)):
                     excluded = f"switched off by {' and '.join(off)}"
-                elif filter_fn is not None and not found.is_frame and not filter_fn(module, path):
+                elif filter_fn is not None and not found.only_for_children and not filter_fn(module, path):
                     excluded = "left out by filter_fn"
                 elif not found.reason and derive.forward_is_replaced(module):
-                    found = Found(found.kind, found.op, "its forward was replaced on the instance")
+                    found = Match(found.kind, found.op, "its forward was replaced on the instance")
                 if found.is_whole or (found.kind == "cache" and switches["kv_cache"] == "auto"):
                     excluded = excluded or found.reason  # nobody has asked for what it cannot have
             if found.kind == "mlp" and not found.reason and not excluded:
@@ -191,7 +191,7 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
             yield _Site(path, module, found, excluded)
 
 
-def _chosen(found: Found, module: nn.Module, choice: Any) -> Found:
+def _chosen(found: Match, module: nn.Module, choice: Any) -> Match:
     """What is found with the edit for this value of the switch; "auto" changes nothing that is swapped already."""
     if choice == "auto":
         had = edits_of(module)
@@ -228,7 +228,7 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
     return [child for child in layer.modules() if linear_like(child)]
 
 
-def _is_swapped(module: nn.Module, found: Found) -> bool:
+def _is_swapped(module: nn.Module, found: Match) -> bool:
     if found.edit is None:
         return found.cls is type(module)
     had = edits_of(module)

@@ -20,7 +20,7 @@ from llmkern.swap.surroundings import classes_within, why_hooks_for_all, why_unt
 __all__ = [
     "LinearPart",
     "NormPart",
-    "Unserved",
+    "NotServed",
     "at",
     "check_arguments",
     "check_guard",
@@ -29,10 +29,10 @@ __all__ = [
     "layer_mask",
     "linear_arguments",
     "norm_parameter",
-    "parts",
+    "why_not_fused",
     "scheme_argument",
     "whole_class",
-    "why_parts",
+    "run_parts",
 ]
 
 
@@ -53,12 +53,12 @@ class NormPart(NamedTuple):
     eps: str | float
 
 
-class Unserved(Exception):
+class NotServed(Exception):
     """The call is left to the layer's parts; the message is the reason."""
 
 
-def parts(module: nn.Module, hidden: Tensor) -> str | None:
-    """The sentence why the layer is to be computed part by part, whatever its parts are; None where nothing is."""
+def why_not_fused(module: nn.Module, hidden: Tensor) -> str | None:
+    """Why this call cannot use the fused layer op, or None; independent of the layer's parts."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "the model is being compiled, exported or traced"
     if torch.is_grad_enabled():
@@ -72,14 +72,14 @@ def parts(module: nn.Module, hidden: Tensor) -> str | None:
     return why_hooks_for_all() or why_untouched()
 
 
-def why_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+def run_parts(module: Any, op: str, reason: str, hidden: Tensor, args: Any, kwargs: Any) -> Any:
     """The call by the layer's own forward, whose parts are dispatched one by one, on record with the reason."""
     dispatch.record_parts(op, "its parts", reason, {"hidden": hidden})
     return module._llmkern_original.forward(module, hidden, *args, **kwargs)
 
 
 def computed(op: Callable[..., Tensor], operator: Any, arguments: Sequence[Any]) -> Tensor:
-    """The op of a whole layer; `Unserved` where a backend is forced that has none: it may have those of the parts.
+    """The op of a whole layer; `NotServed` where a backend is forced that has none: it may have those of the parts.
 
     `operator` is the op as PyTorch knows it.  Without the dispatcher's look at some 40 arguments it is called where
     that could only choose it and nobody wants to hear of it.
@@ -90,27 +90,27 @@ def computed(op: Callable[..., Tensor], operator: Any, arguments: Sequence[Any])
             return out
     name, forced = op.__name__, dispatch.forced_backend()
     if forced is not None and all(impl.backend.name != forced for impl in dispatch.implementations(name)):
-        raise Unserved(f"the forced backend {forced!r} does not implement {name}")
+        raise NotServed(f"the forced backend {forced!r} does not implement {name}")
     return op(**dict(zip([a.name for a in operator._schema.arguments], arguments, strict=True)))
 
 
 def check_arguments(args: Sequence[Any], kwargs: dict[str, Any], known: frozenset[str]) -> None:
-    """Raises `Unserved` where the call says more than the op can be told."""
+    """Raises `NotServed` where the call says more than the op can be told."""
     if args:
-        raise Unserved("the layer is called with more than the hidden states by position")
+        raise NotServed("the layer is called with more than the hidden states by position")
     for name, argument in kwargs.items():
         if name == "output_attentions" and argument:
-            raise Unserved(WEIGHTS)
+            raise NotServed(WEIGHTS)
         # Absent is not False: is_causal=False means something.
         if argument is not None and name not in known and name != "output_attentions":
-            raise Unserved(f"the model passes {name}, which llmkern does not know")
+            raise NotServed(f"the model passes {name}, which llmkern does not know")
 
 
 def check_guard(module: Any) -> None:
-    """Raises `Unserved` where something is no longer what it was, or calling a part would do more than compute."""
+    """Raises `NotServed` where something is no longer what it was, or calling a part would do more than compute."""
     reason = module._llmkern_guard.broken(module)
     if reason is not None:
-        raise Unserved(reason)
+        raise NotServed(reason)
 
 
 def whole_class(
@@ -146,12 +146,12 @@ def norm_parameter(module: nn.Module, norm: NormPart, name: str | None, like: Te
     try:
         parameter: Tensor | None = None if name is None else at(module, norm.path)._parameters[name]
     except KeyError:
-        raise Unserved(f"the {name} of {norm.path[-1]} is no parameter") from None
+        raise NotServed(f"the {name} of {norm.path[-1]} is no parameter") from None
     if parameter is not None:
         if parameter.dtype is not like.dtype or type(parameter) not in PLAIN_TENSORS:
-            raise Unserved(f"the {name} of {norm.path[-1]} has another type than the hidden states")
+            raise NotServed(f"the {name} of {norm.path[-1]} has another type than the hidden states")
         if not _is_row(parameter):
-            raise Unserved(f"the {name} of {norm.path[-1]} is not one contiguous row")
+            raise NotServed(f"the {name} of {norm.path[-1]} is not one contiguous row")
     return parameter
 
 
@@ -163,7 +163,7 @@ def eps_of(module: nn.Module, norms: Sequence[NormPart | None]) -> float:
         if norm is not None
     ]
     if found.count(found[0]) != len(found) or type(found[0]) is not float:
-        raise Unserved("its norms have different eps")
+        raise NotServed("its norms have different eps")
     return found[0]
 
 
@@ -178,31 +178,31 @@ def linear_arguments(
         layer = at(module, path)
         cls, state = type(layer), layer.__dict__
         if cls is not nn.Linear and cls is not Int8Linear:
-            raise Unserved(f"{path[-1]} is a {cls.__name__}, not a plain linear layer")
+            raise NotServed(f"{path[-1]} is a {cls.__name__}, not a plain linear layer")
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
             reason = why_hooks(".".join(path), state)
             if reason is not None:
-                raise Unserved(reason)
+                raise NotServed(reason)
         parameters = state["_parameters"]
         scale = scheme = None
         try:
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
-            raise Unserved(f"the weight or bias of {path[-1]} is no parameter") from None
+            raise NotServed(f"the weight or bias of {path[-1]} is no parameter") from None
         if cls is Int8Linear:
             scale, scheme = layer._buffers["weight_scale"], layer._scheme
         elif weight.dtype is not dtype:
-            raise Unserved(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
+            raise NotServed(f"the weight of {path[-1]} is {weight.dtype}, the hidden states are {dtype}")
         if type(weight) not in PLAIN_TENSORS or (bias is not None and bias.dtype is not dtype):
-            raise Unserved(f"the weight or bias of {path[-1]} has another type than the hidden states")
+            raise NotServed(f"the weight or bias of {path[-1]} has another type than the hidden states")
         if weight.stride(1) != 1 and weight.shape[1] > 1:
-            raise Unserved(f"the rows of {path[-1]}'s weight are not contiguous")
+            raise NotServed(f"the rows of {path[-1]}'s weight are not contiguous")
         if not (bias is None or _is_row(bias)) or not (scale is None or scale.is_contiguous()):
-            raise Unserved(f"the bias or scale of {path[-1]} is not contiguous")
+            raise NotServed(f"the bias or scale of {path[-1]} is not contiguous")
         if rows is not None:
             begin, end, count = rows
             if weight.shape[0] != count:
-                raise Unserved(f"{path[-1]} has {weight.shape[0]} rows, and had {count} when it was swapped")
+                raise NotServed(f"{path[-1]} has {weight.shape[0]} rows, and had {count} when it was swapped")
             part = slice(begin, end)
             weight, scale, bias = (None if t is None else t[part] for t in (weight, scale, bias))
         found += (weight, scale, bias)
@@ -225,5 +225,5 @@ def layer_mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:
     """The model's mask as the op takes it."""
     plain = type(mask) in PLAIN_TENSORS and mask.dim() == 4
     if not plain or mask.dtype not in (torch.bool, hidden.dtype, torch.float32) or mask.shape[-1] < keys:
-        raise Unserved("the attention mask is no 4-dimensional tensor of bools or of numbers for every key")
+        raise NotServed("the attention mask is no 4-dimensional tensor of bools or of numbers for every key")
     return mask[..., :keys] if mask.shape[-1] > keys else mask  # transformers 4 prepares one for a longer cache

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import llmkern
-from llmkern.swap import found
+from llmkern.swap import match
 from llmkern.swap.rules import decoder_layer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
@@ -25,7 +25,7 @@ def model() -> Any:
 
 
 def test_layers_that_are_alike_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(found, "_known", {})
+    monkeypatch.setattr(match, "_known", {})
     probed, own = [], decoder_layer._probed
     monkeypatch.setattr(decoder_layer, "_probed", lambda module, layer: probed.append(module) or own(module, layer))
     for _ in range(2):  # and another model's like them not at all

@@ -11,28 +11,28 @@ from torch import nn
 
 from llmkern import ops
 from llmkern.swap.derive import untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, stand_in, why_elsewhere
 from llmkern.swap.guard import UNSEEN, guarded, noted
+from llmkern.swap.match import PROBE_SCALE, Match, agrees, is_stateless, probe, stand_in, why_elsewhere
 
 SWITCHES = ("mlp",)
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     if module._modules or module._parameters or not is_stateless(module):
         return None
     # Exact and tanh differ by 5e-4 around |x| = 2.3: several times what the probe allows.
     near = torch.linspace(-6, 6, 1025)
     shell = stand_in(module)
-    seen = [(x, probe(shell, x)) for x in (near, near * FAR)]
+    seen = [(x, probe(shell, x)) for x in (near, near * PROBE_SCALE)]
     for approximate in ("none", "tanh"):
         if all(agrees(out, F.gelu(x, approximate=approximate)) for x, out in seen):
             parts = noted(shell)
             if parts is None:
-                return Found("activation", "", UNSEEN)
+                return Match("activation", "", UNSEEN)
             if reason := why_elsewhere(shell, near):
-                return Found("activation", "", reason)
+                return Match("activation", "", reason)
             cls = guarded(type(module), _forward, ("_llmkern_approximate", approximate), op="gelu", parts=parts)
-            return Found("activation", "gelu", cls=cls, sample=partial(_sample, approximate))
+            return Match("activation", "gelu", cls=cls, sample=partial(_sample, approximate))
     return None
 
 

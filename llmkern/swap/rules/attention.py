@@ -25,8 +25,8 @@ from llmkern.integrations.transformers.attention import (
 )
 from llmkern.swap.derive import as_before, mentioned_globals
 from llmkern.swap.edit import Edit, edits_of
-from llmkern.swap.found import Found, attention_sample, linear_like
 from llmkern.swap.guard import Path
+from llmkern.swap.match import Match, attention_sample, linear_like
 
 SWITCHES = ("attention",)
 
@@ -34,18 +34,18 @@ _REPLACEABLE = ("eager", "sdpa")
 _MADE, _SKIPPED = "masks are made", "masks are skipped"  # variants for a model under eager attention
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     if INTERFACE in mentioned_globals(type(module).forward):
         name = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if name not in _REPLACEABLE:
-            return Found("attention", "attention", f"the model was given attn_implementation={name!r}")
+            return Match("attention", "attention", f"the model was given attn_implementation={name!r}")
         if reason := why_registered(type(module).forward, name):
-            return Found("attention", "attention", reason)
+            return Match("attention", "attention", reason)
         register_once()
         edits = {choice: _edit(type(module).forward, name, choice == _SKIPPED) for choice in (_MADE, _SKIPPED)}
-        return Found("attention", "attention", edit=edits[_MADE], edits=edits, sample=partial(_sample, module))
+        return Match("attention", "attention", edit=edits[_MADE], edits=edits, sample=partial(_sample, module))
     if _attends(module):
-        return Found("attention", "", "its forward does not look its attention up in transformers' AttentionInterface")
+        return Match("attention", "", "its forward does not look its attention up in transformers' AttentionInterface")
     return None
 
 
@@ -79,7 +79,7 @@ class _Attend:
         return all(guard.broken(child) is None for guard, child in guards.items())
 
 
-def skipping_masks(decoder: nn.Module, attentions: dict[str, Found]) -> tuple[Edit, dict[str, Edit]] | None:
+def skipping_masks(decoder: nn.Module, attentions: dict[str, Match]) -> tuple[Edit, dict[str, Edit]] | None:
     """The edit of a decoder that need not make its masks, and those of the attentions in it, which are given by their
     paths from there; None where it makes no masks of its own, or not as eager attention wants them."""
     made = mask_functions(as_before(decoder))

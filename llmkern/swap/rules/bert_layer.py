@@ -24,9 +24,9 @@ from llmkern.integrations.transformers.attention import INTERFACE
 from llmkern.ops.encoder_layer import ACTIVATIONS
 from llmkern.swap.derive import as_before, is_own
 from llmkern.swap.encoder_forward import LINEARS, OP, EncoderParts, forward
-from llmkern.swap.found import FAR, Found, agrees, linear_like
 from llmkern.swap.guard import UNSEEN, Part, Path, below, noted
 from llmkern.swap.layer_probe import Asked, Computed, NotAlike, Raises, differs, run, small_copy
+from llmkern.swap.match import PROBE_SCALE, Match, agrees, linear_like
 from llmkern.swap.observe import aside
 from llmkern.swap.rules import activations as activation_rule
 from llmkern.swap.rules import attention as attention_rule
@@ -39,7 +39,7 @@ _HIDDEN, _INNER, _BATCH, _LENGTH = 6, 10, 2, 3  # of the probe
 _MOST_CHILDREN = 8  # of a layer's own; a model or a stack of layers has more, or is told apart by its linear layers
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     if (
         implementation(OP, "cpu").backend.missing is not None
         or not is_own(nn.Linear, "forward")
@@ -62,9 +62,9 @@ def find(module: nn.Module) -> Found | None:
     except Raises:  # a model with one layer, say
         return None
     except NotAlike as error:
-        return Found("layer", OP, str(error), is_whole=True)
+        return Match("layer", OP, str(error), is_whole=True)
     cls = whole_class(module, at(module, attentions[0]), forward, passed, notes + norms[0][2] + norms[1][2])
-    return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
+    return Match("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
 
 
 def _attentions(module: nn.Module) -> list[Path]:
@@ -93,7 +93,7 @@ def _norms(module: nn.Module) -> list[tuple[NormPart, float, tuple[Part, ...]]]:
 
 _PROBES = (
     ("on small values", 1.0, torch.float32),
-    ("on large values", FAR, torch.float32),  # where the activation's forms cannot be told from each other
+    ("on large values", PROBE_SCALE, torch.float32),  # where the activation's forms cannot be told from each other
     ("in float64", 1.0, torch.float64),
 )
 

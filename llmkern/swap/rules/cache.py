@@ -15,7 +15,7 @@ from torch import nn
 
 from llmkern.swap.derive import mentioned_globals
 from llmkern.swap.edit import Edit
-from llmkern.swap.found import Found
+from llmkern.swap.match import Match
 
 SWITCHES = ("kv_cache",)
 
@@ -24,17 +24,17 @@ _MADE = "DynamicCache"
 _DTYPES = {"auto": None, "int8": "int8"}
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     cls: Any = type(module)
     generates = hasattr(cls, _PREPARE)
     if not generates and not (_MADE in mentioned_globals(cls.forward) and _looks_back(module)):
         return None
     reason = _why_not(module)
     if reason:
-        return Found("cache", "", reason) if generates else None
+        return Match("cache", "", reason) if generates else None
     edits = {choice: _edit(cls, dtype) for choice, dtype in _DTYPES.items()}
     served = {"auto": "KVCache", "int8": "KVCache int8"} if generates else {}
-    return Found("cache", "", edit=edits["auto"], edits=edits, served=served)
+    return Match("cache", "", edit=edits["auto"], edits=edits, served=served)
 
 
 def _looks_back(module: nn.Module) -> bool:

@@ -6,14 +6,14 @@ from torch import nn
 
 from llmkern.swap.decoder_stack import one_element
 from llmkern.swap.derive import as_before
-from llmkern.swap.found import Found
 from llmkern.swap.layer_loop import layer_loop
+from llmkern.swap.match import Match
 from llmkern.swap.rules import decoder_layer
 
 SWITCHES = decoder_layer.SWITCHES
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     if not any(type(child) is nn.ModuleList for child in module._modules.values()):
         return None
     loop = layer_loop(type(module).forward)
@@ -22,4 +22,4 @@ def find(module: nn.Module) -> Found | None:
         return None
     first = next(iter(layers), None)
     layer = None if first is None else decoder_layer.find(as_before(first))
-    return None if layer is None or layer.reason else Found("layer", "", edit=one_element(loop), around=layer.op)
+    return None if layer is None or layer.reason else Match("layer", "", edit=one_element(loop), around=layer.op)

@@ -23,9 +23,9 @@ from llmkern.integrations.transformers.attention import INTERFACE
 from llmkern.swap.decoder_forward import LINEARS, OP, DecoderParts, forward
 from llmkern.swap.decoder_stack import FORGETTING
 from llmkern.swap.derive import as_before, is_own
-from llmkern.swap.found import FAR, Found, agrees, linear_like, remembered
 from llmkern.swap.guard import UNSEEN, Part, Path, below, noted
 from llmkern.swap.layer_probe import FAR_POSITION, Asked, Computed, NotAlike, Past, differs, run, small_copy
+from llmkern.swap.match import PROBE_SCALE, Match, agrees, linear_like, remembered
 from llmkern.swap.observe import aside
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.rules import mlp as mlp_rule
@@ -56,12 +56,12 @@ class _Probe(NamedTuple):
 
 _NEAR = _Probe("on small values")
 _PROBES = (
-    _Probe("on large values", spread=FAR),
+    _Probe("on large values", spread=PROBE_SCALE),
     _Probe("in float64, after a past, at positions from a million on", torch.float64, past=4, first=FAR_POSITION),
 )
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     if implementation(OP, "cpu").backend.missing is not None or not is_own(nn.Linear, "forward"):
         return None
     known = _parts_of(module)
@@ -73,7 +73,7 @@ def find(module: nn.Module) -> Found | None:
     return remembered(key, module, partial(_recognise, module, layer, granted))
 
 
-def _recognise(module: nn.Module, layer: DecoderParts, granted: tuple[Part, ...]) -> Found:
+def _recognise(module: nn.Module, layer: DecoderParts, granted: tuple[Part, ...]) -> Match:
     first, second, *heads = layer.norms
     reasons = []
     for norms in ((first, second, *heads), (second, first, *heads)):
@@ -83,8 +83,8 @@ def _recognise(module: nn.Module, layer: DecoderParts, granted: tuple[Part, ...]
             reasons.append(str(error))
         else:
             cls = whole_class(module, getattr(module, layer.attention), forward, passed, notes + granted, *FORGETTING)
-            return Found("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
-    return Found("layer", OP, reasons[0], is_whole=True)
+            return Match("layer", OP, cls=cls, sample=partial(_sample, passed), is_whole=True)
+    return Match("layer", OP, reasons[0], is_whole=True)
 
 
 def _parts_of(module: nn.Module) -> tuple[DecoderParts, tuple[Part, ...]] | None:

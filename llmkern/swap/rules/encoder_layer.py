@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkern.swap.derive import is_own, untouched
-from llmkern.swap.found import Found
 from llmkern.swap.guard import UNSEEN, guarded, stated
+from llmkern.swap.match import Match
 
 SWITCHES = ("attention", "norms", "mlp")
 
@@ -21,14 +21,14 @@ SWITCHES = ("attention", "norms", "mlp")
 _LEFT_OUT = ("activation", "activation_relu_or_gelu", "self_attn", "dropout", "dropout1", "dropout2")
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     own = is_own(nn.TransformerEncoderLayer, "forward")
     if type(module).forward is not nn.TransformerEncoderLayer.forward or not own:
         return None
     parts = stated(module, *_LEFT_OUT)
     if parts is None:
-        return Found("layer", "", UNSEEN)
-    return Found("layer", "", cls=guarded(type(module), _forward, parts=parts))
+        return Match("layer", "", UNSEEN)
+    return Match("layer", "", cls=guarded(type(module), _forward, parts=parts))
 
 
 def _forward(

@@ -11,15 +11,15 @@ from llmkern import ops
 from llmkern.checks import PLAIN_TENSORS
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import is_own, untouched
-from llmkern.swap.found import Found
 from llmkern.swap.guard import guarded
+from llmkern.swap.match import Match
 
 SWITCHES = ("linear",)
 MIN_BYTES = 8 << 20
 """A smaller weight may still be in a cache when it is read again, and its product is over before it is worth a word."""
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     native = implementation("linear", "cpu")
     if type(module) is not nn.Linear or not is_own(nn.Linear, "forward") or native.backend.missing is not None:
         return None
@@ -27,7 +27,7 @@ def find(module: nn.Module) -> Found | None:
     large = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.nbytes >= MIN_BYTES
     if not large or weight.dtype not in (native.dtypes or ()):
         return None
-    return Found("linear", "linear", cls=guarded(nn.Linear, _forward, op="linear"), sample=_sample)
+    return Match("linear", "linear", cls=guarded(nn.Linear, _forward, op="linear"), sample=_sample)
 
 
 def _sample(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

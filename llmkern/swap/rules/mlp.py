@@ -14,8 +14,18 @@ from torch.nn.utils import skip_init
 
 from llmkern import ops
 from llmkern.swap.derive import untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, linear_like, probe, remembered, stand_in, why_elsewhere
 from llmkern.swap.guard import UNSEEN, guarded, noted
+from llmkern.swap.match import (
+    PROBE_SCALE,
+    Match,
+    agrees,
+    is_stateless,
+    linear_like,
+    probe,
+    remembered,
+    stand_in,
+    why_elsewhere,
+)
 
 SWITCHES = ("mlp",)
 
@@ -38,7 +48,7 @@ def function_of(activation: str) -> Callable[[Tensor], Tensor]:
     return _GATED[activation][1]
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     linears: dict[str, Any] = {name: child for name, child in module._modules.items() if linear_like(child)}
     if len(linears) not in (2, 3) or module._parameters or not is_stateless(module):
         return None
@@ -46,7 +56,7 @@ def find(module: nn.Module) -> Found | None:
     return remembered((type(module), sizes), module, partial(_recognise, module, linears))
 
 
-def _recognise(module: nn.Module, linears: dict[str, Any]) -> Found | None:
+def _recognise(module: nn.Module, linears: dict[str, Any]) -> Match | None:
     for names in permutations(linears):
         if not _shapes_fit([linears[n] for n in names]):
             continue
@@ -56,9 +66,9 @@ def _recognise(module: nn.Module, linears: dict[str, Any]) -> Found | None:
                 if shell is not None:
                     parts = noted(shell)
                     if parts is None:
-                        return Found("mlp", "", UNSEEN)
+                        return Match("mlp", "", UNSEEN)
                     if reason := why_elsewhere(shell, _small_layers(names)[1]):
-                        return Found("mlp", "", reason)
+                        return Match("mlp", "", reason)
                     attributes = (
                         ("_llmkern_linears", names),
                         ("_llmkern_activation", activation),
@@ -66,13 +76,13 @@ def _recognise(module: nn.Module, linears: dict[str, Any]) -> Found | None:
                     )
                     cls = guarded(type(module), _forward, *attributes, op=op, parts=parts)
                     sample = partial(_sample, op, activation, linears[names[-1]].in_features)
-                    return Found("mlp", op, cls=cls, sample=sample)
+                    return Match("mlp", op, cls=cls, sample=sample)
     for names in permutations(linears):
         if len(names) == 3 and _shapes_fit([linears[n] for n in names]):
             small, x = _small_layers(names)
             # An attention's q, k and v fit as well where they are square; but one tensor does not make it give one.
             if probe(stand_in(module, small), x) is not None:
-                return Found(
+                return Match(
                     "mlp", "", f"it has the layers of a gated MLP, but its gate is none of {', '.join(_GATED)}"
                 )
     return None
@@ -107,7 +117,7 @@ def _gated_shell(
     small, near = _small_layers(names)
     *into, down = [small[name] for name in names]
     shell = stand_in(module, small)
-    for x in (near, near * FAR):
+    for x in (near, near * PROBE_SCALE):
         with torch.no_grad():
             gate, up = _gate_and_up([layer(x) for layer in into], gate_first)
             expected = down(activation(gate) * up)

@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from llmkern import ops
 from llmkern.swap.derive import is_own, untouched
-from llmkern.swap.found import Found, attention_sample
 from llmkern.swap.guard import UNSEEN, guarded, stated
+from llmkern.swap.match import Match, attention_sample
 
 SWITCHES = ("attention",)
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     if not isinstance(module, nn.MultiheadAttention):
         return None
     if type(module).forward is not nn.MultiheadAttention.forward or not is_own(nn.MultiheadAttention, "forward"):
-        return Found("attention", "", "it overrides the forward of torch.nn.MultiheadAttention")
+        return Match("attention", "", "it overrides the forward of torch.nn.MultiheadAttention")
     if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-        return Found("attention", "", "it has kdim, vdim, add_bias_kv or add_zero_attn")
+        return Match("attention", "", "it has kdim, vdim, add_bias_kv or add_zero_attn")
     parts = stated(module, "_qkv_same_embed_dim", "bias_k", "bias_v", "add_zero_attn")
     if parts is None:
-        return Found("attention", "", UNSEEN)
+        return Match("attention", "", UNSEEN)
     cls = guarded(type(module), _forward, op="attention", parts=parts)
-    return Found("attention", "attention", cls=cls, sample=partial(_sample, module))
+    return Match("attention", "attention", cls=cls, sample=partial(_sample, module))
 
 
 def _sample(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

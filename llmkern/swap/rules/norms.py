@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.dispatch import implementation
 from llmkern.swap.derive import untouched
-from llmkern.swap.found import FAR, Found, agrees, is_stateless, probe, remembered, stand_in, why_elsewhere
 from llmkern.swap.guard import UNSEEN, guarded, noted
+from llmkern.swap.match import PROBE_SCALE, Match, agrees, is_stateless, probe, remembered, stand_in, why_elsewhere
 
 SWITCHES = ("norms",)
 
@@ -22,20 +22,20 @@ _HIDDEN = 64  # to probe a norm that has no parameters and states no shape
 _WRITTEN_OUT = (1e-5, 1e-6, 1e-8, 1e-12, 1e-7, torch.finfo(torch.float32).eps)  # for an eps that is no attribute
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     if module._modules or len(parameters) > 2 or not is_stateless(module):
         return None
     if any(p.is_meta for p in parameters.values()):
-        return Found("norm", "", "its weight is offloaded, and only there while it runs") if _named(module) else None
+        return Match("norm", "", "its weight is offloaded, and only there while it runs") if _named(module) else None
     if all(p.dim() == 1 and p.is_floating_point() and p.numel() for p in parameters.values()):
-        # A weight may make one norm look like another; where one is zero, nothing can be told.
+        # A weight of zeros makes all norms look alike: no evidence for one with other weights.
         sizes = tuple([(name, p.shape, bool(p.any())) for name, p in parameters.items()])
         found = remembered((type(module), sizes), module, partial(_recognise, module, parameters))
         if found is not None:
             return found
     if _named(module):
-        return Found("norm", "", "it is neither an rms_norm nor a layer_norm over the last dimension")
+        return Match("norm", "", "it is neither an rms_norm nor a layer_norm over the last dimension")
     return None
 
 
@@ -44,7 +44,7 @@ def _named(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found | None:
+def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Match | None:
     values = {name: p.detach().float() for name, p in parameters.items()}
     sizes = {p.numel() for p in values.values()} or {(getattr(module, "normalized_shape", None) or (_HIDDEN,))[-1]}
     if len(sizes) != 1 or not (parameters or _may_have_eps(module) or _named(module)):
@@ -69,16 +69,16 @@ def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Found 
     return None
 
 
-def _found(module: nn.Module, shell: nn.Module, op: str, norm: tuple[Any, ...], call: dict[str, Any]) -> Found:
+def _found(module: nn.Module, shell: nn.Module, op: str, norm: tuple[Any, ...], call: dict[str, Any]) -> Match:
     """norm: names of weight and bias, where eps comes from, and of an rms_norm what is added to the weight."""
     parts = noted(shell, live=norm[2])
     if parts is None:
-        return Found("norm", "", UNSEEN)
+        return Match("norm", "", UNSEEN)
     if reason := why_elsewhere(shell, call["x"]):
-        return Found("norm", "", reason)
+        return Match("norm", "", reason)
     forward = _rms_forward if op == "rms_norm" else _layer_forward
     cls = guarded(type(module), forward, ("_llmkern_norm", norm), op=op, parts=parts)
-    return Found("norm", op, cls=cls, sample=_sample(call))
+    return Match("norm", op, cls=cls, sample=_sample(call))
 
 
 def _roles(names: list[str]) -> list[tuple[str | None, str | None]]:
@@ -113,7 +113,8 @@ def _inputs(hidden: int) -> Tensor:
     shows; and s is not hidden, so that a norm over another dimension fails."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3 if hidden == 2 else 2, hidden, generator=generator)
-    return x * torch.tensor([1e-3, 1.0, 8.0, FAR]).view(4, 1, 1) + torch.tensor([0.0, 0.1, 1.0, 0.0]).view(4, 1, 1)
+    scales, shifts = torch.tensor([[1e-3, 1.0, 8.0, PROBE_SCALE], [0.0, 0.1, 1.0, 0.0]]).view(2, 4, 1, 1)
+    return x * scales + shifts
 
 
 def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmkern import dispatch, ops
 from llmkern.swap.derive import mentioned_globals
 from llmkern.swap.edit import Edit
-from llmkern.swap.found import Found, agrees
+from llmkern.swap.match import Match, agrees
 from llmkern.swap.observe import Sources
 
 SWITCHES = ("rope",)
@@ -33,14 +33,14 @@ class _Form:
     per_pair: bool
 
 
-def find(module: nn.Module) -> Found | None:
+def find(module: nn.Module) -> Match | None:
     forward = type(module).forward
     for name, function in rotary_functions(forward).items():
         form = _form(function)
         if form is None:
-            return Found("rope", "", f"{name} is not the rotary embedding of ops.rope")
+            return Match("rope", "", f"{name} is not the rotary embedding of ops.rope")
         edit = Edit("rope", rebinds=((name, _replacement(function, form)),))
-        return Found("rope", "rope", edit=edit, sample=partial(_sample, form))
+        return Match("rope", "rope", edit=edit, sample=partial(_sample, form))
     return None
 
 

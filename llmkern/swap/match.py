@@ -1,4 +1,4 @@
-"""What a rule says of a module, and how a rule convinces itself."""
+"""A rule's verdict on a module, and how a rule convinces itself."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmkern.swap.guard import Guard, shell_class
 from llmkern.swap.observe import Sources
 
 __all__ = [
-    "FAR",
+    "PROBE_SCALE",
     "PROBE_TOLERANCE",
-    "Found",
+    "Match",
     "agrees",
     "attention_sample",
     "is_stateless",
@@ -31,7 +31,7 @@ __all__ = [
 PROBE_TOLERANCE = 1e-5
 """Of the largest value: probes run in fp32, and may sum in another order.  Another definition is off by far more."""
 
-FAR = 1e3
+PROBE_SCALE = 1e3
 """Factor of a second probe's inputs: to show limits that some models set (gelu_10, swiglu_limit, clip_qkv)."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -39,7 +39,7 @@ _OF_ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """A module of a kind that llmkern knows.
 
     kind, op: as in `SwapRow`.  reason: why it must be left alone, "" where it can be swapped.
@@ -48,7 +48,8 @@ class Found:
         will serve it.
     edits, served: where there is a choice of edits, each by its name, `edit` being that of the default; and where no op
         is called, what the report names instead of a backend, by the same names.
-    around: of what calls no op itself (`is_frame`), the op of modules in it for whose sake it is swapped; "" for any.
+    around: for a module that calls no op itself (`only_for_children`), the op of the modules for whose sake it is
+        swapped; "" for any.
     is_whole: it is served without the modules within it being called.  Its rule's switches must all be on.
     """
 
@@ -64,20 +65,20 @@ class Found:
     is_whole: bool = False
 
     @property
-    def is_frame(self) -> bool:
+    def only_for_children(self) -> bool:
         """Whether it calls no op itself, and is swapped only so that the modules within it are called: no row."""
         return not self.op and not self.reason and not self.served
 
 
 _REMEMBERED = 8  # of one key: modules that differ in an attribute, and classes whose surroundings have changed
-_known: dict[Any, deque[Found]] = {}
+_known: dict[Any, deque[Match]] = {}
 
 
-def remembered(key: Any, module: nn.Module, find: Callable[[], Found | None]) -> Found | None:
-    """What `find` finds of the module; what it found of another one with an equal key, if the guard of that one's class
-    holds for the module: all that the swap goes by is then the same, and need not be probed again.
+def remembered(key: Any, module: nn.Module, find: Callable[[], Match | None]) -> Match | None:
+    """Return `find()`, or its earlier result for a module with an equal key if the guard of that match holds for this
+    module: the guard has all that the forward reads, so a probe would see the same again.
 
-    key: whatever `find` goes by that no guard looks at: classes and sizes.
+    key: what `find` depends on and no guard looks at, classes and sizes.
     """
     known = _known.setdefault(key, deque(maxlen=_REMEMBERED))
     for found in known:
