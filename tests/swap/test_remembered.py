@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from layer_models import DECODER, TOKENS, built, give_class, needs_kernels
+from layer_models import DECODER, TOKENS, built, give_class, layers_alone, needs_kernels, recorded
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -86,6 +86,8 @@ def test_layers_that_differ(change: Any) -> None:
     for use_cache in (False, True):
         out, expected = (each(TOKENS, use_cache=use_cache).logits for each in (optimized, untouched))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    with layers_alone():  # and every one is served: a class of another one's would have a guard that does not hold
+        assert not recorded(lambda: optimized(TOKENS)).reasons
 
 
 @torch.no_grad()
