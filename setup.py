@@ -25,7 +25,18 @@ except ImportError:  # an older setuptools: it can build in place all the same
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc"))
-from toolchain import ABI, CSRC, RULES, Unavailable, build, find_compiler, find_ninja, find_nvcc, folder_of  # noqa: E402
+from toolchain import (  # noqa: E402
+    ABI,
+    CSRC,
+    RULES,
+    Unavailable,
+    build,
+    find_compiler,
+    find_ninja,
+    find_nvcc,
+    folder_of,
+    has_gpu,
+)
 
 SANITIZE = os.environ.get("LLMKERN_SANITIZE") == "1"
 OBJECTS = ROOT / "build" / ("sanitize" if SANITIZE else "native")
@@ -116,7 +127,13 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
         part(text := [f"builddir = {OBJECTS / part.__name__}\n", RULES], output, nvcc)
         OBJECTS.mkdir(parents=True, exist_ok=True)
         script.write_text("".join(text))
-        run = subprocess.run([ninja, "-f", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        jobs = os.environ.get("MAX_JOBS")  # as for PyTorch's extensions; ninja's own default: the cores, and two more
+        run = subprocess.run(
+            [ninja, "-f", script, *(["-j", jobs] if jobs else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         log.write_text(run.stdout)
         print(run.stdout, end="")
         if run.returncode:
@@ -129,9 +146,20 @@ def make(part, output: Path, nvcc: str | None) -> str | None:
     return None
 
 
+CUDA = ("0", "1", "auto", "nvcc")  # llmkern/config.py says what each means
+
+
+def cuda_part() -> tuple[str | None, str | None]:
+    """nvcc, or None and the sentence why there will be no CUDA part, which takes longer to build than all the rest."""
+    nvcc, why_not = find_nvcc()
+    if nvcc and os.environ.get("LLMKERN_CUDA") in (None, "", "auto") and not has_gpu():
+        return None, "no NVIDIA GPU was found on the machine that built it; LLMKERN_CUDA=1 builds it all the same"
+    return nvcc, why_not
+
+
 def check_settings() -> None:
     flag = ("0", "1")
-    for name, accepted in (("LLMKERN_BUILD", flag), ("LLMKERN_CUDA", (*flag, "auto")), ("LLMKERN_SANITIZE", flag)):
+    for name, accepted in (("LLMKERN_BUILD", flag), ("LLMKERN_CUDA", CUDA), ("LLMKERN_SANITIZE", flag)):
         value = os.environ.get(name)
         if value and value not in accepted:
             raise SystemExit(f"llmkern: {name} is {value!r}, expected {' or '.join(accepted)}")
@@ -142,7 +170,7 @@ class BuildNative(build_ext):
         check_settings()
         package = ROOT / "llmkern" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "llmkern"
         package.mkdir(parents=True, exist_ok=True)
-        nvcc, no_cuda = find_nvcc()
+        nvcc, no_cuda = cuda_part()
         no_library = make(library, package / "_ops.abi3.so", nvcc)
         if nvcc and no_library:  # better the CPU part alone than nothing
             nvcc, no_cuda = None, no_library

@@ -37,6 +37,11 @@ def find_ninja() -> str:
     raise Unavailable("ninja was not found; pip install ninja")
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU: by its device files, so that neither torch nor a driver is loaded."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # the latter: WSL's
+
+
 def find_nvcc() -> tuple[str | None, str | None]:
     """nvcc, or None and the sentence why there will be no CUDA part."""
     if os.environ.get("LLMKERN_CUDA") == "0":

@@ -20,8 +20,8 @@ LLMKERN_CPU_ISA          (best)      instruction set of the native CPU kernels: 
                                      avx512_vnni, avx512_bf16 or amx, on Arm portable, neon_dotprod or neon_i8mm;
                                      read when the library is loaded
 LLMKERN_BUILD            1           while building: 0 = no native library
-LLMKERN_CUDA             auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, auto = if
-                                     nvcc is found
+LLMKERN_CUDA             auto        while building: 0 = no CUDA part, 1 = CUDA part or an error, nvcc = CUDA part
+                                     where nvcc is found, auto = where an NVIDIA GPU is found too
 LLMKERN_CUDA_ARCHS       80;90a      while building: compute capabilities to compile for
 LLMKERN_SANITIZE         0           while building: 1 = with AddressSanitizer and UBSan, as ``make sanitize`` does
 =======================  ==========  =====================================================================

@@ -74,7 +74,7 @@ def test_torch_is_found_from_a_build_that_pip_isolates() -> None:
 
 @pytest.mark.parametrize(
     ("name", "accepted"),
-    [("LLMKERN_BUILD", "0 or 1"), ("LLMKERN_CUDA", "0 or 1 or auto"), ("LLMKERN_SANITIZE", "0 or 1")],
+    [("LLMKERN_BUILD", "0 or 1"), ("LLMKERN_CUDA", "0 or 1 or auto or nvcc"), ("LLMKERN_SANITIZE", "0 or 1")],
 )
 def test_settings_that_are_not_accepted_end_the_build(source: Path, name: str, accepted: str) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
