@@ -27,6 +27,7 @@ from llmkern import dispatch, registry
 from llmkern.cli import run
 from llmkern.cli.output import print_json
 from llmkern.config import settings
+from llmkern.testing.recorder import Recorder
 from llmkern.why import ops, sizes, why
 
 SIZES = {
@@ -134,15 +135,9 @@ class TestWhy:
 
     def test_is_the_dispatchers_decision(self) -> None:
         x = torch.randn(6, 64)
-        served = []
-
-        class Recorder:
-            def served(self, op, call, implementation, start) -> None:
-                served.append(implementation.backend.name)
-
-        with dispatch.recording(Recorder()):
+        with dispatch.recording(recorder := Recorder()):
             llmkern.ops.rms_norm(x, torch.ones(64))
-        assert why("rms_norm", (6, 64)).served_by == served[0]
+        assert why("rms_norm", (6, 64)).served_by == recorder.backends[0]
 
     def test_capability_decides_as_if_the_gpu_were_there(self, monkeypatch) -> None:
         backend = dispatch.register("test-gpu", priority=900, devices=("cuda",), missing=lambda: "there is no such GPU")

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmkern import _form, dispatch, ops
 from llmkern.testing.case import cases, ops_with_cases
 from llmkern.testing.compare import assert_same_bits
+from llmkern.testing.recorder import Recorder
 from llmkern.why import capture
 
 
@@ -106,17 +107,6 @@ def test_a_forced_backend_a_recorder_and_gradients_are_heeded(forms) -> None:
     assert recorder.backends == ["reference"]
     with torch.enable_grad():
         assert ops.rms_norm(x, w).requires_grad
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.backends: list[str] = []
-
-    def served(self, op, call, implementation, start) -> None:
-        self.backends.append(implementation.backend.name)
-
-    def fell_back(self, op, call, to, reason) -> None:
-        raise AssertionError(reason)
 
 
 @torch.no_grad()

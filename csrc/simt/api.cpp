@@ -4,12 +4,11 @@
 
 #define LLMKERN_EXPORT extern "C" __attribute__((visibility("default")))
 
-LLMKERN_EXPORT void simt_set(uint64_t seed, int copies, int sm_count, int capability, int nearest, uint64_t approximate,
-                             int count, int fault) {
+LLMKERN_EXPORT void simt_set(uint64_t seed, int copies, int sm_count, int capability, uint64_t approximate, int count,
+                             int fault) {
   llmkern::simt::settings = {.seed = seed,
                              .copies = static_cast<llmkern::simt::Copies>(copies),
                              .gpu = {.stream = nullptr, .sm_count = sm_count, .capability = capability},
-                             .nearest = nearest != 0,
                              .approximate = approximate,
                              .count = count != 0,
                              .fault = fault};

@@ -39,7 +39,6 @@ struct Settings {
   uint64_t seed = 0;  // of every order that CUDA leaves open
   Copies copies = Copies::at_once;
   Gpu gpu{.stream = nullptr, .sm_count = 4, .capability = 90};  // what launchers are told
-  bool nearest = false;      // mma rounds sums to nearest, as CPUs do and tensor cores do not
   uint64_t approximate = 0;  // not 0: approximate instructions err as much as PTX lets them, by this salt
   bool count = false;        // counters.h
   int fault = 0;             // which of the planted faults of a copy of the kernels is on

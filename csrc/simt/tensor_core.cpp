@@ -44,15 +44,6 @@ template <int kK>
 void add_products(float (&sums)[16][8], const float (&left)[16][kK], const float (&right)[kK][8]) {
   typedef float Floats __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
-  if (settings.nearest) {
-    for (int m = 0; m < 16; ++m)
-      for (int n = 0; n < 8; ++n) {
-        double sum = sums[m][n];
-        for (int k = 0; k < kK; ++k) sum += static_cast<double>(left[m][k]) * right[k][n];
-        sums[m][n] = static_cast<float>(sum);
-      }
-    return;
-  }
   const bool wide = settings.gpu.capability >= 90;
   const int bits = wide ? 25 : 24;
   constexpr int kMost = kK < 16 ? kK : 16;

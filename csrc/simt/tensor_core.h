@@ -35,8 +35,7 @@ inline void add_products(int32_t (&sums)[16][8], const int32_t (&left)[16][kK], 
             static_cast<int32_t>(static_cast<uint32_t>(sums[m][n]) + static_cast<uint32_t>(left[m][k] * right[k][n]));
 }
 
-// kK is 8 or 16.  With Settings::nearest products are added exactly and rounded once, to nearest, as to compare with
-// operators that round to nearest.
+// kK is 8 or 16.
 template <int kK>
 void add_products(float (&sums)[16][8], const float (&left)[16][kK], const float (&right)[kK][8]);
 

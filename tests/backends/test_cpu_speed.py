@@ -11,6 +11,7 @@ from instruction_sets import here, on
 
 from llmkern import _native, dispatch, ops
 from llmkern.backends.cpu import _speed, _tune
+from llmkern.testing.recorder import Recorder
 
 built = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 
@@ -58,22 +59,11 @@ def test_the_nearest_lower_instruction_set_counts_and_a_change_of_it_at_once(tab
     x = torch.zeros(1, 10)
     served = {}
     for isa in here():
-        with on(isa), torch.no_grad(), dispatch.recording(recorder := _Served()):
+        with on(isa), torch.no_grad(), dispatch.recording(recorder := Recorder()):
             ops.swiglu(x, x)
             served[isa] = recorder.backends
     assert served.pop("portable") == ["torch"]
     assert all(backends == ["cpu"] for backends in served.values())
-
-
-class _Served:
-    def __init__(self) -> None:
-        self.backends: list[str] = []
-
-    def served(self, op, call, implementation, start) -> None:
-        self.backends.append(implementation.backend.name)
-
-    def fell_back(self, op, call, to, reason) -> None:
-        raise AssertionError(reason)
 
 
 @built

@@ -13,6 +13,7 @@ from llmkern import dispatch, ops
 from llmkern.testing.case import Call, Case, cases, ops_with_cases
 from llmkern.testing.compare import as_list, assert_same_bits, cast, upcast
 from llmkern.testing.judge import assert_accurate, assert_right, reference, written
+from llmkern.testing.recorder import Recorder
 
 OPS = ops_with_cases()
 ALL_CASES = [case for op in OPS for case in cases(op)]
@@ -117,19 +118,6 @@ def test_gradients_match_autograd_of_the_reference_in_float64(case: Case) -> Non
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-class Served:
-    """A recorder that keeps the calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Call]] = []
-
-    def served(self, op: str, call: Call, implementation: dispatch.Implementation, start: float) -> None:
-        self.calls.append((op, call))
-
-    def fell_back(self, op: str, call: Call, to: str, reason: str) -> None:
-        raise AssertionError(f"{op} fell back to {to}: {reason}")
-
-
 def backward_calls() -> list:
     """Each case that has gradients, on the CPU and on a GPU; there in bf16 too, which not all have a case for."""
     found = []
@@ -148,7 +136,7 @@ def test_implementations_of_the_backward(case: Case, dtype: torch.dtype, device:
     call = case.make(device)
     for name in case.differentiable:
         call[name] = cast(call[name], dtype)
-    call, recorder = require_grad(case, call), Served()
+    call, recorder = require_grad(case, call), Recorder()
     out = getattr(torch.ops.llmkern, case.op)(**call)
     with dispatch.recording(recorder):
         gradients(as_list(out), call)

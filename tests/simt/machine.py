@@ -107,7 +107,7 @@ class Machine:
             getattr(self.library, function).restype = ctypes.c_char_p
         self.library.simt_register.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p)
         self.library.simt_forget.argtypes = (ctypes.c_void_p,)
-        self.library.simt_set.argtypes = (ctypes.c_uint64, *[ctypes.c_int] * 4, ctypes.c_uint64, *[ctypes.c_int] * 2)
+        self.library.simt_set.argtypes = (ctypes.c_uint64, *[ctypes.c_int] * 3, ctypes.c_uint64, *[ctypes.c_int] * 2)
         self._places: dict[str, tuple[str, ...]] = {}
 
     def set(
@@ -117,14 +117,12 @@ class Machine:
         copies: str = "at once",
         sm_count: int = 4,
         capability: tuple[int, int] = (9, 0),
-        nearest: bool = False,
         approximate: int = 0,
         count: bool = False,
         fault: int = 0,
     ) -> None:
-        """Seed of all orders; when asynchronous copies land; the GPU's properties; whether products are summed to
-        nearest as PyTorch on a CPU sums them, not cut off as tensor cores do; by which salt approximate instructions
-        err (0: by none); whether counters run, from zero on; which planted fault is on."""
+        """Set the seed of all orders, when asynchronous copies land, the GPU's properties, the salt by which
+        approximate instructions err (0: they do not), whether counters run from zero on, and the planted fault."""
         if count:
             self.library.simt_take_counters()
             self.library.simt_take_bytes()
@@ -133,7 +131,6 @@ class Machine:
             COPIES.index(copies),
             sm_count,
             10 * capability[0] + capability[1],
-            int(nearest),
             approximate,
             int(count),
             fault,
