@@ -466,13 +466,14 @@ def forward(self, input_ids=None, past_key_values=None, **_):
 
 def test_continuous_batching_gives_the_same_tokens() -> None:
     """Its paged cache sees new keys in the attention function: nothing may be cut to the keys before that."""
+    small = hf.generation.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)  # else most of the memory
     options = hf.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
     found = []
     for optimize in (False, True):
         model = copy.deepcopy(original())
         if optimize:
             llmkern.optimize_(model)
-        results = model.generate_batch(inputs=[[5, 6, 7], [8, 9, 10, 11]], generation_config=options)
+        results = model.generate_batch([[5, 6, 7], [8, 9, 10, 11]], options, small)
         found.append([result.generated_tokens for result in results.values()])
     assert found[1] == found[0]
     assert all(len(tokens) == 6 for tokens in found[0])
