@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmkern.checks import PLAIN_TENSORS
 
-__all__ = ["MIN_BYTES", "give_back", "move_to_huge_pages_"]
+__all__ = ["MIN_BYTES", "give_back", "move_back_", "move_to_huge_pages_"]
 
 MIN_BYTES = 32 << 20
 """Weights of less than this are left where they are: caches hold much of them."""
@@ -89,17 +89,40 @@ def move_to_huge_pages_(model: nn.Module) -> int:
     with contextlib.suppress(OSError):  # no memory for more: what has been moved may stay
         for (begin, size), to in zip(sizes.items(), _places(list(sizes.values())), strict=True):
             tensors = storages.pop(begin)
-            to.copy_(
-                torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensors[0].untyped_storage(), 0, (size,), (1,))
-            )
-            for tensor in tensors:
-                with torch.inference_mode(tensor.is_inference()):
-                    view = torch.empty(0, dtype=tensor.dtype, device="cpu")
-                    view.set_(to.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-                    tensor.data = view
+            _rehouse(tensors, to)
             moved += size
     give_back()
     return moved
+
+
+@torch.inference_mode(mode=False)
+def move_back_(model: nn.Module) -> int:
+    """Undo `move_to_huge_pages_`; returns how many bytes were copied.
+
+    What was copied to memory with huge pages gets memory of its own again, one storage for those that share one, but
+    where somebody else has tensors of it by now.  What lies where it always did stays there: nobody can tell.
+    """
+    storages: dict[int, list[Tensor]] = {}
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if _plain(tensor) and _in_arena(begin := tensor.untyped_storage().data_ptr()):
+            storages.setdefault(begin, []).append(tensor)
+    moved = 0
+    for tensors in storages.values():
+        if not _has_others(tensors):
+            _rehouse(tensors, torch.empty(size := _bytes(tensors), dtype=torch.uint8, device="cpu"))
+            moved += size
+    return moved
+
+
+def _rehouse(tensors: list[Tensor], to: Tensor) -> None:
+    """Move the storage that these tensors share to the bytes `to`, a storage of its own."""
+    size, of = _bytes(tensors), tensors[0].untyped_storage()
+    to.copy_(torch.empty(0, dtype=torch.uint8, device="cpu").set_(of, 0, (size,), (1,)))
+    for tensor in tensors:
+        with torch.inference_mode(tensor.is_inference()):
+            view = torch.empty(0, dtype=tensor.dtype, device="cpu")
+            view.set_(to.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            tensor.data = view
 
 
 def give_back() -> None:
@@ -126,8 +149,12 @@ def _plain(tensor: Tensor) -> bool:
     )
 
 
+def _in_arena(begin: int) -> bool:
+    return any(arena.begin <= begin < arena.end for arena in _arenas)
+
+
 def _movable(begin: int, tensors: list[Tensor]) -> bool:
-    if any(arena.begin <= begin < arena.end for arena in _arenas) or any(_remapped.get(t) == begin for t in tensors):
+    if _in_arena(begin) or any(_remapped.get(t) == begin for t in tensors):
         return False
     return not tensors[0].is_shared() and not (torch.cuda.is_available() and tensors[0].is_pinned())
 

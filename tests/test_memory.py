@@ -94,6 +94,34 @@ def test_what_others_hold_follows_or_stays() -> None:
 
 
 @available
+def test_moving_back_undoes_it_but_for_what_others_hold() -> None:
+    layers = nn.Sequential(*[nn.Linear(1024, 512) for _ in range(20)])
+    layers[1].weight = nn.Parameter(layers[0].weight.detach().T)  # another tensor of one storage
+    values = {name: value.clone() for name, value in layers.state_dict().items()}
+    move_to_huge_pages_(layers)
+    arenas = len(memory._arenas)
+    row = layers[3].weight[0]
+    assert memory.move_back_(layers) == sum(t.nbytes for t in layers.parameters()) - 2 * layers[3].weight.nbytes
+    assert len(memory._arenas) <= arenas
+    with torch.no_grad():
+        for name, value in layers.state_dict().items():
+            assert torch.equal(value, values[name])
+        row.fill_(3.0)
+        assert (layers[3].weight[0] == 3.0).all()
+        layers[0].weight[0, 1] = 77.0
+    assert layers[1].weight[1, 0] == 77.0
+
+
+@available
+def test_restore_undoes_it() -> None:
+    layers = nn.Sequential(*[nn.Linear(1024, 512) for _ in range(20)], nn.LayerNorm(512))
+    llmkern.optimize_(layers, on_unsupported="ignore")
+    assert any(memory._in_arena(t.untyped_storage().data_ptr()) for t in layers.parameters())
+    llmkern.restore_(layers)
+    assert not any(memory._in_arena(t.untyped_storage().data_ptr()) for t in layers.parameters())
+
+
+@available
 def test_a_large_storage_can_still_be_resized(model: nn.Module) -> None:
     """FSDP gives memory back by it."""
     move_to_huge_pages_(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmkern import dispatch
 from llmkern.checks import check_choice
-from llmkern.memory import move_to_huge_pages_
+from llmkern.memory import move_back_, move_to_huge_pages_
 from llmkern.swap import derive
 from llmkern.swap.decoder_stack import forget
 from llmkern.swap.edit import Edit, edited, edits_of
@@ -62,8 +62,8 @@ def optimize_(
         encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
         and a model that keeps its own counts as unsupported.  None: always transformers' own.
     huge_pages: give weights on the CPU, where they are many, pages of 2 MiB, which are read faster (`llmkern.memory`):
-        parameters stay the same objects with the same values, large ones where they are, small ones in other memory,
-        also after `restore_`.
+        parameters stay the same objects with the same values, large ones where they are, small ones in other memory
+        until `restore_`.  Those of which somebody else has a tensor (a view, an older state_dict) stay where they are.
     filter_fn: takes (module, path), as torchao's does; a module for which it is false is left alone.  It warns where
         that leaves nothing.
     on_unsupported: what to do where a module of these kinds cannot be swapped: warn once, raise `RuntimeError`
@@ -130,6 +130,7 @@ def restore_(model: Model) -> Model:
     for _, module in swapped:
         derive.set_class(module, derive.original_class(module))
         forget(module)
+    move_back_(model)
     forget_report(model)
     return model
 
