@@ -1,7 +1,7 @@
 """How a module is swapped: its class becomes a subclass of the one it had, and nothing else about it changes.
 
-The instance keeps its parameters, hooks, attributes and identity; `isinstance`, names and printed structure stay
-what they were; undoing it is assigning the old class.  Other instances keep their class.
+The instance keeps its parameters, hooks, attributes and identity; `isinstance` and names stay what they were, and a
+printed module says what serves it; undoing it is assigning the old class.  Other instances keep their class.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "Swapped",
     "as_before",
     "derive",
+    "describe",
     "forward_is_replaced",
     "is_own",
     "is_swapped",
@@ -35,8 +37,22 @@ __all__ = [
 ]
 
 
+_served_by: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()  # beside the modules: not in a pickle
+
+
+def describe(module: nn.Module, text: str) -> None:
+    """Let a swapped module print as one that is `text`, "rms_norm on cpu" for one."""
+    _served_by[module] = text
+
+
 class Swapped:
     """Mixin of every class made by `derive`.  A swapped module pickles as the original would."""
+
+    def extra_repr(self) -> str:
+        """What the module's own class says of it, and what serves it: `print(model)` shows both."""
+        own: str = super().extra_repr()  # type: ignore[misc]  # nn.Module's
+        served = _served_by.get(self)
+        return ", ".join(filter(None, (own, f"llmkern: {served}" if served else "llmkern")))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Protocol 1's form: pickle insists that protocol 2's names the class of the object at hand.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from llmkern.swap.derive import describe
 from llmkern.table import collapse, render
 
 __all__ = ["SwapReport", "SwapRow", "current", "forget_report", "record_report"]
@@ -79,7 +80,15 @@ _reports: weakref.WeakKeyDictionary[nn.Module, SwapReport] = weakref.WeakKeyDict
 
 
 def record_report(model: nn.Module, report: SwapReport) -> None:
-    """Keep the report of an `optimize_` call for `current`; its rows are of all that is swapped by then."""
+    """Keep the report of an `optimize_` call for `current`; its rows are of all that is swapped by then.
+
+    Each swapped module prints by what it is served.
+    """
+    served: dict[str, list[str]] = {}
+    for row in report.swapped:
+        served.setdefault(row.path, []).append(f"{row.op} on {row.backend}" if row.op else row.backend)
+    for path, texts in served.items():
+        describe(model.get_submodule(path), ", ".join(texts))
     earlier = _reports.get(model)
     _reports[model] = replace(report, moved_bytes=report.moved_bytes + (earlier.moved_bytes if earlier else 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import sys
 import warnings
 
@@ -149,11 +150,19 @@ def test_copies(model: Model) -> None:
         assert list(vars(loaded.final)) == list(vars(Model().final))
 
 
-def test_names_and_isinstance_stay(model: Model) -> None:
+def test_names_and_isinstance_stay_and_a_module_prints_what_serves_it(model: Model) -> None:
     before = repr(model)
     llmkern.optimize_(model, on_unsupported="ignore")
-    assert repr(model) == before
+    backend = {row.path: row.backend for row in llmkern.report(model).swap.swapped}["final"]
+    served = (
+        f"(final): LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, llmkern: layer_norm on {backend})"
+    )
+    assert served in repr(model)
+    assert "(odd): GroupNorm(2, 8, eps=1e-05, affine=True, bias=True)" in repr(model)
+    assert re.sub(", llmkern: [^)]*", "", repr(model)) == before
+    assert "bias=True, llmkern)" in repr(copy.deepcopy(model).final)  # its report comes with the next optimize_
     assert isinstance(model.final, nn.LayerNorm)
+    assert repr(llmkern.restore_(model)) == before
 
 
 @pytest.mark.parametrize(
