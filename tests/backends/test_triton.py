@@ -22,7 +22,7 @@ from llmkern import dispatch, ops
 from llmkern.backends import triton as backend
 from llmkern.backends.triton._launch import Kernel, launch
 from llmkern.dispatch import Refused, use_backend
-from llmkern.testing.case import Case, cases, ops_with_cases
+from llmkern.testing.case import Case, cases
 from llmkern.testing.compare import as_list
 
 ROOT = Path(__file__).parents[2]
@@ -177,36 +177,6 @@ def test_gradients_flow_through_its_own_operators(op: str, compiled: bool) -> No
             found.append(torch.autograd.grad([o.square().sum() for o in outputs], inputs))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def far(x: Tensor, dim: int) -> Tensor:
-    """A copy of `x` whose last element along `dim` lies 2³¹ elements behind its first; untouched pages cost nothing."""
-    strides = list(x.contiguous().stride())
-    strides[dim] = 2**31 // (x.shape[dim] - 1) + 1
-    return torch.empty(2**31 + 2 * x.numel(), dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
-
-
-def far_calls() -> list:
-    """Each op's second case in bf16 with each of its tensors in turn far apart along each dimension."""
-    found = []
-    for case in [second(op, torch.bfloat16) for op in TRITON_OPS if op in ops_with_cases()]:
-        for name, value in case.make().items():
-            if isinstance(value, Tensor) and value.element_size() <= 2:
-                dims = [dim for dim in range(value.dim()) if value.shape[dim] > 1]
-                found += [pytest.param(case, name, dim, id=f"{case.op}-{name}-{dim}") for dim in dims]
-    return found
-
-
-@interpreting
-@pytest.mark.parametrize(("case", "name", "dim"), far_calls())
-def test_offsets_have_64_bits(case: Case, name: str, dim: int) -> None:
-    impl = next(i for i in dispatch.implementations(case.op) if i.backend is backend.TRITON and i.devices == ("cpu",))
-    call = case.make()
-    apart = call | {name: far(call[name], dim)}
-    if reason := impl.why_not(**apart):
-        pytest.skip(reason)
-    for got, want in zip(as_list(impl.fn(**apart)), as_list(impl.fn(**call)), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @present
