@@ -20,8 +20,9 @@ from llmkern import cli, config, dispatch
 from llmkern.testing.case import ops_with_cases
 
 ROOT = Path(__file__).resolve().parents[1]
-README, CONTRIBUTING, CHANGELOG = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+README, CONTRIBUTING, CHANGELOG, ARCHITECTURE = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "ARCHITECTURE.md")
 )
 FIGURES = re.compile(r"<!-- figures: (\S+) -->\n(.*?)\n<!-- /figures -->", re.DOTALL)
 
@@ -41,7 +42,7 @@ def files_shown() -> dict[str, str]:
     return shown
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+@pytest.mark.parametrize("text", [README, CONTRIBUTING, ARCHITECTURE], ids=["README", "CONTRIBUTING", "ARCHITECTURE"])
 def test_files_that_are_named_exist(text: str) -> None:
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     named = set(re.findall(r"`((?:llmkern|csrc|tests|tools|benchmarks)/[^`\s]*\.\w+)`", prose))
@@ -54,6 +55,11 @@ def test_files_that_are_named_exist(text: str) -> None:
         name for name in named - example if not any((ROOT / name.replace("<op>", op)).exists() for op in stands_for)
     ]
     assert not missing
+
+
+def test_the_map_has_every_room() -> None:
+    rooms = {path.name for path in (ROOT / "llmkern").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {room for room in rooms if f"`llmkern/{room}/`" not in ARCHITECTURE} == set()
 
 
 def test_commands_that_are_named_exist() -> None:
