@@ -50,8 +50,8 @@ def path() -> Path:
 
 
 def _build_reasons() -> dict[str, str | None]:
-    """What setup.py left: for each part None where it was built, else the sentence why not, and the "signatures" that
-    it was built for; empty if it never ran."""
+    """Read what setup.py left: why each part was not built (None if it was), and the signatures of the ops then; empty
+    if it never ran."""
     try:
         reasons = json.loads((_PACKAGE / "_build.json").read_text())
     except (OSError, ValueError):
@@ -60,7 +60,7 @@ def _build_reasons() -> dict[str, str | None]:
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The loaded library, or the sentence why there is none."""
+    """Load the library; return it, or why it could not be loaded."""
     where = path()
     if not where.is_file():
         if settings.library:
@@ -88,12 +88,12 @@ _library, _reason = _load()
 
 
 def reason() -> str | None:
-    """None where the native library is loaded, else the sentence why it is not."""
+    """Return why the native library is not loaded, or None."""
     return _reason
 
 
 def part_missing(part: str) -> str | None:
-    """None where the loaded library has kernels for `part` ("CPU" or "CUDA"), else the sentence why not."""
+    """Return why the loaded library has no kernels for `part` ("CPU" or "CUDA"), or None."""
     if _reason is not None:
         return _reason
     registered = torch._C._dispatch_get_registrations_for_dispatch_key(part)
@@ -104,7 +104,7 @@ def part_missing(part: str) -> str | None:
 
 
 def cuda_unusable() -> str | None:
-    """None where the driver takes the library's kernels on torch's current GPU, else the sentence why not."""
+    """Return why the driver does not take the library's kernels on torch's current GPU, or None."""
     if _library is None:
         return _reason
     probe = _library.llmkern_cuda_error

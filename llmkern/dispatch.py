@@ -114,7 +114,7 @@ def _usable(
 def decisions(
     op: str, call: dict[str, Any], *, capability: tuple[int, int] | None = None
 ) -> list[tuple[Backend, Implementation | None, str | None]]:
-    """Every backend, best first, with its implementation of `op` and the sentence why it cannot serve the call.
+    """List every backend, best first, with its implementation of `op` and the reason why it cannot serve the call.
 
     The sentence is None for those that can: the first of them is the one that `select` takes when none is forced.
     Kernel backends that do not implement the op at all are listed too.

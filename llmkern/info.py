@@ -110,7 +110,7 @@ def package_version(package: str) -> str | None:
 
 
 def info() -> Info:
-    """Hardware, versions, the native library, and each backend: available, or the sentence why not."""
+    """Describe hardware, versions, the native library, and each backend: available, or why not."""
     cpu, flags = _cpu()
     software = {name: package_version(name) for name in ("llmkern", "torch", "triton", "jax", "libtpu", "transformers")}
     ops = {

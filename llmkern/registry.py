@@ -54,7 +54,7 @@ class Backend:
     priority: the backend with the larger number is asked first.
     devices: torch device types it serves (None: any).
     kernels: hand-written kernels; False for PyTorch's own operators, whose use counts as a fallback.
-    probe: None where the backend can run here, else the sentence why not (asked once, when first needed).
+    probe: returns why the backend cannot run here, or None (asked once, when first needed).
     note: what `llmkern info` says of it besides.
     """
 
@@ -67,7 +67,7 @@ class Backend:
 
     @property
     def missing(self) -> str | None:
-        """None where the backend can run on this machine, else the sentence why not."""
+        """Return why the backend cannot run on this machine, or None."""
         return _missing(self.name)
 
 
@@ -167,7 +167,7 @@ def _probe(name: str) -> str | None:
 
 @constant_result
 def _capability(index: int | None) -> tuple[int, int] | None:
-    """None where there is no GPU: a backend may be there all the same, as Triton is by its interpreter."""
+    """Return the compute capability, or None without a GPU: Triton's interpreter, for one, runs all the same."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
@@ -286,7 +286,7 @@ def register(
 ) -> Backend:
     """Add a backend, from inside or outside the package; give it to `implements`.
 
-    `missing` is asked once, when first needed: None where the backend can run here, else the sentence why not.
+    `missing` is asked once, when first needed, and returns why the backend cannot run here, or None.
     `note` is shown by `llmkern info`.
     Priorities of the built-in ones: cuda 400, triton 300, tpu 250, cpu 200, torch 100, reference 0.
     """
@@ -328,7 +328,7 @@ def implements(
     device: device types (default: the backend's).  dtypes: of the op's first tensor (default: any).
     min_capability: of a CUDA device.  has_backward: gradients flow through the result.
     priority: refines the order among implementations; added to the backend's.
-    refuse: takes the call's arguments by keyword, returns the sentence why this one cannot be served, or None.
+    refuse: takes the call's arguments by keyword, returns why this call cannot be served, or None.
         It may look at shapes, strides, dtypes, devices and plain arguments, never at contents or addresses: `dispatch`
         remembers the choice for every call of the same form.
     slower: takes the call's arguments by keyword, returns the sentence that a backend asked later was measured to be

@@ -17,7 +17,7 @@ Rest = TypeVar("Rest", bound="tuple[object, ...]")
 
 
 def render(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]], *, width: int | None = None) -> str:
-    """A plain-text table, as wide as the terminal (120 columns where there is none); cells wrap, nothing is cut."""
+    """Render a plain-text table, as wide as the terminal (120 columns without one); cells wrap, nothing is cut."""
     table = Table(title=title or None, title_justify="left", header_style="bold", expand=False)
     for column, header in enumerate(headers):
         # The first column says what the row is about, so it is the last to be broken into lines.

@@ -253,7 +253,7 @@ inline F32 first(F32 v, int n) {
   return lane_numbers() < n ? v : F32{};
 }
 
-// Of floats or integers; pairwise, each half of the lanes added to the other, which rounds least.
+// Sum of all lanes, floats or integers: pairwise, each half of the lanes added to the other, which rounds least.
 template <class V>
 inline auto quarter_sum(V v) {
 #if LLMKERN_ISA_LEVEL == 2
@@ -276,7 +276,7 @@ inline auto sum(V v) {
   return (v4[0] + v4[2]) + (v4[1] + v4[3]);
 }
 
-// Of floats or integers: the elements a[0], b[0], a[1], b[1], …, of the lower halves, and of the upper ones.
+// Interleave floats or integers: the elements a[0], b[0], a[1], b[1], … of the lower halves, and of the upper ones.
 template <class V>
 inline V interleave_lower(V a, V b) {
 #if LLMKERN_ISA_LEVEL == 2

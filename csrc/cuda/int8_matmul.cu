@@ -128,7 +128,7 @@ LLMKERN_HOST_DEVICE constexpr ProductTile tile_of(bool large) {
 template <int kRows, int kThreads, bool kAligned>
 class TileCopy {
  public:
-  // row(r): where row r of the tile begins, null if there is none.
+  // row(r): address of row r of the tile, null beyond the matrix.
   template <class F>
   __device__ TileCopy(const F& row) {
 #pragma unroll

@@ -11,7 +11,7 @@ __global__ void probe_kernel() {}
 }  // namespace
 }  // namespace llmkern
 
-// CUDA's error for `device`, empty if there is none.  Nothing is launched, so that it may be asked while a graph is
+// Returns CUDA's error for `device`, or an empty string.  Nothing is launched, so that it may be asked while a graph is
 // captured; the current device stays what it is.
 extern "C" __attribute__((visibility("default"))) const char* llmkern_cuda_error(int device) {
   int before = 0;

@@ -35,7 +35,7 @@ class Wrong(Exception):
 
 
 def gradients(out: Any, call: dict[str, Any], leaves: tuple[str, ...]) -> list[Tensor]:
-    """Of fixed weights of every output, in the order of `leaves`."""
+    """Return the gradients of fixed weights of every output, in the order of `leaves`."""
     given = [call[name] for name in leaves if isinstance(call[name], Tensor)]
     outputs = [o for o in as_list(out) if o.requires_grad]
     return list(torch.autograd.grad(outputs, given, [weights_like(o) for o in outputs], retain_graph=True))

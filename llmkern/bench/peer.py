@@ -62,7 +62,7 @@ class Variant:
 
 @dataclass
 class Peer:
-    """One library.  missing: None where it can run here, else the sentence why not."""
+    """One library.  missing: returns why it cannot run here, or None."""
 
     name: str
     missing: Callable[[], str | None] = lambda: None

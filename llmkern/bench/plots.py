@@ -21,7 +21,7 @@ _RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "sentences_per_s")
 
 
 def missing() -> str | None:
-    """None where plots can be drawn, else the sentence why not."""
+    """Return why plots cannot be drawn, or None."""
     if importlib.util.find_spec("matplotlib") is None:
         return "plots are drawn by matplotlib, which is not installed: pip install matplotlib"
     return None

@@ -137,7 +137,7 @@ class Point:
         return Inputs(arguments, capture(self.op, function, arguments))
 
     def work(self, call: Mapping[str, Any], out: Any) -> Work:
-        """Of one call; a backward reads the forward's inputs and the outputs' gradients, and writes the inputs'."""
+        """Return the work of one call; a backward also reads the outputs' gradients and writes the inputs'."""
         forward = getattr(definition(self.op), "work", _moved_once)(call, out)
         if self.mode == "forward":
             return forward
@@ -146,7 +146,7 @@ class Point:
 
 
 def tensor_bytes(values: Any) -> int:
-    """Of every tensor among `values`, each counted once."""
+    """Bytes of every tensor among `values`, each counted once."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 

@@ -26,7 +26,7 @@ __all__ = ["Check", "check", "run_check"]
 # Perplexity may be this many times the original's.
 OPTIMIZED_BOUND = 1.001
 INT8_BOUND = 1.02
-# Of the two rows that are compared in float64; perplexity reads as many tokens as asked for.
+# Tokens of the two rows that are compared in float64; perplexity reads as many tokens as asked for.
 VERIFIED_LENGTH = 256
 CONTEXT = 512
 

@@ -12,7 +12,7 @@ __all__ = ["info"]
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Hardware, versions, the native library, and each backend: available, or the sentence why not.
+    """Show hardware, versions, the native library, and each backend: available, or why not.
 
     \b
     llmkern info

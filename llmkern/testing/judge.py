@@ -33,7 +33,7 @@ from llmkern.testing.monte_carlo import draws_of
 
 __all__ = ["assert_accurate", "assert_right", "baseline", "reference", "spreads_of", "written"]
 
-# Of q·scale against the value, relative: the scale, its inverse and their product are each rounded, half an ulp.
+# Relative error of q·scale: the scale, its inverse and their product are each rounded, half an ulp.
 CODE_ROUNDING = 1.5 * torch.finfo(torch.float32).eps
 SCALE_ROUNDING = 0.5 * torch.finfo(torch.float32).eps
 

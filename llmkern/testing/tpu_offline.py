@@ -103,7 +103,7 @@ def compiled(chip: str, function: Callable[..., Any], *trees: Any) -> Compiled:
 
 
 def _vmem(text: str) -> Iterator[int]:
-    """Of each Pallas kernel in a compiled program."""
+    """VMEM of each Pallas kernel in a compiled program."""
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
             used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)

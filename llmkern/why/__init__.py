@@ -273,7 +273,7 @@ def _merged(backend: str, rows: list[Row]) -> Row:
 def _one_each(
     judged: list[tuple[dispatch.Backend, dispatch.Implementation | None, str | None]], call: dict[str, Any]
 ) -> list[tuple[dispatch.Backend, dispatch.Implementation | None, str | None]]:
-    """Of each backend's implementations the one that can serve the call, else the best for its device."""
+    """Choose for each backend the implementation that can serve the call, else the best for its device."""
     device = next(value for value in call.values() if isinstance(value, Tensor)).device
 
     def worth(entry: tuple[dispatch.Backend, dispatch.Implementation | None, str | None]) -> tuple[bool, bool]:

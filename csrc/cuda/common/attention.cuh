@@ -25,7 +25,7 @@ struct Tile {
 
   LLMKERN_HOST_DEVICE static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
-  // Of a chunk, from the tile's beginning.
+  // Offset of a chunk from the tile's beginning.
   __device__ static __forceinline__ int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ (kGroup == 8 ? row % 8 : row / 2 % 4)) * 16;
   }
@@ -202,7 +202,7 @@ struct ScoreScale {
 struct Band {
   int queries, keys, left, right;
 
-  // Of an op's window, -1 for no limit; causality is a window that ends at the query's own key.
+  // The op's window, -1 for no limit; causality is a window that ends at the query's own key.
   LLMKERN_HOST_DEVICE Band(int64_t queries, int64_t keys, int64_t window_left, int64_t window_right, bool causal)
       : queries(static_cast<int>(queries)),
         keys(static_cast<int>(keys)),
@@ -243,7 +243,7 @@ struct ScoreMask {
   DType dtype;
   bool is_bool;
 
-  // Of the params of attention, or of its backward.
+  // From the params of attention, or of its backward.
   template <class Params>
   __device__ __forceinline__ ScoreMask(const Params& p, int64_t batch, int64_t head)
       : mask(static_cast<const char*>(p.mask)),

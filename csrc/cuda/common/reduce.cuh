@@ -12,7 +12,7 @@ struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
 
-// Of magnitudes as bits: in this order infinity is beyond every number and NaN beyond infinity.
+// Maximum of magnitudes as bits: in this order infinity is beyond every number and NaN beyond infinity.
 struct MaxBits {
   __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
 };

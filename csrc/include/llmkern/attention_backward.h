@@ -28,7 +28,7 @@ struct AttentionBackwardParams {
   } mask_sizes;
 };
 
-// Of each row: what its scores are shifted by, a factor of its weights, and Δ.
+// For each row: the shift of its scores, a factor of its weights, and Δ.
 constexpr int64_t attention_backward_workspace_floats(const AttentionParams& p) {
   return 3 * p.batch * p.heads * p.queries;
 }

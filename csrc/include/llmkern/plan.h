@@ -38,7 +38,7 @@ struct RowPlan {
 constexpr int kMaxRowThreads = 512;
 constexpr int kRowSharedBytes = 256;  // for reductions over a block's warps: two buffers of 32 words
 
-// Of norms, quantized activations, and quantize_int8, by the vectors that a thread holds.
+// Residency of norms, quantized activations and quantize_int8, by the vectors that a thread holds.
 LLMKERN_HOST_DEVICE constexpr Residency norm_residency(int held) {
   return {kMaxRowThreads, held == 8 ? 1 : 2};
 }
@@ -222,7 +222,7 @@ struct AttentionDecodeTile {
   LLMKERN_HOST_DEVICE constexpr int stages() const { return 8 / element_bytes; }
   LLMKERN_HOST_DEVICE constexpr int ring_bytes() const { return stages() * keys() * dim * element_bytes; }
   LLMKERN_HOST_DEVICE constexpr int scales_bytes() const { return element_bytes == 1 ? stages() * keys() * 4 : 0; }
-  // Of each warp's operands, where registers cannot hold them.
+  // Shared memory for each warp's operands, where registers cannot hold them.
   LLMKERN_HOST_DEVICE constexpr int queries_bytes() const { return dim > 128 ? 16 * warps() * dim * 2 : 0; }
   LLMKERN_HOST_DEVICE constexpr int shared_bytes() const { return ring_bytes() + scales_bytes() + queries_bytes(); }
   LLMKERN_HOST_DEVICE constexpr Residency residency() const {

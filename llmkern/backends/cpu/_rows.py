@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_strided(**tensors: Tensor) -> str | None:
-    """None where each tensor's last dimension is contiguous."""
+    """Return which tensor's last dimension is not contiguous, or None."""
     for name, tensor in tensors.items():
         if tensor.dim() > 0 and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name}'s last dimension has stride {tensor.stride(-1)}; only 1 is taken"

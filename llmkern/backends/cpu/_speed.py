@@ -34,7 +34,7 @@ def user_table() -> Path:
 
 
 def read_table(path: Path) -> Table:
-    """The table in this file; empty where there is none."""
+    """Read the table from this file; it is empty if there is no file."""
     found: Table = json.loads(path.read_text()) if path.is_file() else {}
     return found
 

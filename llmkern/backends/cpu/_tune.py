@@ -24,7 +24,7 @@ SIZES = tuple(2**n for n in range(6, 21))
 LONGEST_ROW = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_SLOWER = 0.97
-"""Of PyTorch's speed, what counts as equal: runs differ by as much."""
+"""Share of PyTorch's speed that counts as equal: runs differ by as much."""
 
 ROUNDS = 15
 

@@ -17,7 +17,7 @@ heads 53/138, 48 rows 190/193; 64 rows by 2048 keys of 128 dimensions and 8 head
 
 
 def refuse_long(**vectors: Tensor) -> str | None:
-    """None where every vector has a head dimension that the attention kernels hold."""
+    """Return which head dimension the attention kernels do not hold, or None."""
     for name, tensor in vectors.items():
         if tensor.shape[3] > MAX_HEAD_DIM:
             return f"{name} has head dimension {tensor.shape[3]}; at most {MAX_HEAD_DIM} is taken"
@@ -25,7 +25,7 @@ def refuse_long(**vectors: Tensor) -> str | None:
 
 
 def refuse_sinks(sinks: Tensor | None) -> str | None:
-    """None where the attention kernels read these sinks."""
+    """Return why the attention kernels do not read these sinks, or None."""
     if sinks is not None and sinks.dtype not in DTYPES:
         return f"sinks is {sinks.dtype}; float32, bfloat16 and float16 are taken"
     if sinks is not None and not sinks.is_contiguous():

@@ -54,7 +54,7 @@ def serves_norm_backward(op: str) -> None:
 
 
 def refuse_rows(**tensors: Tensor) -> str | None:
-    """None where each tensor's rows are contiguous, and short enough to be shared among threads."""
+    """Return which tensor's rows are not contiguous, or too long to be shared among threads, or None."""
     for name, tensor in tensors.items():
         if tensor.dim() > 0 and tensor.shape[-1] > MAX_ROW:
             return f"{name} has rows of {tensor.shape[-1]} elements; at most {MAX_ROW} are taken"

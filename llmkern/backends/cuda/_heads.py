@@ -16,14 +16,14 @@ MAX_LENGTH = 2**29
 
 
 def refuse_lengths(q: Tensor, k: Tensor) -> str | None:
-    """None where `attention` and its backward can count keys, and queries of all heads."""
+    """Return why the kernels cannot count these keys, or queries of all heads, or None."""
     if k.shape[2] > MAX_LENGTH or q.shape[:3].numel() > MAX_LENGTH:
         return f"{k.shape[2]} keys, {q.shape[:3].numel()} queries of all heads; at most {MAX_LENGTH} of each are taken"
     return None
 
 
 def refuse_dims(**vectors: Tensor) -> str | None:
-    """None where head dimensions are in the units of tensor cores, and not too long."""
+    """Return why these head dimensions do not fit the units of tensor cores, or None."""
     if reason := refuse_long(**vectors):
         return reason
     for name, tensor in vectors.items():
@@ -33,7 +33,8 @@ def refuse_dims(**vectors: Tensor) -> str | None:
 
 
 def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
-    """None where tensor cores can be fed with these [..., D]: D in their units, each vector at a multiple of 16 bytes.
+    """Return why tensor cores cannot be fed with these [..., D], or None: D must be in their units, each vector at a
+    multiple of 16 bytes.
 
     A tensor whose first element is elsewhere cannot be told from its form: the operator computes with a copy, which
     `copies_of` has the sentence for.
@@ -51,6 +52,6 @@ def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
 
 
 def copies_of(**vectors: Tensor) -> str | None:
-    """None where every tensor's storage begins where tensor cores' loads can, else what the operator copies."""
+    """Return which tensors the operator copies, because tensor cores cannot load from their address, or None."""
     late = [f"{name} begins {tensor.data_ptr() % 16}" for name, tensor in vectors.items() if tensor.data_ptr() % 16]
     return f"{', '.join(late)} bytes past a multiple of 16, so the kernel computes with a copy" if late else None

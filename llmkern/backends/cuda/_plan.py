@@ -23,7 +23,7 @@ __all__ = [
 
 NOTHING = "nothing is launched: there are no elements"
 _SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
-"""Of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
+"""SMs of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
 
 
 def _sm_count(capability: tuple[int, int] | None, device: torch.device) -> int:
@@ -74,7 +74,7 @@ def _rows_aligned(*tensors: Tensor | None) -> bool:
 
 
 def norm(capability: tuple[int, int] | None, *, x: Tensor, residual: Tensor | None = None, **_: object) -> str:
-    """Of every normalisation."""
+    """Describe the kernel of every normalisation."""
     shape = (x.shape[:-1].numel(), x.shape[-1])
     return _plan("norm", shape, x, capability, aligned=_rows_aligned(x, residual))
 
@@ -90,7 +90,7 @@ def quantize(capability: tuple[int, int] | None, *, x: Tensor) -> str:
 
 
 def activate(lead: str) -> Callable[..., str]:
-    """Of an activation whose first argument is called `lead`."""
+    """Describe the kernel of an activation whose first argument is called `lead`."""
 
     def describe(capability: tuple[int, int] | None, **call: Any) -> str:
         tensors = [value for value in call.values() if isinstance(value, Tensor)]

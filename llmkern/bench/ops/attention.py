@@ -46,7 +46,7 @@ def work(call: Mapping[str, Any], out: tuple[Any, Any]) -> Work:
 
 
 def attention_work(tensors: list[Any], q: Tensor, keys: int, value_dim: int, *, causal: bool) -> Work:
-    """Of attention that reads and writes `tensors` once; `keys` are at least as many as queries."""
+    """Return the work of an attention that reads and writes `tensors` once, with at least as many keys as queries."""
     batch, heads, queries, dim = q.shape
     pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
     operations = 2 * batch * heads * pairs * (dim + value_dim)

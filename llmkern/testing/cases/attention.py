@@ -66,7 +66,7 @@ def _masked(make: Make, *shape: int, queries: int, keys: int, **options: Any) ->
 
 
 def _padded(make: Make, side: str, queries: int, keys: int, **options: Any) -> Call:
-    """Of three sequences one is whole and one has no key at all."""
+    """Three sequences: one is whole, one padded, and one has no key at all."""
     mask = _padding(make, keys, (keys, keys // 2, 0), side)
     return random_call(make, queries, keys, batch=3, heads=(4, 2), key_padding_mask=mask, **options)
 
