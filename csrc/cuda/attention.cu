@@ -5,13 +5,13 @@
 //          mma.m16n8k16; a warp has whole rows of scores, which as weights are the next product's operand, in registers
 // smem     block_m x dim queries; then stages of block_n x dim keys and as many values (llmkern/plan.h), swizzled
 //          (common/attention.cuh).  At the end a warp's queries give way to its results, for stores of 16 bytes
-// copies   cp.async, in the order keys, values, keys, values, ...: when one has landed, the one that takes the place of
-//          what was used last is started, so that one or three are on their way
-// bands    blocks of keys that no query of the tile sees are not visited; those that all see have a loop without masks,
-//          the others (the band's edges, or all if there is a mask) one of their own
-// regs     the queries as operands, as far as there is room; sums of values, and the scores of a block of keys.
-//          What is needed once in a block of keys is in shared memory
-// padding  dimensions are zeros up to 64, 128 or 256; up to three quarters of that, the last quarter is not multiplied
+// copies   cp.async, a software pipeline over keys, values, keys, values, ...: wait for a tile, then start the copy
+//          that overwrites the tile just consumed; 1 or 3 copies stay in flight
+// bands    blocks of keys hidden from the whole tile are skipped; blocks visible to the whole tile run a loop without
+//          masks, all others (the band's edges, or every block under a mask) a loop with them
+// regs     query operands as far as they fit, the accumulated output, and the scores of one block of keys; what a block
+//          of keys needs once is read from shared memory
+// padding  head dimensions are padded with zeros to 64, 128 or 256; the last quarter is skipped where it is all padding
 // numbers  scores, maxima and sums in fp32, exponentials in base 2, weights rounded to T for the product with v
 // threads  lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of each 16x8
 // needs    sm_80; bf16 or fp16; dims that are multiples of 8, at most 256; rows aligned to 16 bytes

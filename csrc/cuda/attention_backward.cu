@@ -1,7 +1,7 @@
 // attention_backward: the gradients of attention (llmkern/attention_backward.h), the same bits every time: no atomics
 //
 // launches  row_sums   where lse was not kept, or is too coarse: each row's maximum and sum of exponentials, once more
-//           prepare    Δ of each row, and what its scores are shifted by
+//           prepare    Δ of each row, and the shift of its scores
 //           sink       one block per head
 //           dkv        own rows are keys: K, V are kept, Q, dO of the group's heads walked   dK += dSᵀ·Q, dV += Pᵀ·dO
 //           dk, dv     the same apart, for 256 dimensions
@@ -14,7 +14,7 @@
 //           the own rows.  S and dP come out of the tensor cores where the next products want their left operands
 // smem      own tiles | 2 stages of walked tiles (common/attention.cuh's Tile) | three numbers of each query that is
 //           kept, or of each in both stages
-// steps     what the own rows cannot see is not visited; steps that nothing hides take a path without masks
+// steps     steps hidden from all own rows are skipped; steps that are fully visible take a path without masks
 // needs     sm_80; head dimensions in multiples of 8 up to 256, vectors aligned to 16 bytes
 #include "llmkern/attention_backward.h"
 

@@ -1,17 +1,17 @@
 // attention_decode: attention of each sequence's last queries against its cache (llmkern/attention_decode.h)
 //
-// rows     The queries of the heads that share a key head: row r is head kv_head · group + r / queries of the group,
-//          query r % queries.  16 rows are the m16 operand of mma.m16n8k16, held by every warp: in registers,
-//          with 256 dimensions in shared memory.
-// block    One key head, one tile of rows, and one of `splits` equal parts of the keys that the sequence's queries see,
-//          by its own length; parts without keys are not computed.  Parts go to the workspace, and combine_kernel puts
-//          them together in their order; with one split a block writes the result itself.
-// teams    Warps as teams (plan.h): for up to 16 rows each warp is a team and streams keys of its own, without a
-//          barrier but its own; for more rows the block is one team, 16 rows for each warp.  Teams take the part's
-//          steps in turn, each keeps an online softmax, and they are put together through shared memory at the end.
-// smem     For each team a ring of tiles of 16 · warps keys: keys and values in turn (common/attention.cuh's Tile), and
-//          one tile is read while all others are on their way.  A lane knows the place of one key (lanes 16-31: of its
-//          value), so that a block table is read once per key, a step before its copies start.
+// rows     The queries of all heads that share a key head (GQA group): row r is query r % queries of head
+//          kv_head · group + r / queries.  Every warp holds 16 rows as the m16 operand of mma.m16n8k16, in registers,
+//          or in shared memory at 256 dimensions.
+// block    One key head, one tile of rows, and one of `splits` equal parts of the visible keys (split-K, as in
+//          Flash-Decoding); empty parts are skipped.  Partial results go to the workspace, and combine_kernel merges
+//          them in order; with one split a block writes the result itself.
+// teams    Warps form teams (plan.h).  Up to 16 rows: each warp is a team, streams its own keys and synchronises with
+//          nobody.  More rows: the block is one team, 16 rows per warp.  Teams take steps in turn, keep an online
+//          softmax each, and merge through shared memory at the end.
+// smem     Per team a ring of tiles of 16 · warps keys or values (common/attention.cuh's Tile): one is consumed while
+//          all others are in flight.  Each lane holds the address of one key (lanes 16-31: of its value), so that the
+//          block table is read once per key, one step before the copy starts.
 // int8     Codes stay codes in shared memory; a 32-bit register of ldmatrix has four, and becomes the elements 0, 2 and
 //          1, 3 of the operands.  For keys that permutes the dimensions of each 16, which q does too; for values
 //          the columns of the result.  Scales multiply scores and weights.

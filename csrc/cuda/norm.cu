@@ -1,7 +1,7 @@
 // norm: rms_norm and layer_norm, with residual sum and int8 quantization (llmkern/norm.h)
 // work     a warp or a block per row (plan_rows); vector i of a row belongs to thread i % row_threads
-// passes   the row is read once, into registers; the statistics, the largest magnitude of y for its scale, and y
-//          itself are made from there.  Vectors beyond 8 per thread come back from L2.
+// passes   one: the row is read once, into registers, from which statistics, the scale (largest magnitude of y) and y
+//          are computed.  Vectors beyond 8 per thread are read again, from L2.
 // sums     fp32; layer_norm's variance from the centred values, so that a large mean costs no digits
 // smem     256 bytes per block for reductions
 // needs    any shape; 16-byte accesses where rows and parameters are aligned, else element by element

@@ -1,10 +1,9 @@
 // norm_backward: gradients of rms_norm and layer_norm (llmkern/norm_backward.h), with the same bits every time
-// work     as many blocks as the SMs hold; block b takes rows b, b + blocks, ...; vector i of a row belongs to thread i
-// % threads,
-//          which sums its columns of dweight and dbias over the block's rows: in registers those that it holds, the
-//          others in the workspace.  A second kernel adds the blocks' sums, column by column, in their order.
-// passes   x and dy are read once, into registers, and the statistics made again; columns beyond the
-//          8192nd come back from L2
+// work     as many blocks as the SMs hold; block b takes rows b, b + blocks, ...; thread t takes vectors t,
+//          t + threads, ... and accumulates their columns of dweight and dbias over the block's rows, in registers
+//          where they fit, else in the workspace.  A second kernel reduces over blocks, column by column, in order.
+// passes   one: x and dy are read once, into registers, and the statistics recomputed; columns beyond the 8192nd are
+//          read again, from L2
 // smem     256 bytes per block for reductions
 // needs    any shape; 16-byte accesses where rows are aligned, else element by element
 #include "llmkern/norm_backward.h"
