@@ -7,6 +7,7 @@ from llmkern import nn, ops
 from llmkern.dispatch import implements, register, use_backend
 from llmkern.explain import explain
 from llmkern.info import Info, info
+from llmkern.integrations.transformers.by_name import register_when_imported as _register_when_imported
 from llmkern.quantization import Int8, QuantReport, dequantize_, load, quantize_
 from llmkern.report import Report, is_optimized, report
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
@@ -45,6 +46,9 @@ __all__ = [
     "use_backend",
     "verify",
 ]
+
+
+_register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
