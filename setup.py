@@ -94,6 +94,7 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
     host, stable = [compiler, *COMMON, *HOST, *WARN], ["-isystem", str(torch / "include"), ABI]
     objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
     objects += compile_all(text, "bindings/*.cpp", [*host, *stable], ".cpu")
+    objects += compile_all(text, "cpu/layers/*.cpp", host)
     objects += compile_kernels(text, host, platform.machine())
     link = [compiler, *CHECKS] if SANITIZE else [compiler]
     if nvcc:  # it compiles the CUDA bindings and links too: it alone knows where its headers and libraries are

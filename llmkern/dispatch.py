@@ -36,6 +36,7 @@ from llmkern.registry import (
     register,
     replace_implementations,
     static_reason,
+    tensors_in,
     wrong_device,
 )
 from llmkern.scoped import assigned
@@ -65,6 +66,7 @@ __all__ = [
     "register",
     "replace_implementations",
     "select",
+    "tensors_in",
     "unwatched",
     "use_backend",
     "why_not_direct",
@@ -182,9 +184,10 @@ def dispatch(op: str, check: Callable[..., None] | None = None, /, **call: Any) 
     longer than the op itself.
     """
     watched = _state.recorder is not None or _state.interceptor is not None
-    if is_compiling() or watched or torch.is_grad_enabled() or is_transformed():
-        return _dispatch(op, check, call)
     spec = OPS[op]
+    # The form of a list of tensors takes longer to compare than an op that has such lists takes to check its call.
+    if spec.lists or is_compiling() or watched or torch.is_grad_enabled() or is_transformed():
+        return _dispatch(op, check, call)
     arguments = tuple(call.values())
     served = None
     if spec.recent and _state.forced is None and settings.backend is None and not settings.strict:

@@ -79,7 +79,8 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     _definitions[name] = Definition(fake, backward, setup_context)
-    dispatch.define_op(name, [a.name for a in arguments], differentiable=backward is not None)
+    lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in arguments)
+    dispatch.define_op(name, [a.name for a in arguments], differentiable=backward is not None, lists=lists)
 
 
 class Native:

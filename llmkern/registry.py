@@ -7,7 +7,7 @@ a backward, and a `refuse` function that looks at the call.  llmkern/dispatch.py
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ __all__ = [
     "register",
     "replace_implementations",
     "static_reason",
+    "tensors_in",
     "wrong_device",
 ]
 
@@ -123,11 +124,15 @@ class Implementation:
 
 @dataclass
 class Op:
-    """What the dispatcher knows of an op: its arguments and its implementations, best first."""
+    """What the dispatcher knows of an op: its arguments and its implementations, best first.
+
+    lists: some arguments are lists of tensors.
+    """
 
     name: str
     arguments: tuple[str, ...]
     differentiable: bool
+    lists: bool
     implementations: tuple[Implementation, ...] = ()
     # By device, dtype, grad mode and forced backend: a bounded table, however many shapes a server sees.
     usable: dict[tuple[torch.device, torch.dtype, bool, str | None], tuple[Implementation, ...]] = field(
@@ -184,7 +189,16 @@ def known(condition: Any) -> bool:
 
 
 def needs_grad(call: dict[str, Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in call.values())
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(call.values()))
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a call's arguments, those in lists too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from (tensor for tensor in value if isinstance(tensor, Tensor))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -230,11 +244,11 @@ def backend_named(name: str, setting: str = "") -> Backend:
     return _BACKENDS[name]
 
 
-def define_op(name: str, arguments: Sequence[str], *, differentiable: bool) -> None:
+def define_op(name: str, arguments: Sequence[str], *, differentiable: bool, lists: bool = False) -> None:
     """Make an op with these arguments known; the first is a tensor, whose device and dtype decide."""
     if name in OPS:
         raise ValueError(f"op {name!r} is defined already")
-    OPS[name] = Op(name, tuple(arguments), differentiable)
+    OPS[name] = Op(name, tuple(arguments), differentiable, lists)
 
 
 def backends() -> tuple[Backend, ...]:

@@ -13,6 +13,7 @@ from llmkern.ops.int8_linear import int8_linear as int8_linear
 from llmkern.ops.int8_matmul import int8_matmul as int8_matmul
 from llmkern.ops.layer_norm import layer_norm as layer_norm
 from llmkern.ops.layer_norm_quant import layer_norm_quant as layer_norm_quant
+from llmkern.ops.layers_ import layers_ as layers_
 from llmkern.ops.linear import linear as linear
 from llmkern.ops.quantize_int8 import quantize_int8 as quantize_int8
 from llmkern.ops.rms_norm import rms_norm as rms_norm
@@ -35,6 +36,7 @@ __all__ = [
     "int8_matmul",
     "layer_norm",
     "layer_norm_quant",
+    "layers_",
     "linear",
     "quantize_int8",
     "rms_norm",

@@ -31,7 +31,16 @@ from llmkern.testing.compare import (
 )
 from llmkern.testing.monte_carlo import draws_of
 
-__all__ = ["assert_accurate", "assert_right", "baseline", "reference", "spreads_of", "written"]
+__all__ = [
+    "assert_accurate",
+    "assert_right",
+    "baseline",
+    "cloned",
+    "reference",
+    "spreads_of",
+    "written",
+    "written_tensors",
+]
 
 # Relative error of q·scale: the scale, its inverse and their product are each rounded, half an ulp.
 CODE_ROUNDING = 1.5 * torch.finfo(torch.float32).eps
@@ -42,6 +51,11 @@ def written(op: str) -> list[str]:
     """The arguments that the op writes."""
     arguments = getattr(torch.ops.llmkern, op).default._schema.arguments
     return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def written_tensors(op: str, call: Call) -> list[Tensor]:
+    """Those of the call's tensors that the op writes."""
+    return list(dispatch.tensors_in([call[name] for name in written(op)]))
 
 
 def reference(op: str, call: Call) -> Any:
@@ -60,9 +74,16 @@ def baseline(op: str, call: Call) -> Any:
 
 def _run(impl: dispatch.Implementation, call: Call) -> Any:
     """The implementation's outputs, followed by copies of the arguments that the op writes, as it leaves them."""
-    copies = {name: call[name].clone() for name in written(impl.op) if call[name] is not None}
+    copies = {name: cloned(call[name]) for name in written(impl.op)}
     out = impl.fn(**(call | copies))
-    return [*as_list(out), *copies.values()] if copies else out
+    return [*as_list(out), *dispatch.tensors_in(copies.values())] if copies else out
+
+
+def cloned(value: Any) -> Any:
+    """A tensor, or a list of tensors and others, with memory of its own."""
+    if isinstance(value, list):
+        return [cloned(each) for each in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def spreads_of(op: str, call: Call, exact: Any) -> list[Callable[[], Tensor]]:
@@ -79,7 +100,7 @@ def assert_accurate(op: str, call: Call, out: Any, names: Sequence[str] | None =
 
 def assert_right(case: Case, call: Call, out: Any) -> None:
     """Raise AssertionError, with the numbers, unless `out` is a right result of `case`, which was run on `call`."""
-    outputs = as_list(out) + [call[name] for name in written(case.op) if call[name] is not None]
+    outputs = as_list(out) + written_tensors(case.op, call)
     expected = as_list(reference(case.op, call))
     for i, (o, e) in enumerate(zip(outputs, expected, strict=True)):
         assert o.dtype == e.dtype, f"output {i} is {o.dtype}, expected {e.dtype}"

@@ -304,7 +304,11 @@ def _text(call: dict[str, Any]) -> str:
     for name, value in call.items():
         if isinstance(value, Tensor):
             parts.append(f"{name}: {str(value.dtype).removeprefix('torch.')}{shape_text(value.shape)}")
-        elif value is not None:
+        elif isinstance(value, list) and any([isinstance(each, Tensor) for each in value]):
+            parts.append(f"{name}: {sum([each is not None for each in value])} tensors")
+        elif isinstance(value, list) and value and all([isinstance(each, str) for each in value]):
+            parts.append(f"{name}: {len(value)}")
+        elif value is not None and value != []:
             parts.append(f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}")
     return ", ".join(parts)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmkern import _native, dispatch, explain, ops
 from llmkern.config import reload, settings
 from llmkern.testing.case import Make, cases
+from llmkern.testing.cases.layers_ import decoder
 from llmkern.testing.compare import as_list, assert_same_bits
 
 ROWS = (1, 2, 4, 8, 16, 17, 64)
@@ -114,6 +115,7 @@ BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "attention_decode": ("attention_decode", attention_decode),
     "decoder_layer_": ("decoder_layer_", lambda make: layer("decoder_layer_", make, "smollm2-float32")),
     "encoder_layer": ("encoder_layer", lambda make: layer("encoder_layer", make, "minilm-float32")),
+    "layers_": ("layers_", lambda make: decoder(make, 1, 33, batch=MOST, hidden=72, heads=(3, 1), dim=24, inner=96)),
 }
 NORM = ("x", "residual")
 BATCHED = {
@@ -126,6 +128,7 @@ BATCHED = {
     "attention_decode": ("q", "k_cache", "v_cache", "seq_lens"),
     "decoder_layer_": ("hidden", "k_cache", "v_cache"),
     "encoder_layer": ("hidden",),
+    "layers_": ("hidden", "inputs", "caches"),
 }
 """The arguments that have a row, or batch element, at each index of their first dimension."""
 
@@ -148,8 +151,13 @@ def requested():
 
 def rows_of(op: str, call: Call, rows: slice) -> Call:
     """The call for these rows alone, with memory of its own for what is written."""
-    taken = {name: call[name][rows].clone() for name in BATCHED[op] if isinstance(call.get(name), Tensor)}
-    return call | taken
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        return value if value is None or len(value) == 1 else value[rows].clone()
+
+    return call | {name: of(call[name]) for name in BATCHED[op] if name in call}
 
 
 def differing(impl: dispatch.Implementation, call: Call) -> list[tuple[int, int]]:
@@ -204,7 +212,7 @@ def test_every_op_is_here_and_who_promises_is_known() -> None:
     assert {op for op, _ in BUILD.values()} == set(forward)
     for op in forward:
         for impl in dispatch.implementations(op):
-            on_request = op in ("linear", "int8_linear", "decoder_layer_", "encoder_layer")
+            on_request = op in ("linear", "int8_linear", "decoder_layer_", "encoder_layer", "layers_")
             expected = ("on request" if on_request else "always") if impl.backend.name == "cpu" else "no"
             assert impl.rows_alone == expected, f"{op} on {impl.backend.name}"
 

@@ -20,7 +20,7 @@ from llmkern.testing.judge import reference
 from llmkern.why import sizes
 
 CPU = torch.device("cpu")
-WHOLE_LAYERS = {"decoder_layer_", "encoder_layer"}
+WHOLE_LAYERS = {"decoder_layer_", "encoder_layer", "layers_"}
 """`llmkern bench model` measures them, where there is a model around them to compare with."""
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from llmkern import dispatch, ops
 from llmkern.testing.case import Call, Case, cases, ops_with_cases
@@ -46,6 +47,18 @@ def tensors(call: Call) -> dict[str, Tensor]:
     return {name: value for name, value in call.items() if isinstance(value, Tensor)}
 
 
+def all_tensors(call: Call) -> dict[str, Tensor]:
+    """Those in lists too, by the names of the lists and their places."""
+    lists = {
+        f"{name}[{i}]": each
+        for name, value in call.items()
+        if isinstance(value, list)
+        for i, each in enumerate(value)
+        if isinstance(each, Tensor)
+    }
+    return tensors(call) | lists
+
+
 def require_grad(case: Case, call: Call) -> Call:
     return {
         k: v.detach().clone().requires_grad_() if k in case.differentiable and isinstance(v, Tensor) else v
@@ -64,7 +77,7 @@ def gradients(outputs: list[Tensor], call: Call) -> list[Tensor]:
 def fakes(case: Case, call: Call) -> list[Tensor]:
     """What the op's fake makes of the call: the outputs' shapes and strides as torch.compile relies on them."""
     with FakeTensorMode() as mode:
-        faked = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in call.items()}
+        faked = tree_map_only(Tensor, mode.from_tensor, call)
         return as_list(getattr(torch.ops.llmkern, case.op)(**faked))
 
 
@@ -84,21 +97,22 @@ def test_implementation(case: Case, impl: dispatch.Implementation, device: str) 
         reason = impl.why_not(**call)
     if reason is not None:
         pytest.skip(reason)  # the dispatcher's own words
-    before = {name: value.clone() for name, value in tensors(call).items() if name not in written(case.op)}
+    inputs = {k: v for k, v in all_tensors(call).items() if k.partition("[")[0] not in written(case.op)}
+    before = {name: value.clone() for name, value in inputs.items()}
     out = impl.fn(**call)
     assert_right(case, call, out)
-    assert_same_bits([call[name] for name in before], list(before.values()))
-    inputs = {value.untyped_storage().data_ptr() for value in tensors(call).values() if value.numel()}
+    assert_same_bits(list(inputs.values()), list(before.values()))
+    storages = {value.untyped_storage().data_ptr() for value in all_tensors(call).values() if value.numel()}
     for i, (output, fake) in enumerate(zip(as_list(out), fakes(case, call), strict=True)):
         assert output.shape == fake.shape
         assert layout(output) == layout(fake), f"output {i} has strides {output.stride()}, the op's are {fake.stride()}"
-        assert output.numel() == 0 or output.untyped_storage().data_ptr() not in inputs, f"output {i} is an input"
+        assert output.numel() == 0 or output.untyped_storage().data_ptr() not in storages, f"output {i} is an input"
 
 
 @pytest.mark.parametrize("case", FP32_CASES, ids=case_id)
 def test_opcheck(case: Case) -> None:
     call = case.make()
-    if any(bool(value.isnan().any()) for value in tensors(call).values()):
+    if any(bool(value.isnan().any()) for value in all_tensors(call).values()):
         pytest.skip("opcheck compares outputs with equal_nan=False")
     operator = getattr(torch.ops.llmkern, case.op).default
     torch.library.opcheck(operator, (), call)

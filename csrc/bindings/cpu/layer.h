@@ -10,12 +10,13 @@
 #include <string>
 #include <vector>
 
+#include "../../cpu/layers/team.h"
 #include "../common.h"
 #include "llmkern/activate.h"
 #include "llmkern/attention.h"
 #include "llmkern/linear.h"
 #include "llmkern/norm.h"
-#include "team.h"
+#include "threads.h"
 
 namespace llmkern {
 
@@ -189,7 +190,7 @@ bool are_native(const Linears& linears, int64_t rows) {
 // `native`.
 template <class F>
 void with_threads(bool native, const F& f) {
-  native ? Team::lead(f) : f(kTorchThreads);
+  native ? Team::lead(kTorchThreads, torch::stable::get_num_threads(), f) : f(kTorchThreads);
 }
 
 // The linear layers of one call.

@@ -1,5 +1,5 @@
-// A team: torch's threads, called together once for a whole layer, or many.  One of them leads: it goes through the
-// launchers, and shares the work of each with the others, who wait for it in a loop.  A call of torch's own pool costs
+// A team: the threads of a pool, called together once for a whole layer, or many.  One of them leads: it goes through
+// the launchers, and shares the work of each with the others, who wait for it in a loop.  A call of the pool costs
 // several microseconds, as much as a small layer's product; a piece of shared work costs a fraction of one.
 //
 // Work is cut into a piece for each thread (smaller ones would break off streams of memory that are under way), and a
@@ -10,20 +10,20 @@
 #include <thread>
 #include <utility>
 
-#include "threads.h"
+#include "llmkern/threads.h"
 
 namespace llmkern {
 
 class Team {
  public:
-  // f(threads), where the launchers may be given `threads`; torch's operators run on one thread meanwhile.
+  // f(threads), where the launchers may be given `threads`: those of the pool, which has `count`, and which nobody else
+  // may use meanwhile.
   template <class F>
-  static void lead(const F& f) {
-    const int64_t count = torch::stable::get_num_threads();
-    if (count == 1) return f(kTorchThreads);
+  static void lead(const Threads& pool, int64_t count, const F& f) {
+    if (count == 1) return f(pool);
     Team team(count);
     auto body = [&](int64_t begin, int64_t) { begin == 0 ? team.lead_with(f) : team.help(); };
-    kTorchThreads.parallel_for(count, 1, body);
+    pool.parallel_for(count, 1, body);
   }
 
  private:

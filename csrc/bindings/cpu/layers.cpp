@@ -1,0 +1,211 @@
+// layers_: layers of a model, each a program, in one call.
+//
+// At batch 1 the arguments of thirty layers take a third of a millisecond from Python to here, as each of their tensors
+// has left the caches while the weights of the others passed through.  So they may come once, to layers_plan, and a
+// tensor of one byte stands for them from then on.  A plan keeps the tensors themselves: whatever is written to them
+// counts.
+#include "llmkern/layers.h"
+
+#include <mutex>
+#include <unordered_map>
+
+#include "../common.h"
+#include "threads.h"
+
+namespace llmkern {
+namespace {
+
+using layers::Array;
+using Optional = std::optional<Tensor>;
+using Programs = std::vector<std::shared_ptr<const layers::Program>>;
+
+constexpr const char* kOp = "layers_";
+
+layers::Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return layers::Element::f32;
+    case ScalarType::BFloat16:
+      return layers::Element::bf16;
+    case ScalarType::Half:
+      return layers::Element::f16;
+    case ScalarType::Char:
+      return layers::Element::s8;
+    case ScalarType::Byte:
+      return layers::Element::u8;
+    case ScalarType::Bool:
+      return layers::Element::boolean;
+    default:
+      return layers::Element::other;
+  }
+}
+
+Array array_of(const Tensor& t) {
+  Array a{.data = const_cast<void*>(t.const_data_ptr()), .type = element_of(t.scalar_type()), .on_cpu = t.is_cpu()};
+  const auto sizes = t.sizes(), strides = t.strides();
+  a.dims = static_cast<int>(sizes.size());
+  for (int d = 0; d < a.dims && d < Array::kMostDims; ++d) a.size[d] = sizes[d], a.stride[d] = strides[d];
+  return a;
+}
+
+std::vector<Array> arrays_of(const std::vector<Optional>& tensors) {
+  std::vector<Array> arrays;
+  arrays.reserve(tensors.size());
+  for (const Optional& t : tensors) arrays.push_back(t ? array_of(*t) : Array{});
+  return arrays;
+}
+
+// One program for all layers, or one for each: of these, as many as the parameters are for.
+Programs programs_of(const std::vector<std::string>& texts, size_t parameters) {
+  STD_TORCH_CHECK(!texts.empty(), kOp, ": programs has 0 elements, expected one, or one for each layer");
+  Programs programs;
+  for (const std::string& text : texts) programs.push_back(layers::parsed(text));
+  if (programs.size() != 1) return programs;
+  const size_t each = layers::tensors_of(*programs[0]), count = each ? parameters / each : 1;
+  STD_TORCH_CHECK(each == 0 ? parameters == 0 : parameters > 0 && parameters % each == 0, kOp, ": parameters has ",
+                  parameters, " elements, expected ", each, " for each layer");
+  programs.resize(count, programs[0]);
+  return programs;
+}
+
+// kCaches of each layer: none where there are no caches, or its program appends nothing.
+std::vector<Array> caches_of(const std::vector<Tensor>& caches, const Programs& programs) {
+  if (caches.empty()) return {};
+  const size_t holders = std::count_if(programs.begin(), programs.end(), [](const auto& p) { return appends(*p); });
+  const size_t each = holders ? caches.size() / holders : 0;
+  STD_TORCH_CHECK(caches.size() == each * holders && (each == 2 || each == 4), kOp, ": caches has ", caches.size(),
+                  " elements, expected none, or 2 or 4 for each of ", holders, " layers that append");
+  std::vector<Array> found(programs.size() * layers::kCaches);
+  auto next = caches.begin();
+  for (size_t i = 0; i < programs.size(); ++i)
+    for (size_t j = 0; appends(*programs[i]) && j < each; ++j) found[i * layers::kCaches + j] = array_of(*next++);
+  return found;
+}
+
+struct Plan {
+  std::vector<std::string> texts;
+  std::vector<Optional> parameters;
+  Programs programs;
+};
+
+// Plans by address: no other tensor is taken for one.
+class Plans {
+ public:
+  Tensor add(std::vector<std::string> texts, std::vector<Optional> parameters) {
+    Programs programs = programs_of(texts, parameters.size());
+    auto plan = std::make_shared<const Plan>(std::move(texts), std::move(parameters), std::move(programs));
+    void* const address = const_cast<Plan*>(plan.get());
+    {
+      const std::lock_guard lock(mutex_);
+      plans_[address] = std::move(plan);
+    }
+    constexpr int64_t one = 1;
+    return torch::stable::from_blob(address, {&one, 1}, {&one, 1},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+                                    [](void* data) { instance().remove(data); });
+  }
+
+  std::shared_ptr<const Plan> find(const std::vector<Optional>& parameters) {
+    if (parameters.size() != 1 || !parameters[0] || parameters[0]->scalar_type() != ScalarType::Byte) return nullptr;
+    const std::lock_guard lock(mutex_);
+    const auto found = plans_.find(const_cast<void*>(parameters[0]->const_data_ptr()));
+    return found == plans_.end() ? nullptr : found->second;
+  }
+
+  static Plans& instance() {
+    static Plans& plans = *new Plans;  // tensors may outlive static objects
+    return plans;
+  }
+
+ private:
+  void remove(void* address) {
+    std::shared_ptr<const Plan> last;  // whose tensors may be freed here, which is not to happen under the lock
+    const std::lock_guard lock(mutex_);
+    if (const auto found = plans_.find(address); found != plans_.end()) {
+      last = std::move(found->second);
+      plans_.erase(found);
+    }
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<void*, std::shared_ptr<const Plan>> plans_;
+};
+
+Tensor layers_plan(std::vector<std::string> programs, std::vector<Optional> parameters) {
+  return Plans::instance().add(std::move(programs), std::move(parameters));
+}
+
+// torch's operator, whose results are kept until the layer is done.
+struct Torch {
+  const Tensor& like;
+  std::vector<Tensor> results;
+
+  static void* multiply(void* context, const layers::Product& p) {
+    auto& self = *static_cast<Torch*>(context);
+    const auto wrapped = [&](const void* data, int64_t rows, int64_t columns, int64_t stride) {
+      return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, self.like.device(),
+                                      self.like.scalar_type());
+    };
+    Optional bias;
+    if (p.bias)
+      bias =
+          torch::stable::from_blob(const_cast<void*>(p.bias), {p.n}, {1}, self.like.device(), self.like.scalar_type());
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(wrapped(p.x, p.rows, p.k, p.x_stride)),
+                                      torch::stable::detail::from(wrapped(p.weight, p.n, p.k, p.w_stride)),
+                                      torch::stable::detail::from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    self.results.push_back(torch::stable::detail::to<Tensor>(stack[0]));
+    return self.results.back().mutable_data_ptr();
+  }
+
+  static void release(void* context) { static_cast<Torch*>(context)->results.clear(); }
+};
+
+Tensor layers_(const Tensor& hidden, const std::vector<std::string>& programs, const std::vector<Optional>& parameters,
+               const std::vector<Optional>& inputs, const std::vector<Tensor>& caches, int64_t past,
+               const std::string& schemes) {
+  const std::shared_ptr<const Plan> plan = Plans::instance().find(parameters);
+  STD_TORCH_CHECK(!plan || programs.empty() || programs == plan->texts, kOp,
+                  ": programs are other ones than those of the plan");
+  STD_TORCH_CHECK(hidden.dim() == 3 && hidden.is_cpu(), kOp, ": hidden must have shape [B, S, H], on the CPU");
+  const Tensor rows = hidden.is_contiguous() ? hidden : torch::stable::contiguous(hidden);
+  const Programs& parsed = plan ? plan->programs : programs_of(programs, parameters.size());
+  try {
+    if (!dtype_of(hidden)) throw layers::NotServed("layers_: hidden is not fp32, bf16 or fp16");
+    const std::vector<Array> tensors = arrays_of(plan ? plan->parameters : parameters);
+    const std::vector<Array> given = arrays_of(inputs), cached = caches_of(caches, parsed);
+    Tensor out = torch::stable::new_empty(rows, rows.sizes());
+    Torch torch{rows, {}};
+    const layers::Call call{
+        .hidden = array_of(rows),
+        .out = out.mutable_data_ptr(),
+        .programs = parsed,
+        .parameters = tensors,
+        .inputs = given,
+        .caches = cached,
+        .past = past,
+        .schemes = schemes,
+        .library = {Torch::multiply, Torch::release, &torch},
+    };
+    layers::run(call, {kTorchThreads, static_cast<int64_t>(torch::stable::get_num_threads())});
+    return out;
+  } catch (const layers::NotServed&) {
+    return call_reference<Tensor>(kOp, hidden, plan ? plan->texts : programs, plan ? plan->parameters : parameters,
+                                  inputs, caches, past, schemes);
+  }
+}
+
+}  // namespace
+}  // namespace llmkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
+  m.def("layers_plan(str[] programs, Tensor?[] parameters) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
+  m.impl("layers_plan", TORCH_BOX(&llmkern::layers_plan));
+}
+
+LLMKERN_BINDINGS(m) {
+  m.impl("layers_", TORCH_BOX(&llmkern::layers_));
+}

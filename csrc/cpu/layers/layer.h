@@ -1,0 +1,173 @@
+// Layers of one form: a program with tensors of the same sizes and types, checked, and where its values lie.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "llmkern/attention.h"
+#include "llmkern/attention_decode.h"
+#include "llmkern/heads.h"
+#include "llmkern/layers.h"
+#include "llmkern/linear.h"
+#include "llmkern/norm.h"
+#include "program.h"
+#include "scratch.h"
+
+namespace llmkern::layers {
+
+// With a floating-point weight and without instructions that multiply pairs of it, more rows than these are multiplied
+// by the other library (oneDNN, MKL), which then reads the weight about as fast and multiplies faster.
+inline constexpr int64_t kFewRows = 16;
+
+inline constexpr int64_t kDecodeQueries = 16;  // up to here attention_decode is faster than attention
+
+// Rows of numbers, `stride` elements apart, or their int8 codes (contiguous) with a scale for each row.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+  int8_t* codes = nullptr;
+  float* scale = nullptr;
+};
+
+// A linear layer's weight, or rows of it, as data: whatever else describes a weight goes here.
+struct Weight {
+  const void* w = nullptr;
+  const float* scale = nullptr;  // [n]; null for floating weights
+  const void* bias = nullptr;    // [n], in the layer's type
+  size_t first = 0;              // of its tensors among the layer's
+  int64_t begin = 0;             // of its rows among the tensor's
+  int64_t n = 0, k = 0, stride = 0;
+  WeightType type = WeightType::f32;
+  bool w8a8 = false;  // of s8: the input is rounded to int8 as well
+};
+
+// A value of the program: rows [batch * length, columns].
+struct Value {
+  const Array* array = nullptr;  // of an input: the tensor, whatever it turns out to be
+  int64_t columns = 0, length = 0;
+  int last = kNone;       // the last step that reads it
+  int reads = 0;          // how many do
+  bool appended = false;  // keys or values, its own and those before it in the cache
+
+  // Where it lies, once that is planned.
+  int64_t offset = -1, bytes = 0;  // in the arena; -1: elsewhere
+  bool owned = false;              // the piece is given back when this value is not read any more
+  int stolen_from = kNone;         // it lies where this one lay
+  bool is_codes = false, in_cache = false;
+  Matrix at;
+  Matrix product;  // a sum that the next step, a norm, makes: `at` = product + residual
+  int residual = kNone;
+};
+
+class Layer {
+ public:
+  // The form of the index-th layer of a call.  Throws Invalid or NotServed.  The call outlives it.
+  Layer(const Call& call, size_t index, std::span<const Array> parameters);
+
+  // Whether the index-th layer of the call, with these parameters, has this form.
+  bool fits(size_t index, std::span<const Array> parameters) const;
+
+  // Whether the launchers make every product.
+  bool is_native() const;
+
+  int64_t scratch_bytes() const { return arena_.bytes(); }
+
+  // Runs the index-th layer of the call, which has this form, with `scratch_bytes` of memory.
+  void run(size_t index, std::span<const Array> parameters, char* scratch, void* in, void* out, const Threads& threads);
+
+ private:
+  [[noreturn]] void invalid(const std::string& what) const;
+  [[noreturn]] void not_served(const std::string& what) const;
+
+  // check.cpp: what each step reads, and the sizes of what it makes.
+  void bind_inputs();
+  void bind_schemes();
+  void check(const Step& step);
+  void check_norm(const Step& step);
+  void check_linear(const Step& step);
+  void check_rope(const Step& step);
+  void check_append(const Step& step);
+  void check_attention(const Step& step);
+  void check_elementwise(const Step& step);
+  Value& rows_of(int value, const Step& step);
+  void make(int value, int64_t columns, int64_t length);
+  Weight weight_of(const Place& place, int64_t k) const;
+  void point(Weight& weight) const;
+  const Array& tensor(const Place& place, size_t part) const;
+  void check_mask(const Array& mask, const char* name, int64_t heads, int64_t keys) const;
+  const std::string& name(int value) const { return program_.names[value]; }
+  bool is_native(const Weight& weight, int64_t rows) const;
+
+  // plan.cpp: where values lie.
+  void plan();
+  void plan_codes();
+  void plan_step(size_t index);
+  void place(int value, int64_t bytes);
+  bool steal(int value, int from, int step);
+  void release(int step);
+  bool defers(size_t index) const;
+  bool may_write_out(const Step& step) const;
+  bool goes_to_cache(int value) const;
+
+  // run.cpp: the launchers.
+  struct StepScratch {
+    int64_t linear = -1, linear_bytes = 0, gate = -1, up = -1;
+    int64_t attention = -1, attention_bytes = 0, read_k = -1, read_v = -1;
+  };
+  void point_values(void* in, void* out);
+  void run_step(size_t index);
+  void run_norm(const Step& step);
+  void run_linear(size_t index);
+  void run_products(size_t index, std::span<Matrix*> outs, Activation activation);
+  void run_rope(const Step& step);
+  void run_append(const Step& step);
+  void run_attention(size_t index);
+  void run_elementwise(const Step& step);
+  void activate(Activation activation, const Matrix& x, const Matrix* up, const Matrix& out, const Value& like);
+  void add(const Matrix& a, const Matrix& b, const Matrix& out, const Value& like);
+  void read(int which, char* to);
+  const Array* mask_of(const Step& step) const;
+  bool decodes(const Step& step) const;
+  bool reads_codes(const Step& step) const;
+  AttentionParams attention_params(const Step& step, const StepScratch& scratch) const;
+  AttentionDecodeParams decode_params(const Step& step) const;
+  template <class Params>
+  void set_sinks(Params& p, const Step& step) const;
+
+  bool cached() const { return program_.appends && !caches_.empty() && caches_[0]; }
+  bool int8_cache() const { return cached() && caches_[2]; }
+  bool is_out(int value) const { return writes_out_ && value == program_.result; }
+  size_t cache_index(int value) const;
+  char* at(int64_t offset) const { return block_ ? block_ + offset : nullptr; }  // null while planning
+  int64_t rows(const Value& value) const { return batch_ * value.length; }
+  int64_t element_bytes() const { return llmkern::size_of(dtype_); }
+  int64_t codes_bytes(const Value& value) const { return (rows(value) * value.columns + 63) / 64 * 64; }
+  Rows rows_of(const Value& value, const Matrix& x) const { return {.count = rows(value), .stride0 = x.stride}; }
+  HeadStrides heads_of(const Value& value, const Matrix& x, int64_t dim) const {
+    return {value.length * x.stride, dim, x.stride};
+  }
+
+  const Call& call_;
+  size_t index_;  // of the layer, among the call's
+  const Program& program_;
+  std::span<const Array> parameters_, caches_;
+  const DType dtype_;
+  const int64_t batch_, length_, size_;
+  std::string_view schemes_;  // the layer's share of the call's
+  std::vector<bool> w8a8_;    // of each linear layer, in the order of the first mention
+  std::vector<Value> values_;
+  std::vector<Weight> weights_;       // of all steps, one for each place
+  std::vector<size_t> first_weight_;  // of each step
+
+  std::vector<StepScratch> scratch_;
+  Arena arena_;
+  bool writes_out_ = false;  // the last step writes to where the result is to be
+  char* block_ = nullptr;
+  const Threads* threads_ = nullptr;
+};
+
+// Those of the index-th layer of a call.
+std::span<const Array> caches_of(const Call& call, size_t index);
+
+}  // namespace llmkern::layers

@@ -1,0 +1,191 @@
+// Where a layer's values lie: in place of what is read for the last time where a launcher allows that, else in a piece
+// of the arena for as long as they are read.
+#include <algorithm>
+
+#include "layer.h"
+
+namespace llmkern::layers {
+namespace {
+
+bool is_norm(const Step& step) {
+  return step.op == Op::rms_norm || step.op == Op::layer_norm;
+}
+
+}  // namespace
+
+void Layer::plan() {
+  const int count = static_cast<int>(program_.steps.size());
+  plan_codes();
+  for (int i = 0; i < count; ++i) {
+    const Step& step = program_.steps[i];
+    if (defers(i)) {
+      values_[step.results[0]].residual = step.residual;
+      values_[step.residual].last = std::max(values_[step.residual].last, i + 1);
+    }
+    if (step.op == Op::append)  // what joins the cache may be read where it was made
+      for (int j = 0; j < 2; ++j)
+        values_[step.values[j]].last = std::max(values_[step.values[j]].last, values_[step.results[j]].last);
+  }
+  values_[program_.result].last = count;
+  writes_out_ = count > 0 && may_write_out(program_.steps.back());
+  for (int i = 0; i < count; ++i) {
+    plan_step(i);
+    release(i);
+  }
+}
+
+// Who makes codes: what every reader multiplies in int8, and nobody reads otherwise.
+void Layer::plan_codes() {
+  for (size_t i = 0; i < program_.steps.size(); ++i) {
+    const Step& step = program_.steps[i];
+    const bool activates = step.op == Op::activation || (step.op == Op::linear && step.gated);
+    // A product's own epilogue makes numbers only.
+    const bool apart = step.op == Op::linear && step.activation != Activation::none && step.places.size() == 1 &&
+                       !is_native(weights_[first_weight_[i]], rows(values_[step.values[0]]));
+    const bool norm = is_norm(step) && !step.dim;
+    Value& made = values_[step.results[0]];
+    made.is_codes =
+        (activates || apart || norm) && step.residual == kNone && made.reads > 0 && step.results[0] != program_.result;
+  }
+  for (size_t i = 0; i < program_.steps.size(); ++i) {
+    const Step& step = program_.steps[i];
+    bool takes = step.op == Op::linear;
+    for (size_t j = 0; takes && j < step.places.size(); ++j) takes = weights_[first_weight_[i] + j].w8a8;
+    step.for_each_read([&](int value) {
+      if (!takes || value != step.values[0] || value == step.residual) values_[value].is_codes = false;
+    });
+  }
+  for (const Step& step : program_.steps)
+    if (step.codes && !values_[step.results[0]].is_codes)
+      invalid(name(step.results[0]) + " is to be codes, which not all who read it take");
+}
+
+// Does the next step, a norm, add this product to its residual?  A launcher's product does that itself.
+bool Layer::defers(size_t index) const {
+  const Step& step = program_.steps[index];
+  if (step.op != Op::linear || step.residual == kNone || step.activation != Activation::none ||
+      is_native(weights_[first_weight_[index]], rows(values_[step.values[0]])) || index + 1 == program_.steps.size())
+    return false;
+  const Step& next = program_.steps[index + 1];
+  return is_norm(next) && !next.adds && !next.dim && next.values[0] == step.results[0];
+}
+
+// Is the last step's result made where the layer's is to be, which may be where hidden lies?
+bool Layer::may_write_out(const Step& step) const {
+  if (std::find(step.results.begin(), step.results.end(), program_.result) == step.results.end()) return false;
+  const bool reads_hidden = std::find(step.values.begin(), step.values.end(), 0) != step.values.end();
+  return !reads_hidden || (is_norm(step) && !step.adds) || step.op == Op::add || step.op == Op::mul ||
+         step.op == Op::activation;
+}
+
+void Layer::place(int value, int64_t bytes) {
+  Value& v = values_[value];
+  if (writes_out_ && value == program_.result) return;
+  v.bytes = bytes;
+  v.offset = arena_.take(bytes);
+  v.owned = true;
+}
+
+// `value` lies where `from` lies, if nobody reads that any more.
+bool Layer::steal(int value, int from, int step) {
+  Value &v = values_[value], &f = values_[from];
+  if (writes_out_ && value == program_.result) return false;
+  if (f.last != step || !f.owned || f.is_codes || f.columns != v.columns || f.length != v.length) return false;
+  v.offset = f.offset, v.bytes = f.bytes, v.stolen_from = from;
+  v.owned = true, f.owned = false;
+  return true;
+}
+
+void Layer::plan_step(size_t index) {
+  const Step& step = program_.steps[index];
+  const int i = static_cast<int>(index);
+  StepScratch& scratch = scratch_[index];
+  const auto numbers = [&](int value) { return rows(values_[value]) * values_[value].columns * element_bytes(); };
+  const auto place_result = [&](int value) {
+    if (!values_[value].is_codes) return place(value, numbers(value));
+    place(value, codes_bytes(values_[value]) + rows(values_[value]) * static_cast<int64_t>(sizeof(float)));
+  };
+  switch (step.op) {
+    case Op::linear: {
+      const Weight* const weights = &weights_[first_weight_[index]];
+      const int64_t count = rows(values_[step.values[0]]);
+      for (size_t j = 0; j < step.places.size(); ++j)
+        if (is_native(weights[j], count))
+          scratch.linear_bytes =
+              std::max(scratch.linear_bytes, linear_workspace_bytes(count, weights[j].k, weights[j].w8a8));
+      scratch.linear = arena_.take(scratch.linear_bytes);
+      for (const int value : step.results) place_result(value);
+      // What is activated into another place than its own.
+      if (values_[step.results[0]].is_codes) scratch.gate = arena_.take(count * weights[0].n * element_bytes());
+      if (step.gated) scratch.up = arena_.take(count * weights[0].n * element_bytes());
+      break;
+    }
+    case Op::rope:
+      for (size_t j = 0; j + 2 < step.values.size(); ++j) {
+        if ((values_[step.results[j]].in_cache = goes_to_cache(step.results[j]))) continue;
+        if (!steal(step.results[j], step.values[j], i)) place_result(step.results[j]);
+      }
+      break;
+    case Op::append:
+      break;
+    case Op::attention:
+      if (reads_codes(step)) {
+        const int64_t keys = call_.past + length_;
+        scratch.read_k = arena_.take(batch_ * keys * values_[step.values[1]].columns * element_bytes());
+        scratch.read_v = arena_.take(batch_ * keys * values_[step.values[2]].columns * element_bytes());
+      }
+      place_result(step.results[0]);
+      scratch.attention_bytes = decodes(step) ? attention_decode_workspace_bytes(decode_params(step))
+                                              : attention_workspace_bytes(attention_params(step, scratch));
+      scratch.attention = arena_.take(scratch.attention_bytes);
+      break;
+    default:
+      if (step.adds) place_result(step.results[1]);
+      if (values_[step.results[0]].is_codes || step.adds || !steal(step.results[0], step.values[0], i))
+        place_result(step.results[0]);
+  }
+}
+
+// Gives back what nobody reads after this step.
+void Layer::release(int step) {
+  StepScratch& scratch = scratch_[step];
+  const Step& of = program_.steps[step];
+  const auto give = [&](int64_t at, int64_t bytes) {
+    if (at >= 0) arena_.give_back(at, bytes);
+  };
+  give(scratch.linear, scratch.linear_bytes);
+  give(scratch.attention, scratch.attention_bytes);
+  if (of.op == Op::linear) {
+    const int64_t bytes = rows(values_[of.values[0]]) * weights_[first_weight_[step]].n * element_bytes();
+    give(scratch.gate, bytes);
+    give(scratch.up, bytes);
+  }
+  if (of.op == Op::attention) {
+    const int64_t tokens = batch_ * (call_.past + length_) * element_bytes();
+    give(scratch.read_k, tokens * values_[of.values[1]].columns);
+    give(scratch.read_v, tokens * values_[of.values[2]].columns);
+  }
+  for (Value& value : values_)
+    if (value.owned && value.last <= step) {
+      arena_.give_back(value.offset, value.bytes);
+      value.owned = false;
+    }
+}
+
+// Which of the caches it goes to.
+size_t Layer::cache_index(int value) const {
+  for (const Step& step : program_.steps)
+    if (step.op == Op::append) return step.values[0] == value ? 0 : 1;
+  return 0;
+}
+
+// Is a value made where the cache has its place for it?
+bool Layer::goes_to_cache(int value) const {
+  if (!cached() || int8_cache() || values_[value].reads != 1) return false;
+  const auto appends = [&](const Step& step) {
+    return step.op == Op::append && std::find(step.values.begin(), step.values.end(), value) != step.values.end();
+  };
+  return std::any_of(program_.steps.begin(), program_.steps.end(), appends);
+}
+
+}  // namespace llmkern::layers

@@ -1,0 +1,375 @@
+"""The sizes that run through a layer's program, and what follows of them for parameters, inputs and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.checks import (
+    broadcasts,
+    check_dtype,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    given,
+    shape_text,
+)
+from llmkern.programs.program import GATES, Place, Program, Step
+
+__all__ = ["TENSORS", "Needs", "caches_of", "check_caches", "check_inputs", "needs_of", "rows_inputs"]
+
+_CACHES = ("keys", "values")
+TENSORS = {"linear": 3, "norm": 2, "tensor": 1}
+"""How many tensors a parameter of each kind has."""
+_OP = "layers_"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a layer needs of a call.
+
+    inputs: how many there are behind hidden.  linears: how many linear layers the program mentions.
+    angles: by place among the inputs, the name and the columns that turn.
+    masks: by place, the name, the query heads, and the keys: those of hidden's tokens, of the past too, or a number.
+    cache: columns of keys and values, and heads, of what joins the cache; None where nothing does.
+    """
+
+    inputs: int
+    linears: int
+    angles: tuple[tuple[int, str, int], ...]
+    masks: tuple[tuple[int, str, int, str | int], ...]
+    cache: tuple[int, int, int] | None
+
+
+def rows_inputs(program: Program, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """The inputs whose columns decide on what steps make: all but angles and masks."""
+    others = {
+        name
+        for step in program.steps
+        for name in (step.values[-2:] if step.op == "rope" else step.values[3:] if step.op == "attention" else ())
+    }
+    named = zip(program.inputs[1:], inputs, strict=False)
+    return [tensor for name, tensor in named if tensor is not None and name not in others and tensor.dim() > 0]
+
+
+def needs_of(
+    program: Program,
+    parameters: Sequence[Tensor | None],
+    hidden: Tensor,
+    inputs: Sequence[Tensor | None],
+    layer: int | None,
+) -> Needs:
+    """What a layer needs; its parameters are checked.  layer: its number, for sentences; None for the only one."""
+    return _Walk(program, parameters, hidden, inputs, "" if layer is None else f" (layer {layer})").needs()
+
+
+@dataclass
+class _Walk:
+    """One way through a program: columns of each value, and of which input's tokens its rows are."""
+
+    program: Program
+    parameters: Sequence[Tensor | None]
+    hidden: Tensor
+    inputs: Sequence[Tensor | None]
+    where: str
+    columns: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    appended: dict[str, int] = field(default_factory=dict)
+    angles: dict[int, tuple[int, str, int]] = field(default_factory=dict)
+    masks: list[tuple[int, str, int, str | int]] = field(default_factory=list)
+    cache: list[int] | None = None
+
+    def needs(self) -> Needs:
+        program = self.program
+        if len(self.inputs) + 1 != len(program.inputs):
+            raise self.wrong(
+                f"inputs has {len(self.inputs)} elements, expected {len(program.inputs) - 1}: "
+                f"{', '.join(program.inputs[1:])}"
+            )
+        self.first: dict[tuple[str, str], int] = {}
+        count = linears = 0
+        for parameter in program.parameters():
+            self.first[parameter.kind, parameter.path] = count
+            count += TENSORS[parameter.kind]
+            linears += parameter.kind == "linear"
+        self.columns[program.inputs[0]], self.tokens[program.inputs[0]] = self.hidden.shape[-1], ""
+        for step in program.steps:
+            checks: dict[str, Callable[[Step], Any]] = {
+                "rms_norm": self.norm,
+                "layer_norm": self.norm,
+                "add_rms_norm": self.norm,
+                "add_layer_norm": self.norm,
+                "linear": self.linear,
+                "rope": self.rope,
+                "append": self.append,
+                "attention": self.attention,
+            }
+            checks.get(step.op, self.elementwise)(step)
+        result = program.result
+        if self.columns.get(result) != self.hidden.shape[-1] or self.tokens[result] != "":
+            raise self.wrong(f"the program returns {result}, expected rows like hidden's")
+        cache = None if self.cache is None else (self.cache[0], self.cache[1], self.cache[2])
+        return Needs(len(self.inputs), linears, tuple(self.angles.values()), tuple(self.masks), cache)
+
+    def wrong(self, what: str) -> ValueError:
+        return ValueError(f"{_OP}: {what}{self.where}")
+
+    def rows(self, name: str) -> int:
+        """The columns of a value that is read as rows."""
+        if name not in self.columns:
+            tensor = self.input(name)[1] if name in self.program.inputs else None
+            if tensor is None:
+                raise self.wrong(f"{name} is not given, but the program reads it as rows")
+            check_same_dtype(_OP, "hidden", self.hidden, **{name: tensor})
+            check_same_device(_OP, "hidden", self.hidden, **{name: tensor})
+            if tensor.dim() != 3 or tensor.shape[0] != self.hidden.shape[0]:
+                expected = f"expected [{self.hidden.shape[0]}, tokens, columns]"
+                raise self.wrong(f"{name} has shape {shape_text(tensor.shape)}, {expected}")
+            self.columns[name], self.tokens[name] = tensor.shape[-1], name
+        return self.columns[name]
+
+    def input(self, name: str) -> tuple[int, Tensor | None]:
+        """The place of an input among the call's, and the tensor."""
+        if name not in self.program.inputs[1:]:
+            raise self.wrong(f"{name} is no input of the program, as angles and masks have to be")
+        place = self.program.inputs.index(name) - 1
+        return place, self.inputs[place]
+
+    def make(self, names: Sequence[str], columns: Sequence[int], tokens: str) -> None:
+        for name, count in zip(names, columns, strict=True):
+            self.columns[name], self.tokens[name] = count, tokens
+            self.appended.pop(name, None)
+
+    def tensors(self, kind: str, path: str) -> list[Tensor | None]:
+        """Those of one parameter; a place of a module may be an `@path`."""
+        first = self.first[kind, path]
+        return list(self.parameters[first : first + TENSORS[kind]])
+
+    def heads(self, name: str, dim: int) -> int:
+        if dim < 1 or self.rows(name) % dim:
+            raise self.wrong(f"{name} has {self.rows(name)} columns, expected a multiple of dim {dim}")
+        return self.rows(name) // dim
+
+    def vector(self, place: Place, size: int, why: str) -> None:
+        """A floating-point tensor that is there, of so many elements."""
+        (tensor,) = self.tensors("tensor", place.path)
+        if tensor is None:
+            raise TypeError(f"{_OP}: {place} is None, expected a Tensor")
+        check_floating(_OP, **{str(place): tensor})
+        check_shape(_OP, str(place), tensor, (size,), why)
+        check_same_device(_OP, "hidden", self.hidden, **{str(place): tensor})
+
+    def norm(self, step: Step) -> None:
+        x = step.values[0]
+        place, dim = step.places[0], _whole(step, "dim") or self.rows(x)
+        self.heads(x, dim)
+        tensors = self.tensors("tensor" if place.tensor else "norm", place.path)
+        named = given(**dict(zip(("weight", "bias"), tensors, strict=False)))
+        for part, tensor in named.items():
+            check_floating(_OP, **{f"{place}: {part}": tensor})
+            check_shape(_OP, f"{place}: {part}", tensor, (dim,), f"the columns of {x}")
+            check_same_device(_OP, "hidden", self.hidden, **{f"{place}: {part}": tensor})
+        for other in step.values[1:]:
+            self.same_rows(x, other, step)
+        self.make(step.results, [self.rows(x)] * len(step.results), self.tokens[x])
+
+    def same_rows(self, a: str, b: str, step: Step) -> None:
+        if self.rows(a) != self.rows(b) or self.tokens[a] != self.tokens[b]:
+            raise self.wrong(f"{a} and {b} have different shapes in {', '.join(step.results)} = {step.call()}")
+
+    def linear(self, step: Step) -> None:
+        x = step.values[0]
+        made = [self.weight(place, self.rows(x)) for place in step.places]
+        if step.option("activation") in GATES:
+            if made[0] != made[1]:
+                raise self.wrong(f"{step.places[0]} and {step.places[1]} make {made[0]} and {made[1]} columns")
+            made = made[:1]
+        residual = step.option("residual")
+        if isinstance(residual, str) and (self.rows(residual) != made[0] or self.tokens[residual] != self.tokens[x]):
+            expected = f"expected {self.rows(residual)}, the columns of {residual}"
+            raise self.wrong(f"{step.places[0]}: weight has {made[0]} rows, {expected}")
+        self.make(step.results, made, self.tokens[x])
+
+    def weight(self, place: Place, columns: int) -> int:
+        """The rows that a place has, of a weight that takes so many columns."""
+        if place.tensor:
+            raise self.wrong(f"{place} is one tensor, expected a linear layer")
+        weight, scale, bias = self.tensors("linear", place.path)
+        if weight is None:
+            raise self.wrong(f"{place.path}: weight is None, expected a Tensor")
+        if weight.dim() != 2 or weight.shape[1] != columns:
+            raise self.wrong(f"{place.path}: weight has shape {shape_text(weight.shape)}, expected [N, {columns}]")
+        rows = weight.shape[0]
+        if scale is None:
+            check_floating(_OP, **{f"{place.path}: weight": weight})
+            check_same_dtype(_OP, "hidden", self.hidden, **{f"{place.path}: weight": weight})
+        else:
+            check_dtype(_OP, f"{place.path}: weight", weight, torch.int8)
+            check_dtype(_OP, f"{place.path}: scale", scale, torch.float32)
+            check_shape(_OP, f"{place.path}: scale", scale, (rows, 1), "one per row of the weight")
+        check_floating(_OP, **given(**{f"{place.path}: bias": bias}))
+        check_shape(_OP, f"{place.path}: bias", bias, (rows,), "one per row of the weight")
+        for part, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+            check_same_device(_OP, "hidden", self.hidden, **{f"{place.path}: {part}": tensor})
+        if place.rows is None:
+            return rows
+        begin, end, period = place.rows
+        if end > rows or (period and rows % period):
+            raise self.wrong(f"{place}: weight has {rows} rows, which are not of that form")
+        return (end - begin) * (rows // period if period else 1)
+
+    def rope(self, step: Step) -> None:
+        *values, cos, sin = step.values
+        dim = _whole(step, "dim")
+        turned = _whole(step, "rotary") or dim
+        if turned > dim or turned % 2:
+            raise self.wrong(f"rope: {turned} of dim {dim} columns turn, expected an even number of them")
+        for x in values:
+            self.heads(x, dim)
+        for name in (cos, sin):
+            place, _ = self.input(name)
+            self.angles[place] = (place, name, turned)
+        for x, result in zip(values, step.results, strict=True):
+            self.make([result], [self.rows(x)], self.tokens[x])
+
+    def append(self, step: Step) -> None:
+        if self.cache is not None:
+            raise self.wrong("the program appends twice")
+        for name in step.values:
+            if self.tokens.get(name, name) != "":
+                raise self.wrong(f"{name} is of other tokens than hidden")
+        self.cache = [*[self.rows(name) for name in step.values], 0]
+        self.make(step.results, self.cache[:2], "")
+        self.appended = dict.fromkeys(step.results, 1)
+
+    def attention(self, step: Step) -> None:
+        q, k, v, *masks = step.values
+        dim = _whole(step, "dim")
+        q_heads, kv_heads = self.heads(q, dim), self.heads(k, dim)
+        if kv_heads == 0 or q_heads % kv_heads or self.rows(v) % kv_heads:
+            raise self.wrong(
+                f"attention: {q}, {k} and {v} have {self.rows(q)}, {self.rows(k)} and {self.rows(v)} columns, expected "
+                f"heads of dim {dim}, those of {q} a multiple of those of {k} and {v}"
+            )
+        if step.option("window") == 0:
+            raise self.wrong("attention: window is 0, expected the number of keys that a query sees, 1 or more")
+        for mask in masks:
+            place, _ = self.input(mask)
+            source = self.tokens[k]
+            keys: str | int = self.inputs_length(source) if source else "past" if k in self.appended else "tokens"
+            self.masks.append((place, mask, q_heads, keys))
+        for option in ("sinks", "slopes"):
+            at = step.option(option)
+            if isinstance(at, Place):
+                self.vector(at, q_heads, "one for each head")
+        if self.cache is not None and k in self.appended:
+            self.cache[2] = kv_heads
+        self.make(step.results, [q_heads * (self.rows(v) // kv_heads)], self.tokens[q])
+
+    def inputs_length(self, name: str) -> int:
+        tensor = self.input(name)[1]
+        return 0 if tensor is None else tensor.shape[1]
+
+    def elementwise(self, step: Step) -> None:
+        for other in step.values[1:]:
+            self.same_rows(step.values[0], other, step)
+        by = step.option("by")
+        if isinstance(by, Place):
+            self.vector(by, self.rows(step.values[0]), f"the columns of {step.values[0]}")
+        self.make(step.results, [self.rows(step.values[0])], self.tokens[step.values[0]])
+
+
+def _whole(step: Step, name: str) -> int:
+    value = step.option(name, 0)
+    assert isinstance(value, int)
+    return value
+
+
+def check_inputs(needs: Needs, hidden: Tensor, inputs: Sequence[Tensor | None], past: int) -> None:
+    """Angles and masks have the shapes that a layer needs; others were looked at with its parameters."""
+    batch, length, _ = hidden.shape
+    angles = []
+    for place, name, columns in needs.angles:
+        tensor = inputs[place]
+        if tensor is None:
+            raise TypeError(f"{_OP}: {name} is None, expected a Tensor")
+        check_floating(_OP, **{name: tensor})
+        check_same_device(_OP, "hidden", hidden, **{name: tensor})
+        if tensor.dim() != 3 or not broadcasts(tensor.shape[0], batch) or tensor.shape[1] != length:
+            expected = f"[{batch} or 1, {length}, {columns}]"
+            raise ValueError(f"{_OP}: {name} has shape {shape_text(tensor.shape)}, expected {expected}")
+        if tensor.shape[2] not in (columns, columns // 2):
+            raise ValueError(f"{_OP}: {name} has width {tensor.shape[2]}, expected {columns} or {columns // 2}")
+        angles.append((name, tensor))
+    for name, tensor in angles[1:]:
+        check_same_dtype(_OP, angles[0][0], angles[0][1], **{name: tensor})
+    for place, name, heads, of in needs.masks:
+        mask = inputs[place]
+        if mask is None:
+            continue
+        keys = of if isinstance(of, int) else length + (past if of == "past" else 0)
+        check_dtype(_OP, name, mask, *dict.fromkeys((torch.bool, hidden.dtype, torch.float32)))
+        check_same_device(_OP, "hidden", hidden, **{name: mask})
+        full = (batch, heads, length, keys)
+        if mask.dim() != 4 or not all([broadcasts(*sizes) for sizes in zip(mask.shape, full, strict=True)]):
+            raise ValueError(
+                f"{_OP}: {name} has shape {shape_text(mask.shape)}, expected one of 4 dimensions that broadcasts to "
+                f"{shape_text(full)} (batch, query heads, queries, keys)"
+            )
+
+
+def caches_of(programs: Sequence[Program], caches: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Of each layer keys and values, or these and their scales; none where it appends nothing, or there are none."""
+    holders = [any(step.op == "append" for step in program.steps) for program in programs]
+    count = sum(holders)
+    each = len(caches) // count if count else 0
+    if len(caches) != each * count or each not in (0, 2, 4):
+        expected = f"expected none, or 2 or 4 for each of {count} layers that append"
+        raise ValueError(f"{_OP}: caches has {len(caches)} elements, {expected}")
+    found: list[Sequence[Tensor]] = []
+    first = 0
+    for holds in holders:
+        found.append(caches[first : first + each * holds])
+        first += each * holds
+    return found
+
+
+def check_caches(needs: Sequence[Needs], hidden: Tensor, caches: Sequence[Sequence[Tensor]], past: int) -> None:
+    """The caches, those of each layer, fit what joins them."""
+    right: tuple[Any, ...] = ()  # the layer before this one, which tends to be like it
+    for i, (each, tensors) in enumerate(zip(needs, caches, strict=True)):
+        like = (each, *[(t.shape, t.dtype, t.device) for t in tensors])
+        if like != right:
+            _check_cache(each, hidden, tensors, past, f" of layer {i}")
+            right = like
+
+
+def _check_cache(needs: Needs, hidden: Tensor, tensors: Sequence[Tensor], past: int, where: str) -> None:
+    if needs.cache is None:
+        return
+    if not tensors:
+        if past:
+            raise ValueError(f"{_OP}: past is {past}, expected 0 where there are no caches")
+        return
+    batch, length, _ = hidden.shape
+    for i, (kind, columns) in enumerate(zip(_CACHES, needs.cache, strict=False)):
+        cache, name = tensors[i], f"{kind}{where}"
+        scale = tensors[2 + i] if len(tensors) > 2 else None
+        heads = needs.cache[2] or (cache.shape[1] if cache.dim() == 4 else 1)
+        check_dtype(_OP, name, cache, hidden.dtype if scale is None else torch.int8)
+        check_same_device(_OP, "hidden", hidden, **{name: cache, f"the scales of the {name}": scale})
+        if cache.dim() != 4 or tuple(cache.shape[:2]) != (batch, heads) or heads * cache.shape[3] != columns:
+            expected = f"[{batch}, {heads}, capacity, {columns // max(heads, 1)}]"
+            raise ValueError(f"{_OP}: {name} has shape {shape_text(cache.shape)}, expected {expected}")
+        if cache.shape[2] < past + length:
+            expected = f"expected at least {past + length} (past and hidden's length)"
+            raise ValueError(f"{_OP}: {name} has room for {cache.shape[2]} tokens, {expected}")
+        if scale is not None:
+            check_dtype(_OP, f"the scales of the {name}", scale, torch.float32)
+            shape = cache.shape[:3]
+            check_shape(_OP, f"the scales of the {name}", scale, shape, f"that of {name} without its last dimension")

@@ -1,0 +1,290 @@
+"""Runs a program step by step: by the ops' definitions (`reference`), or through the dispatcher (`dispatched`).
+
+    run(program, {"hidden": hidden, "cos": cos, "sin": sin, "mask": mask}, weights, cache)
+
+With `dispatched` gradients, torch.compile, `explain` and every backend work as they do for the ops themselves; with
+`reference` in float64 it judges the native executors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmkern.dispatch import dispatch, implementation
+from llmkern.programs.program import GATES, OPERATORS, Place, Program, Step
+
+__all__ = ["ACTIVATION_FUNCTIONS", "Cache", "Call", "Weights", "attend", "dispatched", "reference", "run"]
+
+Call = Callable[..., Any]
+Values = Mapping[str, Tensor | None]
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class Weights(Protocol):
+    """What a program's places stand for in one layer."""
+
+    def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
+        """x · weightᵀ + bias, by all rows of the linear layer."""
+
+    def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of a norm."""
+
+    def tensor(self, path: str) -> Tensor:
+        """One tensor."""
+
+
+class Cache(Protocol):
+    """Keys and values of one layer, [B, Hkv, tokens, D] all of them."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last."""
+
+    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of an encoder's tokens."""
+
+
+def reference(op: str, **call: Any) -> Any:
+    """The definition's result."""
+    return implementation(op, "reference").fn(**call)
+
+
+def dispatched(op: str, **call: Any) -> Any:
+    """The result of whichever backend serves the call."""
+    return dispatch(op, **call)
+
+
+def run(
+    program: Program, inputs: Values, weights: Weights, cache: Cache | None = None, call: Call = reference
+) -> Tensor:
+    """What the program returns for these inputs, [B, S, columns] as its hidden states are.
+
+    inputs: by the names in the program's head; an optional one may be None.
+    cache: of this layer; without one `append` and `keep` give what they are given.
+    """
+    known: dict[str, Any] = dict(inputs)
+    layer = _Layer(program, weights, cache, call)
+    for step in program.steps:
+        results = getattr(layer, step.op, layer.activation)(step, *[known[name] for name in step.reads()])
+        known.update(zip(step.results, results if isinstance(results, tuple) else (results,), strict=True))
+    out: Tensor = known[program.result]
+    return out
+
+
+class _Layer:
+    """The operators of `OPERATORS`; each takes its step and the values that it reads."""
+
+    def __init__(self, program: Program, weights: Weights, cache: Cache | None, call: Call) -> None:
+        self.program, self.weights, self.cache, self.call = program, weights, cache, call
+
+    def rms_norm(self, step: Step, x: Tensor) -> Tensor:
+        weight, bias = self.weights.norm(step.places[0].path)
+        offset = step.option("offset", 0.0)
+        normed: Tensor = self.call(
+            "rms_norm", x=_per_head(x, step), weight=weight, bias=bias, eps=step.option("eps"), weight_offset=offset
+        )
+        return normed.reshape(x.shape)
+
+    def layer_norm(self, step: Step, x: Tensor) -> Tensor:
+        weight, bias = self.weights.norm(step.places[0].path)
+        normed: Tensor = self.call("layer_norm", x=_per_head(x, step), weight=weight, bias=bias, eps=step.option("eps"))
+        return normed.reshape(x.shape)
+
+    def add_rms_norm(self, step: Step, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.rms_norm(step, total), total
+
+    def add_layer_norm(self, step: Step, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.layer_norm(step, total), total
+
+    def linear(self, step: Step, x: Tensor, residual: Tensor | None = None) -> Any:
+        products: dict[str, Tensor] = {}
+        found = []
+        for place in step.places:
+            if place.path not in products:
+                products[place.path] = self.weights.linear(place.path, x, self.call)
+            found.append(_rows(products[place.path], place))
+        activation = step.option("activation")
+        if activation in GATES:
+            found = [self.activation_of(GATES[str(activation)], found[0]) * found[1]]
+        elif activation is not None:
+            found = [self.activation_of(str(activation), y) for y in found]
+        if (multiplier := _number(step, "multiplier")) is not None:
+            found = [y * multiplier for y in found]
+        if residual is not None:
+            found = [residual + y for y in found]
+        return tuple(found)
+
+    def rope(self, step: Step, *values: Tensor) -> Any:
+        *rows, cos, sin = values
+        dim = _whole(step, "dim")
+        heads = [_heads(x, dim) for x in rows]
+        turned = self.call(
+            "rope",
+            q=heads[0],
+            k=heads[-1],
+            cos=cos,
+            sin=sin,
+            rotary_dim=dim if step.option("rotary") is None else _whole(step, "rotary"),
+            interleaved=bool(step.option("interleaved", False)),
+        )
+        return tuple([_tokens(x) for x in turned[: len(rows)]])
+
+    def append(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (k, v) if self.cache is None else self.cache.append(*self.cached(step, k, v))
+
+    def keep(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (k, v) if self.cache is None else self.cache.keep(*self.cached(step, k, v))
+
+    def cached(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as a cache holds them: their heads are as wide as the attention that reads them says."""
+        later = self.program.steps[self.program.steps.index(step) :]
+        reader = next(s for s in later if s.op == "attention" and s.values[1] == step.results[0])
+        heads = _heads(k, _whole(reader, "dim"))
+        return heads, _heads(v, v.shape[-1] // heads.shape[1])
+
+    def attention(self, step: Step, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Tensor:
+        mask = others[0] if len(step.values) == 4 else None
+        bias = others[-1] if step.option("bias") is not None else None
+        dim = _whole(step, "dim")
+        q, k = _heads(q, dim), _heads(k, dim)
+        v = _heads(v, v.shape[-1] // k.shape[1])
+        slopes, sinks = step.option("slopes"), step.option("sinks")
+        if isinstance(slopes, Place):
+            steps = torch.arange(1 - k.shape[2], 1, device=q.device, dtype=torch.float32)
+            bias = (self.weights.tensor(slopes.path).float()[:, None, None] * steps)[None].to(q.dtype)
+        out = attend(
+            q,
+            k,
+            v,
+            mask,
+            scale=step.option("scale"),
+            causal=bool(step.option("causal", False)),
+            window=step.option("window"),
+            softcap=step.option("softcap", 0.0),
+            sinks=self.weights.tensor(sinks.path) if isinstance(sinks, Place) else None,
+            bias=bias,
+            call=self.call,
+        )
+        return _tokens(out)
+
+    def add(self, step: Step, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def mul(self, step: Step, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def scale(self, step: Step, x: Tensor) -> Tensor:
+        by = step.option("by")
+        return x * (self.weights.tensor(by.path) if isinstance(by, Place) else (_number(step, "by") or 0.0))
+
+    def clamp(self, step: Step, x: Tensor) -> Tensor:
+        return x.clamp(_number(step, "low"), _number(step, "high"))
+
+    def activation(self, step: Step, x: Tensor) -> Tensor:
+        return self.activation_of(step.op, x)
+
+    def activation_of(self, kind: str, x: Tensor) -> Tensor:
+        if kind in ("gelu", "gelu_tanh"):
+            y: Tensor = self.call("gelu", x=x, approximate="tanh" if kind == "gelu_tanh" else "none")
+            return y
+        wide = x if x.dtype == torch.float64 else x.float()
+        return ACTIVATION_FUNCTIONS[kind](wide).to(x.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: Any,
+    causal: bool = False,
+    window: Any = None,
+    softcap: Any = 0.0,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    call: Call = reference,
+) -> Tensor:
+    """The `attention` op as a program's step means it: a mask that is given says everything, and a bias is added.
+
+    q, k, v: [B, heads, tokens, D].  Returns [B, heads, queries, columns of v]."""
+    masked = mask is not None
+    if bias is not None:
+        if bias.dim() == 3 and bias.shape[0] == q.shape[0] * q.shape[1]:
+            bias = bias.unflatten(0, (q.shape[0], q.shape[1]))
+        bias = bias[..., : k.shape[2]].to(q.dtype)
+        if mask is None:
+            mask = bias.expand(-1, -1, q.shape[2], -1)
+            if causal and q.shape[2] > 1:
+                hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+                mask = mask.masked_fill(hidden.triu(k.shape[2] - q.shape[2] + 1), -math.inf)
+        else:
+            mask = torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else bias + mask
+    causal = causal and not masked
+    out, _ = call(
+        "attention",
+        q=q,
+        k=k,
+        v=v,
+        attn_mask=mask,
+        key_padding_mask=None,
+        sinks=sinks,
+        causal=causal,
+        sm_scale=float(scale),
+        window=[int(window) - 1, -1] if window is not None and causal else [-1, -1],
+        softcap=float(softcap),
+        return_lse=False,
+    )
+    attended: Tensor = out
+    return attended
+
+
+def _whole(step: Step, name: str) -> int:
+    value = step.option(name)
+    assert isinstance(value, int), OPERATORS[step.op]
+    return value
+
+
+def _number(step: Step, name: str) -> float | None:
+    value = step.option(name)
+    return value if isinstance(value, float) else None
+
+
+def _per_head(x: Tensor, step: Step) -> Tensor:
+    dim = step.option("dim")
+    return x if dim is None else x.unflatten(-1, (-1, int(dim)))  # type: ignore[arg-type]
+
+
+def _heads(x: Tensor, dim: int) -> Tensor:
+    """[B, S, heads * dim] as [B, heads, S, dim]; what has 4 dimensions (all of a cache's) has that form already."""
+    return x if x.dim() == 4 else x.unflatten(-1, (-1, dim)).transpose(1, 2)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """The inverse of `_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _rows(x: Tensor, place: Place) -> Tensor:
+    if place.rows is None:
+        return x
+    begin, end, period = place.rows
+    if not period:
+        return x[..., begin:end]
+    return x.unflatten(-1, (-1, period))[..., begin:end].flatten(-2)
