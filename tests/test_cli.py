@@ -191,7 +191,7 @@ def test_info(llmkern_) -> None:
 
 
 class TestCheck:
-    KEYS = ("model", "swapped", "left", "accuracy", "perplexity", "restored_bit_equal", "verdict")
+    KEYS = ("model", "swapped", "left", "accuracy", "perplexity", "divergence", "restored_bit_equal", "verdict")
 
     def test_language_model(self, llmkern_, llama, tmp_path) -> None:
         saved = tmp_path / "folder" / "check.json"
@@ -304,7 +304,7 @@ class TestGenerate:
         (["why", "attention", "--shape", "1,2,2,4,4,8", "--arg", "window=x"], "expected a whole number or"),
         (["why", "rms_norm", "--shape", "1,8", "--arg", "eps=-1"], "eps is -1.0, expected"),
         (["check", "/no/such/model"], "MODEL /no/such/model does not exist"),
-        (["check", "demo:nosuch"], "expected demo:smollm2 or demo:minilm"),
+        (["check", "demo:nosuch"], "expected demo:smollm2 or demo:smollm2-offgrid or demo:minilm"),
         (["check", "{empty}"], "has no config.json"),
         (["check", "{corrupt}"], "cannot load MODEL"),
         (["check", "{incomplete}"], "lacks 1 weights, model.norm.weight among them"),

@@ -19,6 +19,7 @@ from llmkern.cli.output import print_json, save, say, task, working
 from llmkern.swap import SwapReport, optimize_, restore_
 from llmkern.swap.report import current as swap_report
 from llmkern.table import render
+from llmkern.testing.perplexity import Divergence, divergence, perplexity
 from llmkern.verify import Accuracy, outputs_of, verify
 
 __all__ = ["Check", "check", "run_check"]
@@ -37,12 +38,14 @@ class Check:
 
     perplexity: of "original", "optimized" and "int8", None where a model has none or it was not asked for; and of the
         optimized model with an "int8 cache", where that was.
+    divergence: of the int8 model from the original, where it was asked for and the model has a perplexity.
     """
 
     model: str
     report: SwapReport
     accuracy: Accuracy
     perplexity: dict[str, float | None]
+    divergence: Divergence | None
     int8: Any
     restored_bit_equal: bool
 
@@ -68,6 +71,7 @@ class Check:
             "left": [row for row in rows if row["action"] == "left"],
             "accuracy": {name: numbers[name] for name in ("max_abs", "rel", "kl", "top1")},
             "perplexity": self.perplexity,
+            "divergence": None if self.divergence is None else asdict(self.divergence),
             "restored_bit_equal": self.restored_bit_equal,
             "verdict": not self.failures,
         }
@@ -79,6 +83,10 @@ class Check:
         rows = [(name, f"{value:.4f}") for name, value in self.perplexity.items() if value is not None]
         if rows:
             parts.append(render("perplexity", ("model", "perplexity"), rows))
+        if (d := self.divergence) is not None:
+            headers = ("mean KL, nats", "99.9th percentile", "same top token")
+            row = (f"{d.mean:.3g}", f"{d.p999:.3g}", f"{d.same_top:.2%}")
+            parts.append(render("int8 against the original", headers, [row]))
         parts.append(f"restored bit-equal: {'yes' if self.restored_bit_equal else 'no'}")
         parts.append("\n".join(f"FAIL  {failure}" for failure in self.failures) or "OK    within the rule")
         return "\n".join(parts)
@@ -143,22 +151,23 @@ def run_check(loaded: Loaded, *, tokens: int, int8: bool, int8_cache: bool = Fal
     assert report is not None
     with working("comparing with the original, and both with float64"):
         accuracy = verify(model, original, **inputs)
-    perplexity: dict[str, float | None] = {"original": None, "optimized": None, "int8": None}
+    values: dict[str, float | None] = {"original": None, "optimized": None, "int8": None}
     if loaded.is_language_model:
-        perplexity["original"] = _perplexity(original, ids, "perplexity of the original")
-        perplexity["optimized"] = _perplexity(model, ids, "perplexity of the optimized model")
+        values["original"] = _perplexity(original, ids, "perplexity of the original")
+        values["optimized"] = _perplexity(model, ids, "perplexity of the optimized model")
         if int8_cache:
             from llmkern.integrations.transformers.cache import KVCache
 
             what = "perplexity of the optimized model with an int8 cache"
-            perplexity["int8 cache"] = _perplexity(model, ids, what, lambda: KVCache(original.config, dtype="int8"))
+            values["int8 cache"] = _perplexity(model, ids, what, lambda: KVCache(original.config, dtype="int8"))
     restore_(model)
     restored = _bit_equal(model, original, inputs)
     del model
-    quantized = None
+    quantized, apart = None, None
     if int8:
-        quantized, perplexity["int8"] = _int8(loaded, ids)
-    return Check(loaded.name, report, accuracy, perplexity, quantized, restored)
+        quantized, apart = _int8(loaded, ids)
+        values["int8"] = None if apart is None else apart.perplexity
+    return Check(loaded.name, report, accuracy, values, apart, quantized, restored)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -183,12 +192,14 @@ def _inputs(loaded: Loaded, ids: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
-def _perplexity(model: nn.Module, ids: Tensor, what: str, cache: Callable[[], Any] | None = None) -> float:
-    from llmkern.testing.perplexity import perplexity
+def _context(model: nn.Module) -> int:
+    limit: Any = getattr(model.config, "max_position_embeddings", None)
+    return min(CONTEXT, limit or CONTEXT)
 
-    limit = getattr(model.config, "max_position_embeddings", None) or CONTEXT
+
+def _perplexity(model: nn.Module, ids: Tensor, what: str, cache: Callable[[], Any] | None = None) -> float:
     with task(what) as progress:
-        return perplexity(model, ids, context=min(CONTEXT, limit), cache=cache, progress=progress)
+        return perplexity(model, ids, context=_context(model), cache=cache, progress=progress)
 
 
 def _bit_equal(model: nn.Module, original: nn.Module, inputs: dict[str, Tensor]) -> bool:
@@ -202,13 +213,13 @@ def _bit_equal(model: nn.Module, original: nn.Module, inputs: dict[str, Tensor])
     )
 
 
-def _int8(loaded: Loaded, ids: Tensor) -> tuple[Any, float | None]:
-    """The report of quantizing a copy, and the copy's perplexity with kernels swapped in."""
+def _int8(loaded: Loaded, ids: Tensor) -> tuple[Any, Divergence | None]:
+    """The report of quantizing a copy, and how the copy with kernels swapped in differs from the model."""
     model = copy.deepcopy(loaded.model)
     report = quantize(model, loaded)
     optimize_(model, on_unsupported="ignore")
     if not loaded.is_language_model:
         say("int8 is judged by perplexity, which this kind of model does not have")
         return report, None
-    value = _perplexity(model, ids, "perplexity in int8")
-    return report, value
+    with task("perplexity in int8, and the divergence from the original") as progress:
+        return report, divergence(model, loaded.model, ids, context=_context(model), progress=progress)

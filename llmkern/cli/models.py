@@ -1,4 +1,4 @@
-"""MODEL on the command line: a local folder or GGUF file, a Hugging Face name, or one of the two demo models."""
+"""MODEL on the command line: a local folder or GGUF file, a Hugging Face name, or one of the demo models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "load", "quantize", "token_ids"]
 
-HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2 or demo:minilm."
+HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2, demo:smollm2-offgrid or demo:minilm."
 DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
 DTYPE_HELP = "float32, bfloat16 or float16; auto takes the checkpoint's own."
 CALIBRATION_ARTICLES = 8
 CALIBRATION_TOKENS = 512
-DEMOS = ("demo:smollm2", "demo:minilm")
+DEMOS = ("demo:smollm2", "demo:smollm2-offgrid", "demo:minilm")
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,14 @@ def _transformers() -> Any:
 
 
 def _load_demo(name: str, dtype: torch.dtype | None) -> Loaded:
+    from llmkern.testing.off_grid import rescale_
     from llmkern.testing.real_models import load_minilm, load_smollm2
 
     if name == "demo:smollm2":
         return Loaded(name, *load_smollm2(dtype or torch.float32))
+    if name == "demo:smollm2-offgrid":
+        original, words = load_smollm2(torch.float32)
+        return Loaded(name, rescale_(original).to(dtype or torch.float32), words)  # type: ignore[arg-type]
     if name == "demo:minilm":
         model, tokenizer = load_minilm()
         return Loaded(name, model.to(dtype or torch.float32), tokenizer)  # type: ignore[arg-type]
