@@ -16,6 +16,7 @@ from llmkern.ops.layer_norm_quant import layer_norm_quant as layer_norm_quant
 from llmkern.ops.layers_ import layers_ as layers_
 from llmkern.ops.linear import linear as linear
 from llmkern.ops.quantize_int8 import quantize_int8 as quantize_int8
+from llmkern.ops.quantized_linear import quantized_linear as quantized_linear
 from llmkern.ops.rms_norm import rms_norm as rms_norm
 from llmkern.ops.rms_norm_quant import rms_norm_quant as rms_norm_quant
 from llmkern.ops.rope import rope as rope
@@ -39,6 +40,7 @@ __all__ = [
     "layers_",
     "linear",
     "quantize_int8",
+    "quantized_linear",
     "rms_norm",
     "rms_norm_quant",
     "rope",

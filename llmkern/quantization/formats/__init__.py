@@ -41,7 +41,7 @@ class Format:
 
 def formats() -> list[Format]:
     """Every format, in alphabetical order."""
-    return [module.FORMAT for module in import_children(__name__)]
+    return [module.FORMAT for module in import_children(__name__) if hasattr(module, "FORMAT")]
 
 
 def format_of_module(module: nn.Module) -> Format | None:

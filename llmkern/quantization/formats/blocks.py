@@ -1,0 +1,123 @@
+"""int8 in blocks of 32 and int4 in groups: packed from a floating-point weight by a search for the scales.
+
+The search is what llama.cpp (`make_qx_quants`) and opt-RTN do without calibration: of several ranges, each followed by
+the scale of least squares for its codes, the one with the least squared error, group by group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmkern.packed import BLOCK, PackedWeight
+
+__all__ = ["pack_int4", "pack_int8_blocks", "why_not_in_blocks"]
+
+RANGES = tuple(0.70 + 0.05 * i for i in range(8))
+"""Of the largest magnitude in a group, the ranges that are tried; what is beyond is clipped."""
+
+SMALLEST, LARGEST = 2.0**-12, 65504.0
+"""Scales are kept in fp16 where the weight's largest is between these, so that those of smaller groups lose nothing
+that counts beside it; else in fp32."""
+
+
+def why_not_in_blocks(rows: int, columns: int, group: int) -> str | None:
+    """The sentence why a weight of this size has no such blocks, or None."""
+    if columns % group:
+        return f"its {columns} columns are no multiple of {group}"
+    return None if rows else "its weight has no elements"
+
+
+def pack_int8_blocks(weight: Tensor) -> PackedWeight:
+    """Round each 32 columns of a weight [n, k] to int8, amax / 127 in fp16: llama.cpp's Q8_0.
+
+    Raises ValueError for other k and for values that are not finite.
+    """
+    groups, kept = _groups("int8-block", weight, BLOCK, 127)
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).to(kept)
+    codes = _rounded(groups, scale, -127, 127)
+    return PackedWeight.from_rows("s8", codes.to(torch.int8).flatten(1), scale.squeeze(-1))
+
+
+def pack_int4(weight: Tensor, group: int = 32, *, symmetric: bool = True) -> PackedWeight:
+    """Round a weight [n, k] to 16 levels with a scale for each `group` columns, and an integer zero point where asked.
+
+    group: 32, 64 or 128.  symmetric: levels −8 … 7 times a scale of either sign, so that the larger end of a group has
+    the further level; else scale · (q − zero), q and zero from 0 to 15.
+    Raises as `pack_int8_blocks` does.
+    """
+    if group not in (32, 64, 128):
+        raise ValueError(f"int4: group is {group!r}, expected 32, 64 or 128")
+    groups, kept = _groups("int4", weight, group, 8)
+    if symmetric:
+        scale = _symmetric_scale(groups, kept)
+        codes = _rounded(groups, scale, -8, 7) + 8
+        return PackedWeight.from_rows("s4", codes.to(torch.uint8).flatten(1), scale.squeeze(-1))
+    scale, zero = _asymmetric(groups, kept)
+    codes = (_quotient(groups, scale) + zero).round().clamp(0, 15)
+    return PackedWeight.from_rows(
+        "u4", codes.to(torch.uint8).flatten(1), scale.squeeze(-1), zero=zero.squeeze(-1).to(torch.uint8)
+    )
+
+
+def _groups(what: str, weight: Tensor, group: int, levels: int) -> tuple[Tensor, torch.dtype]:
+    """The weight in groups, fp32, and the dtype of its scales."""
+    n, k = weight.shape
+    if reason := why_not_in_blocks(n, k, group):
+        raise ValueError(f"{what}: weight of shape [{n}, {k}]: {reason}")
+    groups = weight.detach().float().unflatten(1, (k // group, group))
+    largest = float(groups.abs().max()) / levels if groups.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError(f"{what}: weight has NaN or infinite values, expected finite ones")
+    return groups, torch.float16 if SMALLEST <= largest <= LARGEST / 2 else torch.float32
+
+
+def _quotient(groups: Tensor, scale: Tensor) -> Tensor:
+    return groups / torch.where(scale == 0, 1.0, scale.float())
+
+
+def _rounded(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return _quotient(groups, scale).round().clamp(low, high)
+
+
+def _symmetric_scale(groups: Tensor, kept: torch.dtype) -> Tensor:
+    """The scale of each group with the least squared error that was found."""
+    at = groups.abs().argmax(-1, keepdim=True)
+    extreme = groups.gather(-1, at)
+    best = torch.zeros_like(extreme, dtype=kept)
+    least = torch.full_like(extreme, torch.inf)
+    for size in RANGES:
+        for levels in (-8, 7):  # which end has the extreme value
+            codes = _rounded(groups, extreme * (size / levels), -8, 7)
+            square = codes.square().sum(-1, keepdim=True)
+            scale = (groups * codes).sum(-1, keepdim=True) / square.clamp(min=1)
+            best, least = _better(groups, scale, best, least)
+    for levels in (-8, 7):
+        best, least = _better(groups, extreme / levels, best, least)
+    return best
+
+
+def _better(groups: Tensor, scale: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    scale = scale.to(best.dtype)
+    error = (_rounded(groups, scale, -8, 7) * scale - groups).square().sum(-1, keepdim=True)
+    return torch.where(error < least, scale, best), torch.minimum(error, least)
+
+
+def _asymmetric(groups: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group, of several ranges; 0 is among the values that have a code of their own."""
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    best, best_zero = torch.zeros_like(low, dtype=kept), torch.zeros_like(low)
+    least = torch.full_like(low, torch.inf)
+    for size in (*RANGES, 1.0):
+        scale = ((high - low) * (size / 15)).to(kept)
+        zero = _quotient(-low * size, scale).round().clamp(0, 15)
+        codes = (_quotient(groups, scale) + zero).round().clamp(0, 15) - zero
+        square = codes.square().sum(-1, keepdim=True)
+        for tried in (scale, ((groups * codes).sum(-1, keepdim=True) / square.clamp(min=1)).to(kept)):
+            shown = ((_quotient(groups, tried) + zero).round().clamp(0, 15) - zero) * tried
+            error = (shown - groups).square().sum(-1, keepdim=True)
+            best, best_zero = torch.where(error < least, tried, best), torch.where(error < least, zero, best_zero)
+            least = torch.minimum(error, least)
+    return best, best_zero
