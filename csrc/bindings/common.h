@@ -103,6 +103,11 @@ inline RowTensor as_rows(const Tensor& t) {
   return {copy, *rows_of(copy)};
 }
 
+// With one stride from row to row.
+inline RowTensor evenly_spaced(const RowTensor& t) {
+  return t.rows.size1 == 1 && t.rows.size2 == 1 ? t : as_rows(torch::stable::contiguous(t.tensor));
+}
+
 inline int64_t hidden_of(const Tensor& t) {
   return t.dim() > 0 ? t.size(t.dim() - 1) : 1;
 }

@@ -144,11 +144,6 @@ bool kernel_scheme(const Tensor& x, const std::string& scheme) {
 
 #else
 
-// With one stride from row to row, as the launcher takes it.
-RowTensor evenly_spaced(const RowTensor& t) {
-  return t.rows.size1 == 1 && t.rows.size2 == 1 ? t : as_rows(torch::stable::contiguous(t.tensor));
-}
-
 Tensor run(const Call& call) {
   Arguments a = checked(call);
   const RowTensor added = call.residual ? evenly_spaced(a.residual) : RowTensor{};

@@ -13,6 +13,7 @@ from llmkern.checks import (
     check_dtype,
     check_floating,
     check_has_hidden,
+    check_is_tensor,
     check_same_device,
     check_shape,
     given,
@@ -113,7 +114,9 @@ def _check(
         raise ValueError(f"{op}: n is {n!r}, expected the rows of {panels} panels of {PANEL}")
     of_eight_bits = (torch.int8, torch.uint8)
     for name, value, of_them in (("scale", scale, super_scale), ("offset", offset, super_offset)):
-        if value is not None or name == "scale":
+        if name == "scale":
+            check_is_tensor(op, name, value)
+        if value is not None:
             accepted = FLOATING if of_them is None else (*FLOATING, *of_eight_bits)
             check_dtype(op, name, value, *accepted)
             _check_groups(op, name, value, panels, k, form.smallest_group)

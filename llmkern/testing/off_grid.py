@@ -38,7 +38,7 @@ def rescale_(model: LlamaForCausalLM, seed: int = 0) -> LlamaForCausalLM:
 
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries_per_value = config.num_attention_heads // config.num_key_value_heads
+    values = config.num_key_value_heads or config.num_attention_heads
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for norm, readers in (
@@ -49,9 +49,9 @@ def rescale_(model: LlamaForCausalLM, seed: int = 0) -> LlamaForCausalLM:
             multiply(norm.weight, s)
             for reader in readers:
                 multiply(reader.weight, 1 / s)
-        s = factors(config.num_key_value_heads * dim)
+        s = factors(values * dim)
         multiply(attention.v_proj.weight, s[:, None])
-        by_query = s.view(-1, dim).repeat_interleave(queries_per_value, 0).flatten()
+        by_query = s.view(-1, dim).repeat_interleave(config.num_attention_heads // values, 0).flatten()
         multiply(attention.o_proj.weight, 1 / by_query)
         s = factors(config.intermediate_size)
         multiply(mlp.up_proj.weight, s[:, None])

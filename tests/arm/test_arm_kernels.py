@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmkern import dispatch
 from llmkern.testing.case import Case, Make, cases
+from llmkern.testing.cases.quantized_linear import KINDS, random_packed
 from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, upcast
 from llmkern.testing.judge import assert_right, baseline, reference, written
 
@@ -108,6 +109,26 @@ def weight_only(make: Make, rows: int, n: int, k: int) -> dict[str, Any]:
     w_q = make.randint(-128, 128, n, k, dtype=torch.int8)
     call = {"x": make.randn(rows, k), "w_q": w_q, "w_scale": torch.full((n, 1), k**-0.5 / 73), "bias": make.randn(n)}
     return call | {"activation": "none", "scheme": "w8a16"}
+
+
+@each_cpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights(emulator: Emulator, cpu: str, kind: str) -> None:
+    """Right, and a row has the bits that it has alone."""
+    emulator.use(cpu)
+    make = Make(torch.float32, "cpu", seed=0)
+    with emulator.memory():
+        packed = random_packed(make, kind, 37, 512)
+        groups = {name: packed.tensors.get(name) for name in ("zero", "offset", "super_scale", "super_offset")}
+        call = {"x": make.randn(11, 512), "codes": packed.codes, "scale": packed.scale, **groups, "bias": None}
+        call |= {"residual": make.randn(11, 37), "code": packed.code, "n": packed.n, "activation": "silu"}
+        call["scheme"] = "a8"
+    op = "quantized_linear"
+    every = emulator.op(op, call)
+    assert_as_accurate(every, baseline=baseline(op, call), exact=reference(op, upcast(call)))
+    for rows in (1, 3, 8):
+        alone = emulator.op(op, call | {name: call[name][:rows] for name in ("x", "residual")})
+        assert_same_bits(alone, every[:rows])
 
 
 @each_cpu

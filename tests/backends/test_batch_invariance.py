@@ -17,6 +17,7 @@ from llmkern import _native, dispatch, explain, ops
 from llmkern.config import reload, settings
 from llmkern.testing.case import Make, cases
 from llmkern.testing.cases.layers_ import decoder
+from llmkern.testing.cases.quantized_linear import random_packed
 from llmkern.testing.compare import as_list, assert_same_bits
 
 ROWS = (1, 2, 4, 8, 16, 17, 64)
@@ -51,6 +52,14 @@ def int8_matmul(make: Make) -> Call:
     scales = {name: make.randn(n, 1, dtype=torch.float32) for name, n in (("a_scale", MOST), ("w_scale", OUT))}
     call = {"a_q": codes(make, MOST, HIDDEN), "w_q": codes(make, OUT, HIDDEN), **scales}
     return call | {"bias": None, "residual": make.randn(MOST, OUT), "activation": "silu", "out_dtype": torch.float32}
+
+
+def quantized_linear(make: Make, kind: str) -> Call:
+    packed = random_packed(make, kind, OUT, 768)
+    groups = {name: packed.tensors.get(name) for name in ("zero", "offset", "super_scale", "super_offset")}
+    weight = {"codes": packed.codes, "scale": packed.scale, **groups, "code": packed.code, "n": OUT}
+    call = {"x": make.randn(MOST, 768), **weight, "bias": make.randn(OUT), "residual": make.randn(MOST, OUT)}
+    return call | {"activation": "gelu", "scheme": "a8"}
 
 
 def rope(make: Make) -> Call:
@@ -110,6 +119,10 @@ BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "int8_linear-w8a8": ("int8_linear", lambda make: int8_linear(make, "w8a8")),
     "int8_linear-w8a16": ("int8_linear", lambda make: int8_linear(make, "w8a16")),
     "int8_matmul": ("int8_matmul", int8_matmul),
+    "quantized_linear-q8_0": ("quantized_linear", lambda make: quantized_linear(make, "q8_0")),
+    "quantized_linear-zero": ("quantized_linear", lambda make: quantized_linear(make, "u4-zero-g64")),
+    "quantized_linear-q4_k": ("quantized_linear", lambda make: quantized_linear(make, "q4_k")),
+    "quantized_linear-q6_k": ("quantized_linear", lambda make: quantized_linear(make, "q6_k")),
     "attention": ("attention", attention),
     "attention-one": ("attention", lambda make: attention(make, queries=1)),
     "attention_decode": ("attention_decode", attention_decode),
@@ -123,6 +136,7 @@ BATCHED = {
     **dict.fromkeys(("swiglu", "swiglu_quant"), ("gate", "up")),
     **dict.fromkeys(("gelu", "quantize_int8", "linear", "int8_linear"), ("x",)),
     "rope": ("q", "k"),
+    "quantized_linear": ("x", "residual"),
     "int8_matmul": ("a_q", "a_scale", "residual"),
     "attention": ("q", "k", "v"),
     "attention_decode": ("q", "k_cache", "v_cache", "seq_lens"),

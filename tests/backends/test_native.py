@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llmkern import _native, dispatch
 from llmkern.config import settings
-from llmkern.testing.case import cases
+from llmkern.testing.case import Make, cases
+from llmkern.testing.cases.quantized_linear import random_packed
 from llmkern.testing.compare import assert_same_bits
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,14 @@ def rotated(interleaved: bool) -> tuple[Any, ...]:
     return q, k, torch.randn(1, 77, 66), torch.randn(1, 77, 66), 66, interleaved
 
 
+def packed(rows: int, kind: str) -> tuple[object, ...]:
+    make = Make(torch.float32, "cpu", 0)
+    weight = random_packed(make, kind, 577, 768)
+    groups = [weight.tensors.get(name) for name in ("zero", "offset", "super_scale", "super_offset")]
+    call = (make.randn(rows, 768), weight.codes, weight.scale, *groups, None, make.randn(rows, 577))
+    return *call, weight.code, weight.n, "none", "a8"
+
+
 def in_order(op: str, name: str) -> tuple:
     """The arguments of a case, by position."""
     call = next(case for case in cases(op) if str(case) == name).make()
@@ -150,6 +159,9 @@ SHARED = {
     "linear-many-rows": lambda: (torch.randn(2100, 33), torch.randn(70, 33), None, "none"),
     "int8_linear-w8a16": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a16"),
     "int8_linear-w8a8": lambda: (torch.randn(5, 577), *int8_weight(577, 577), None, "none", "w8a8"),
+    "quantized_linear": lambda: packed(5, "q4_k"),
+    "quantized_linear-many": lambda: packed(33, "q6_k"),
+    "quantized_linear-many-rows": lambda: packed(900, "q8_0"),
 }
 
 

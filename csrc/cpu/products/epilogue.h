@@ -105,6 +105,17 @@ struct Columns {
   alignas(64) float scale[kMost], bias[kMost];
 };
 
+// v, whose last operation is not fused with the next one: gelu ends with a product, and whether a residual added to it
+// made one fma of both would depend on where the columns end.
+inline F32 apart(F32 v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class Scheme, class T, class R, Activation kActivation>
 void finish_rows(const Columns<Scheme>& columns, int c, T* out, const R* residual, const Header* header, int rows,
                  const typename Scheme::Sum* sums, int64_t stride) {
@@ -119,7 +130,7 @@ void finish_rows(const Columns<Scheme>& columns, int c, T* out, const R* residua
       if constexpr (std::is_same_v<R, Nothing>)
         return y;
       else
-        return y + load_at_most(residual + r * s.residual_stride + half * kLanes, n);
+        return apart(y) + load_at_most(residual + r * s.residual_stride + half * kLanes, n);
     };
     if (left >= 2 * kLanes) {
       store_two(out, value(0, kLanes), value(1, kLanes));

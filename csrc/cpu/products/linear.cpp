@@ -13,6 +13,9 @@
 #include "tiles.h"
 
 namespace llmkern::LLMKERN_ISA {
+
+void packed_linear(const LinearParams& p, const Threads& threads);  // packed_linear.cpp
+
 namespace {
 
 // At most so many rows stream the weight, which then sets the pace; with more, packing it pays.
@@ -52,7 +55,10 @@ void with_weight(WeightType type, const F& f) {
       return f.template operator()<Float16>();
     case WeightType::s8:
       return f.template operator()<int8_t>();
+    case WeightType::packed:
+      break;
   }
+  __builtin_unreachable();
 }
 
 template <class Scheme>
@@ -142,6 +148,7 @@ void floats(const LinearParams& p, const Threads& threads) {
 
 void linear(const LinearParams& p, const Threads& threads) {
   if (p.rows.count == 0) return;
+  if (p.weight_type == WeightType::packed) return packed_linear(p, threads);
   p.w8a8 ? integers(p, threads) : floats(p, threads);
 }
 

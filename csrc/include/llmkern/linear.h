@@ -4,22 +4,24 @@
 // Weights are read as they are stored, fp32, bf16, fp16 or int8.  Floating x is multiplied in fp32, or as precisely:
 // bf16 with bf16 or int8, and the three bf16 that an fp32 is the sum of with int8, by instructions that multiply bf16
 // and add in fp32; few rows with int8 in fixed point of 32 bits.  Under w8a8 each row of x is rounded to int8 first, as
-// the op quantize_int8 does, or given as codes (x_q), and the sum of integer products is exact.
+// the op quantize_int8 does, or given as codes (x_q), and the sum of integer products is exact.  With packed weights
+// each 32 numbers of x are rounded to int8; the sums of a block are exact, and added up in fp32 from left to right.
 #pragma once
 
 #include <cstdint>
 
 #include "llmkern/activation.h"
 #include "llmkern/dtype.h"
+#include "llmkern/packed.h"
 #include "llmkern/rows.h"
 #include "llmkern/threads.h"
 
 namespace llmkern {
 
-enum class WeightType : int8_t { f32, bf16, f16, s8 };
+enum class WeightType : int8_t { f32, bf16, f16, s8, packed };
 
 struct LinearSegment {
-  const void* w;                   // [n, k]; row j at j * w_stride, contiguous
+  const void* w;                   // [n, k]; row j at j * w_stride, contiguous; not of a packed weight
   const float* w_scale = nullptr;  // [n]; null for 1
   const void* bias = nullptr;      // [n], bias_dtype; null for 0
   const void* residual = nullptr;  // [rows.count, n], residual_dtype; row r at r * residual_stride; null for 0
@@ -29,6 +31,7 @@ struct LinearSegment {
   int64_t residual_stride = 0;
   int64_t out_stride;
   Activation activation = Activation::none;
+  PackedWeight packed = {};  // of WeightType::packed; segments may differ in everything
 };
 
 // As many products of two int8 add up within an int32, whatever they are.
@@ -42,15 +45,16 @@ struct LinearParams {
   LinearSegment segment[3];
   int segments = 1;
   Rows rows;
-  int64_t k;               // at most kMostExactProducts under w8a8
+  int64_t k;               // at most kMostExactProducts under w8a8; a multiple of 32 with packed weights
   WeightType weight_type;  // of every segment
   DType dtype = DType::f32, out_dtype = DType::f32, bias_dtype = DType::f32, residual_dtype = DType::f32;
-  bool w8a8 = false;  // round x to int8; the weights are s8
+  bool w8a8 = false;  // round each row of x to int8; the weights are s8
   bool sums = false;  // out is int32: the sums of x_q · w themselves, and nothing else is applied
 };
 
-// At most so many bytes lie between two rows of x in the workspace, where they are padded with zeros to whole vectors
-// of any instruction set: int16 codes, or three bf16 for each fp32, and a cache line.
+// Packed weights need the workspace of w8a8.  At most so many bytes lie between two rows of x in the workspace, where
+// they are padded with zeros to whole vectors of any instruction set: int16 codes, or three bf16 for each fp32, and a
+// cache line.
 constexpr int64_t linear_row_bytes(int64_t k, bool w8a8) {
   return ((k + 63) / 64 * (w8a8 ? 2 : 6) | 1) * 64;
 }
