@@ -102,8 +102,8 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
         gencode += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]  # PTX, for devices to come
         device = [nvcc, "-ccbin", compiler, "-Xcompiler", ",".join(HOST), *gencode, *COMMON]
         objects += compile_all(text, "cuda/*.cu", device)
-        for bindings in ("bindings/*.cpp", "bindings/cuda/*.cpp"):
-            objects += compile_all(text, bindings, [*device, *stable, "-DUSE_CUDA", "-DLLMKERN_CUDA"], ".cuda")
+        bindings = [*device, *stable, "-DUSE_CUDA", "-DLLMKERN_CUDA"]
+        objects += compile_all(text, "bindings/*.cpp", bindings, ".cuda")
         link = [nvcc, "-ccbin", compiler, "-cudart", "static"]
     link += ["-shared", f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs=ALL"]
     build(text, "link", output, objects, link, "-ltorch -ltorch_cpu -Xlinker -z -Xlinker defs")

@@ -5,12 +5,6 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-#ifdef LLMKERN_GPU
-constexpr int64_t kMaxLength = kGpuMaxLength;
-#else
-constexpr int64_t kMaxLength = INT32_MAX;
-#endif
-
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& attn_mask,
                                      const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& sinks,

@@ -8,6 +8,13 @@
 namespace llmkern {
 namespace {  // as in device.h
 
+// Keys, and on a GPU queries of all heads and batches, are at most so many.
+#ifdef LLMKERN_GPU
+constexpr int64_t kMaxLength = kGpuMaxLength;
+#else
+constexpr int64_t kMaxLength = INT32_MAX;
+#endif
+
 struct AttentionCall {
   const Tensor &q, &k, &v;
   const std::optional<Tensor>&attn_mask, &key_padding_mask, &sinks;

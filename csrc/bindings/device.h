@@ -1,5 +1,5 @@
 // The device that a binding is compiled for.  Each csrc/bindings/<op>.cpp is compiled once for the CPU, once for CUDA
-// (LLMKERN_CUDA; csrc/bindings/cuda/<op>.cpp for it only) and, in tests, for the SIMT machine (LLMKERN_SIMT), which
+// (LLMKERN_CUDA) and, in tests, for the SIMT machine (LLMKERN_SIMT), which
 // takes CPU tensors; a test may register a copy under another name than llmkern (LLMKERN_NAMESPACE).  What differs is
 // here:
 //   LLMKERN_BINDINGS(m) { m.impl(...); }   where the operators are registered

@@ -11,13 +11,12 @@
 
 #include "int8.h"
 #include "isa.h"
-#include "vec.h"
+#include "norm_parameter.h"
 
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;  // below this, waking a thread costs more than it saves
-constexpr int64_t kKept = 8192;                // of a row, or a parameter, in fp32 on the stack
 
 // Σ f(x[i]).  Four accumulators: one alone would wait for its own addition, four cycles, at every step.  Blocks are
 // added up apart, so that long rows lose no accuracy.
@@ -38,31 +37,6 @@ float sum_of(const T* x, int64_t hidden, const F& f) {
   if (const int n = hidden - i; n > 0) total += first(f(load_first(x + i, n)), n);
   return sum(total);
 }
-
-// weight + offset, or bias.
-template <bool kLong>
-struct Parameter {
-  const void* values;  // fp32 but for long rows; null where there is no such parameter
-  DType dtype;
-  float offset;
-
-  Parameter(const void* given, DType type, float added, int64_t hidden, float* kept)
-      : values(given), dtype(type), offset(added) {
-    if (kLong || !given || (dtype == DType::f32 && offset == 0.0f)) return;
-    for_registers(hidden, [&](int64_t i, int n) { store_at_most(kept + i, widened(i, n), n); });
-    values = kept;
-  }
-
-  F32 widened(int64_t i, int n) const {
-    const auto raw = with_type(dtype, [&]<class P>() { return load_at_most(static_cast<const P*>(values) + i, n); });
-    return raw + offset;
-  }
-
-  F32 at(int64_t i, int n) const {
-    if constexpr (kLong) return widened(i, n);
-    return load_at_most(static_cast<const float*>(values) + i, n);
-  }
-};
 
 template <bool kLong, class T>
 void rows(const NormParams& p, int64_t begin, int64_t end) {

@@ -112,7 +112,7 @@ def activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
         return torch.ops.aten.silu_backward(dy, z)
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, z, 0)
-    return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return dispatch("gelu_backward", dy=dy, x=z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _fake(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str, scheme: str) -> Tensor:

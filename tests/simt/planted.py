@@ -60,8 +60,7 @@ def build_operators() -> Operators:
     """The kernels, with every fault off, and their bindings."""
     folder = ROOT / "build" / "simt" / "planted"
     kernels = copy_of_the_kernels(folder)
-    bindings = [path for pattern in ("bindings/*.cpp", "bindings/cuda/*.cpp") for path in (ROOT / "csrc").glob(pattern)]
-    sources = [*kernels, *sorted(bindings)]
+    sources = [*kernels, *sorted((ROOT / "csrc" / "bindings").glob("*.cpp"))]
     return Operators(build("operators", sources, torch_flags(), TORCH_LIBRARIES, first=[folder / "cuda"]))
 
 

@@ -139,21 +139,6 @@ void add_values(Rows<Scheme>& rows, const T* v, int64_t stride, int count, int64
                          rows.out);
 }
 
-// Scales the scores and adds a mask that differs between rows: squares of kLanes rows and keys, read along the keys.
-inline void add_mask(const Call& c, Seen& rows, float* scores, int64_t j0, int count, F32 scale) {
-  for (int r0 = 0; r0 < rows.count; r0 += kLanes)
-    for (int j = 0; j < count; j += kLanes) {
-      const int n = count - j < kLanes ? count - j : kLanes;
-      F32 square[kLanes];
-      for (int r = 0; r < kLanes; ++r) square[r] = bias(c.p, rows.mask_at[r0 + r], j0 + j, n);
-      transpose(square);
-      for (int l = 0; l < n; ++l) {
-        float* s = scores + (j + l) * kM + r0;
-        store(s, load(s) * scale + square[l]);
-      }
-    }
-}
-
 // The largest of `count` scores, a row's in each lane, NaN left out: it comes back with its weight.
 inline F32 largest(const float* scores, int count) {
   F32 top[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};

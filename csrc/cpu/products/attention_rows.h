@@ -152,6 +152,22 @@ inline F32 bias(const AttentionParams& p, int64_t at, int64_t j, int n) {
   return with_type(p.mask_dtype, [&]<class M>() { return numbers(static_cast<const M*>(p.mask) + at); });
 }
 
+// Scales the scores, [key][row], and adds a mask that differs between rows: squares of kLanes rows and keys, read along
+// the keys.
+inline void add_mask(const Call& c, Seen& rows, float* scores, int64_t j0, int count, F32 scale) {
+  for (int r0 = 0; r0 < rows.count; r0 += kLanes)
+    for (int j = 0; j < count; j += kLanes) {
+      const int n = count - j < kLanes ? count - j : kLanes;
+      F32 square[kLanes];
+      for (int r = 0; r < kLanes; ++r) square[r] = bias(c.p, rows.mask_at[r0 + r], j0 + j, n);
+      transpose(square);
+      for (int l = 0; l < n; ++l) {
+        float* s = scores + (j + l) * kM + r0;
+        store(s, load(s) * scale + square[l]);
+      }
+    }
+}
+
 // Fills key_bias for keys [j0, j0 + count); false where no row sees any of them.
 inline bool set_key_bias(const Call& c, Seen& rows, int64_t j0, int count) {
   const AttentionParams& p = c.p;

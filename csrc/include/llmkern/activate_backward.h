@@ -9,6 +9,7 @@
 #include "llmkern/dtype.h"
 #include "llmkern/gpu.h"
 #include "llmkern/rows.h"
+#include "llmkern/threads.h"
 
 namespace llmkern {
 
@@ -22,9 +23,10 @@ struct ActivateBackwardParams {
   Rows dy_rows, x_rows, up_rows;
   int64_t hidden;
   DType dtype;
-  Activation activation;  // gelu, gelu_tanh or silu
+  Activation activation;  // gelu, gelu_tanh or silu; on the CPU relu too
 };
 
+void launch_activate_backward(const ActivateBackwardParams& p, const Threads& threads);
 void launch_activate_backward(const ActivateBackwardParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

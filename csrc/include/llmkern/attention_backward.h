@@ -9,6 +9,7 @@
 
 #include "llmkern/attention.h"
 #include "llmkern/gpu.h"
+#include "llmkern/threads.h"
 
 namespace llmkern {
 
@@ -21,7 +22,7 @@ struct AttentionBackwardParams {
   void* dv;                 // [batch, kv_heads, keys, value_dim]
   void* dmask;              // mask_sizes, mask_dtype, contiguous; null where it is not wanted
   void* dsinks;             // [heads], sinks_dtype; null for no sinks
-  float* workspace;         // attention_backward_workspace_floats(forward)
+  float* workspace;         // attention_backward_workspace_floats(forward, dmask wanted, where it runs)
   HeadStrides dout_strides;
   struct {
     int64_t batch, head, query, key;  // 1 where the mask is broadcast, else those of the scores
@@ -29,10 +30,31 @@ struct AttentionBackwardParams {
 };
 
 // For each row: the shift of its scores, a factor of its weights, and Δ.
-constexpr int64_t attention_backward_workspace_floats(const AttentionParams& p) {
+inline int64_t attention_backward_workspace_floats(const AttentionParams& p, bool, const Gpu&) {
   return 3 * p.batch * p.heads * p.queries;
 }
 
+// On the CPU dk and dv are sums of splits of the rows, so many for each key head by the sizes alone.
+constexpr int64_t attention_backward_splits(const AttentionParams& p) {
+  const int64_t heads = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.queries;
+  const int64_t wanted = heads > 0 ? (16 + heads - 1) / heads : 1, most = rows / 128;
+  return wanted <= most ? wanted : most > 1 ? most : 1;
+}
+
+// Floats from one key's sums to the next key's.
+constexpr int64_t attention_backward_stride(int64_t dim) {
+  return (dim + 15) / 16 * 16;
+}
+
+// The splits' sums, the gradient of each row's sink, and of each score where a mask has one.
+inline int64_t attention_backward_workspace_floats(const AttentionParams& p, bool mask_grad, const Threads&) {
+  const int64_t rows = p.batch * p.heads * p.queries;
+  const int64_t of_key = attention_backward_stride(p.dim) + attention_backward_stride(p.value_dim);
+  return attention_backward_splits(p) * p.batch * p.kv_heads * p.keys * of_key + (p.sinks ? rows : 0) +
+         (mask_grad ? rows * p.keys : 0);
+}
+
+void launch_attention_backward(const AttentionBackwardParams& p, const Threads& threads);
 void launch_attention_backward(const AttentionBackwardParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

@@ -12,6 +12,7 @@
 #include "llmkern/norm.h"
 #include "llmkern/plan.h"
 #include "llmkern/rows.h"
+#include "llmkern/threads.h"
 
 namespace llmkern {
 
@@ -22,7 +23,7 @@ struct NormBackwardParams {
   void* dx;            // [rows, hidden], dtype, contiguous
   void* dweight;       // [hidden], weight_dtype; null where it is not wanted
   void* dbias;         // [hidden], bias_dtype; null where it is not wanted
-  float* workspace;    // norm_backward_workspace_floats(rows, hidden, sm_count); any, for no parameters
+  float* workspace;    // norm_backward_workspace_floats(rows, hidden, where it runs); any, for no parameters
   Rows dy_rows, x_rows;
   int64_t hidden;
   DType dtype, weight_dtype, bias_dtype;
@@ -32,10 +33,21 @@ struct NormBackwardParams {
 };
 
 // One row of sums for dweight and one for dbias of each block.
-constexpr int64_t norm_backward_workspace_floats(int64_t rows, int64_t hidden, int sm_count) {
-  return 2 * plan_norm_backward_blocks(rows, kNormBackward, sm_count) * hidden;
+inline int64_t norm_backward_workspace_floats(int64_t rows, int64_t hidden, const Gpu& gpu) {
+  return 2 * plan_norm_backward_blocks(rows, kNormBackward, gpu.sm_count) * hidden;
 }
 
+// On the CPU the same for each part of the rows: 16 rows and more, so that its sums cost little beside them, and at
+// most 64 parts, whatever the number of threads.
+constexpr int64_t norm_backward_parts(int64_t rows) {
+  return rows < 16 ? rows > 0 : rows < 64 * 16 ? rows / 16 : 64;
+}
+
+inline int64_t norm_backward_workspace_floats(int64_t rows, int64_t hidden, const Threads&) {
+  return 2 * norm_backward_parts(rows) * hidden;
+}
+
+void launch_norm_backward(const NormBackwardParams& p, const Threads& threads);
 void launch_norm_backward(const NormBackwardParams& p, const Gpu& gpu);
 
 }  // namespace llmkern

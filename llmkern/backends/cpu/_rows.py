@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "refuse_norm", "refuse_strided"]
+__all__ = ["DTYPES", "refuse_norm", "refuse_norm_backward", "refuse_strided"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,3 +33,8 @@ def refuse_norm(
         if parameter is not None and not parameter.is_contiguous():
             return f"{name} is not contiguous"
     return None
+
+
+def refuse_norm_backward(dy: Tensor, **call: Any) -> str | None:
+    """What the gradients of the normalisations cannot take."""
+    return refuse_strided(dy=dy) or refuse_norm(**call)

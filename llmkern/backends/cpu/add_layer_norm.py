@@ -12,5 +12,6 @@ implements(
     dtypes=DTYPES,
     refuse=refuse_norm,
     slower=MeasuredSizes("add_layer_norm", "x"),
+    has_backward=True,
     rows_alone="always",
 )(native("add_layer_norm"))

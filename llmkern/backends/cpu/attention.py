@@ -33,4 +33,13 @@ def _refuse(
     return refuse_heads(sinks, q=q, k=k, v=v)
 
 
-implements("attention", CPU, dtypes=DTYPES, refuse=_refuse, rows_alone="always")(native("attention"))
+# Without a log-sum-exp the backward would have to walk all scores once more.
+implements(
+    "attention",
+    CPU,
+    dtypes=DTYPES,
+    refuse=_refuse,
+    has_backward=True,
+    rows_alone="always",
+    for_gradient={"return_lse": True},
+)(native("attention"))

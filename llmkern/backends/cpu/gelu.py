@@ -14,6 +14,14 @@ def refuse(x: Tensor, approximate: str) -> str | None:
     return refuse_strided(x=x)
 
 
+def refuse_backward(dy: Tensor, x: Tensor, approximate: str) -> str | None:
+    """What the kernels of the gradient cannot take, on any device."""
+    return refuse_strided(dy=dy, x=x)
+
+
 SIZES = MeasuredSizes("gelu", "x", variant="approximate", variants=("none", "tanh"))
 
-implements("gelu", CPU, dtypes=DTYPES, refuse=refuse, slower=SIZES, rows_alone="always")(native("gelu"))
+implements("gelu", CPU, dtypes=DTYPES, refuse=refuse, slower=SIZES, has_backward=True, rows_alone="always")(
+    native("gelu")
+)
+implements("gelu_backward", CPU, dtypes=DTYPES, refuse=refuse_backward, rows_alone="always")(native("gelu_backward"))

@@ -32,4 +32,6 @@ def _slower(x: Tensor, weight: Tensor, **_: object) -> str | None:
     return f"x has more than {most} rows: with so many, PyTorch can be faster"
 
 
-implements("linear", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower, rows_alone="on request")(native("linear"))
+implements("linear", CPU, dtypes=DTYPES, refuse=_refuse, slower=_slower, has_backward=True, rows_alone="on request")(
+    native("linear")
+)

@@ -18,4 +18,4 @@ def refuse(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, inte
     return refuse_strided(q=q, k=k, cos=cos, sin=sin)
 
 
-implements("rope", CPU, dtypes=DTYPES, refuse=refuse, rows_alone="always")(native("rope"))
+implements("rope", CPU, dtypes=DTYPES, refuse=refuse, has_backward=True, rows_alone="always")(native("rope"))

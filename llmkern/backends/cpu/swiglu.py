@@ -7,5 +7,12 @@ from llmkern.dispatch import implements
 from llmkern.library import native
 
 implements(
-    "swiglu", CPU, dtypes=DTYPES, refuse=refuse_strided, slower=MeasuredSizes("swiglu", "gate"), rows_alone="always"
+    "swiglu",
+    CPU,
+    dtypes=DTYPES,
+    refuse=refuse_strided,
+    slower=MeasuredSizes("swiglu", "gate"),
+    has_backward=True,
+    rows_alone="always",
 )(native("swiglu"))
+implements("swiglu_backward", CPU, dtypes=DTYPES, refuse=refuse_strided, rows_alone="always")(native("swiglu_backward"))

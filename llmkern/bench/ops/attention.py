@@ -33,6 +33,7 @@ SWEEPS = (
         (128, 256, 512, 1024, 2048),
         {"B": 1, "Hq": 9, "Hkv": 3, "D": 64},
         {"causal": True},
+        modes=("forward", "backward"),
         quick=(512,),
         check=CHECK,
     ),

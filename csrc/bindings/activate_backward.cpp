@@ -1,7 +1,7 @@
 // The gradients of swiglu and gelu; one launcher for both.
 #include "llmkern/activate_backward.h"
 
-#include "../common.h"
+#include "common.h"
 
 namespace llmkern {
 namespace {
@@ -18,7 +18,7 @@ Gradients run(const char* op, Activation activation, const Tensor& dy, const Ten
                   ": up must have gate's shape, dtype and device");
   const RowTensor given = as_rows(dy), rows = as_rows(x);
   const RowTensor factor = up ? as_rows(*up) : RowTensor{};
-  Gradients d{.x = new_tensor(x, x.sizes(), x.scalar_type())};
+  Gradients d{new_tensor(x, x.sizes(), x.scalar_type()), Tensor()};
   if (up) d.up = new_tensor(x, x.sizes(), x.scalar_type());
   launch_activate_backward(
       {

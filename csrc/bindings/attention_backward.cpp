@@ -1,6 +1,6 @@
 #include "llmkern/attention_backward.h"
 
-#include "../attention.h"
+#include "attention.h"
 
 namespace llmkern {
 namespace {
@@ -32,7 +32,7 @@ Five attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
   const AttentionCall asked{q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap};
   check_heads(kOp, q, k, v);
   const int64_t longest = std::max(q.size(0) * q.size(1) * q.size(2), k.size(2));
-  if (!asked.has_served_types() || !served_dim(q) || !served_dim(v) || longest > kGpuMaxLength)
+  if (!asked.has_served_types() || !served_dim(q) || !served_dim(v) || longest > kMaxLength)
     return call_reference<Five>(kOp, dout, dlse, q, k, v, attn_mask, key_padding_mask, sinks, out, lse, causal,
                                 sm_scale, window, softcap, mask_grad);
   check_like_out("dout", dout, q, v);
@@ -52,7 +52,9 @@ Five attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
   const bool dmask_wanted = attn_mask && mask_grad;
   Tensor dmask =
       dmask_wanted ? new_tensor(q, attn_mask->sizes(), attn_mask->scalar_type()) : new_tensor(q, {0}, q.scalar_type());
-  Tensor workspace = new_tensor(q, {attention_backward_workspace_floats(forward)}, ScalarType::Float);
+  const Place place(q);
+  const int64_t floats = attention_backward_workspace_floats(forward, dmask_wanted, place);
+  Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
   auto mask_size = [&](int64_t d) { return attn_mask ? attn_mask->size(d) : 1; };
   launch_attention_backward(
       {
@@ -68,7 +70,7 @@ Five attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
           .dout_strides = head_strides(dout_),
           .mask_sizes = {mask_size(0), mask_size(1), mask_size(2), mask_size(3)},
       },
-      Place(q));
+      place);
   return {dq, dk, dv, dmask, dsinks};
 }
 

@@ -1,7 +1,7 @@
 // The gradients of rms_norm and layer_norm; one launcher for both.
 #include "llmkern/norm_backward.h"
 
-#include "../common.h"
+#include "common.h"
 
 namespace llmkern {
 namespace {
@@ -25,8 +25,7 @@ Three run(const char* op, Norm norm, const Tensor& dy, const Tensor& x, const Op
   Tensor dx = new_tensor(x, x.sizes(), x.scalar_type());
   Tensor dweight = new_gradient(op, "weight", x, weight), dbias = new_gradient(op, "bias", x, bias);
   const Place place(x);
-  const int64_t floats =
-      norm_backward_workspace_floats(rows.rows.count, hidden_of(x), static_cast<const Gpu&>(place).sm_count);
+  const int64_t floats = norm_backward_workspace_floats(rows.rows.count, hidden_of(x), place);
   Tensor workspace = new_tensor(x, {weight || bias ? floats : 0}, ScalarType::Float);
   launch_norm_backward(
       {
