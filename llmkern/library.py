@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from llmkern import dispatch
 
-__all__ = ["Definition", "Native", "define", "definition", "native"]
+__all__ = ["Definition", "Native", "define", "definition", "implement_in_python", "native"]
 
 NAMESPACE = "llmkern"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -81,6 +81,15 @@ def define(
     _definitions[name] = Definition(fake, backward, setup_context)
     lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in arguments)
     dispatch.define_op(name, [a.name for a in arguments], differentiable=backward is not None, lists=lists)
+
+
+def implement_in_python(op: str, fn: Callable[..., Any], key: str) -> None:
+    """Make `fn`, which takes the schema's arguments by position, the kernel of `op` for a dispatch key such as "CPU".
+
+    For ops that are loops over other operators; a tracing compiler sees one operator all the same.
+    """
+    for library in (_library, _native_library):
+        library.impl(op, fn, key)
 
 
 class Native:

@@ -6,6 +6,7 @@ from llmkern.ops.add_rms_norm import add_rms_norm as add_rms_norm
 from llmkern.ops.add_rms_norm_quant import add_rms_norm_quant as add_rms_norm_quant
 from llmkern.ops.attention import attention as attention
 from llmkern.ops.attention_decode import attention_decode as attention_decode
+from llmkern.ops.cross_entropy import cross_entropy as cross_entropy
 from llmkern.ops.decoder_layer_ import decoder_layer_ as decoder_layer_
 from llmkern.ops.encoder_layer import encoder_layer as encoder_layer
 from llmkern.ops.gelu import gelu as gelu
@@ -15,6 +16,7 @@ from llmkern.ops.layer_norm import layer_norm as layer_norm
 from llmkern.ops.layer_norm_quant import layer_norm_quant as layer_norm_quant
 from llmkern.ops.layers_ import layers_ as layers_
 from llmkern.ops.linear import linear as linear
+from llmkern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from llmkern.ops.quantize_int8 import quantize_int8 as quantize_int8
 from llmkern.ops.quantized_linear import quantized_linear as quantized_linear
 from llmkern.ops.rms_norm import rms_norm as rms_norm
@@ -30,6 +32,7 @@ __all__ = [
     "add_rms_norm_quant",
     "attention",
     "attention_decode",
+    "cross_entropy",
     "decoder_layer_",
     "encoder_layer",
     "gelu",
@@ -39,6 +42,7 @@ __all__ = [
     "layer_norm_quant",
     "layers_",
     "linear",
+    "linear_cross_entropy",
     "quantize_int8",
     "quantized_linear",
     "rms_norm",

@@ -140,6 +140,8 @@ SHARED = {
     "decoder_layer_": lambda: in_order("decoder_layer_", "smollm2-float32"),
     "decoder_layer_-many": lambda: in_order("decoder_layer_", "int8-w8a8-70-tokens-bfloat16"),
     "encoder_layer": lambda: in_order("encoder_layer", "minilm-float32"),
+    "cross_entropy": lambda: (torch.randn(31, 5003), torch.arange(31), None, -100, 0.1, 1e-3, 5.0, "none"),
+    "linear_cross_entropy": lambda: in_order("linear_cross_entropy", "70x300-smoothed-float32"),
     "swiglu": lambda: tuple(torch.randn(2, 301, 577)),
     "swiglu_quant": lambda: tuple(torch.randn(2, 301, 577)),
     "gelu-none": lambda: (torch.randn(301 * 577), "none"),

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmkern.backends.reference import REFERENCE, accumulate
+from llmkern.dispatch import implements
+
+__all__ = ["capped", "losses"]
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Return the scores: softcap · tanh(logits / softcap), or the logits without one."""
+    wide = accumulate(logits)
+    return softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
+
+
+def losses(
+    scores: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """Return each row's loss and log-sum-exp: 0 where the label is ignored, NaN where it is no word."""
+    words = scores.shape[1]
+    kept, word = labels != ignore_index, (labels >= 0) & (labels < words)
+    target = torch.where(word, labels, 0)
+    weights = scores.new_ones(words) if weight is None else weight.to(scores.dtype)
+    lse = torch.logsumexp(scores, -1)
+    loss = (1 - label_smoothing) * weights[target] * (lse - scores.gather(1, target[:, None])[:, 0])
+    if label_smoothing > 0:
+        loss = loss + label_smoothing / words * ((lse[:, None] - scores) * weights).sum(-1)
+    loss = loss + z_loss * lse.square()
+    return tuple(torch.where(kept, torch.where(word, x, math.nan), 0) for x in (loss, lse))  # type: ignore[return-value]
+
+
+@implements("cross_entropy", REFERENCE, has_backward=True)
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    loss, lse = losses(capped(logits, softcap), labels, weight, ignore_index, label_smoothing, z_loss)
+    return loss.sum() if reduction == "sum" else loss, lse.detach()
+
+
+@implements("cross_entropy_backward", REFERENCE)
+def cross_entropy_backward(
+    logits: Tensor,
+    dloss: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """With p the softmax, ε the smoothing and W the sum of the weights w, the gradient of a score is
+    ((1 − ε)·w[y] + ε/V·W + 2·z_loss·lse)·p − ε/V·w − (1 − ε)·w[y]·[y]; the cap's slope is 1 − (score / softcap)²."""
+    scores = capped(logits, softcap)
+    words = scores.shape[1]
+    word = (labels >= 0) & (labels < words)
+    target = torch.where(word, labels, 0)
+    weights = scores.new_ones(words) if weight is None else weight.to(scores.dtype)
+    share, each = (1 - label_smoothing) * weights[target], label_smoothing / words * weights
+    lse = lse.to(scores.dtype)
+    factor = share + each.sum() + 2 * z_loss * lse
+    gradient = factor[:, None] * torch.exp(scores - lse[:, None]) - each
+    gradient = gradient.scatter_add(1, target[:, None], -share[:, None])
+    if softcap > 0:
+        gradient = gradient * (1 - (scores / softcap).square())
+    gradient = torch.where(word[:, None], gradient * dloss.to(scores.dtype)[:, None], math.nan)
+    return torch.where((labels == ignore_index)[:, None], 0, gradient).to(logits.dtype)
+
+
+@implements("cross_entropy_in_place_backward", REFERENCE)
+def cross_entropy_in_place_backward(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    numbers = (ignore_index, label_smoothing, z_loss, softcap)
+    loss, lse = cross_entropy(logits, labels, weight, *numbers, "none")
+    logits.copy_(cross_entropy_backward(logits, scale, labels, weight, lse, *numbers))
+    return loss
