@@ -104,7 +104,7 @@ def test_the_readmes_python_runs(capsys, monkeypatch, tmp_path) -> None:
     inputs = {"input_ids": torch.randint(0, 64, (1, 8))}
     scope = {"model": model, "original": copy.deepcopy(model), "inputs": inputs}
     shown = blocks(README)
-    assert len(shown) == 2
+    assert len(shown) == 3
     for block in shown:
         exec(compile(block, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
