@@ -10,6 +10,7 @@ else, neither autograd nor a fake.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +78,27 @@ def define(
     _native_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
+        backward = _with_rows(backward)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     _definitions[name] = Definition(fake, backward, setup_context)
     lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in arguments)
     dispatch.define_op(name, [a.name for a in arguments], differentiable=backward is not None, lists=lists)
+
+
+def _with_rows(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` with gradients in contiguous rows, as kernels read them: that of a sum is one element, expanded."""
+
+    @functools.wraps(backward)
+    def with_rows(ctx: Any, *gradients: Any) -> Any:
+        return backward(ctx, *[_in_rows(gradient) for gradient in gradients])
+
+    return with_rows
+
+
+def _in_rows(gradient: Any) -> Any:
+    if isinstance(gradient, torch.Tensor) and gradient.dim() and gradient.stride(-1) != 1:
+        return gradient.contiguous()
+    return gradient
 
 
 def implement_in_python(op: str, fn: Callable[..., Any], key: str) -> None:

@@ -140,6 +140,9 @@ SHARED = {
     "decoder_layer_": lambda: in_order("decoder_layer_", "smollm2-float32"),
     "decoder_layer_-many": lambda: in_order("decoder_layer_", "int8-w8a8-70-tokens-bfloat16"),
     "encoder_layer": lambda: in_order("encoder_layer", "minilm-float32"),
+    "layers_": lambda: in_order("layers_", "smollm2-float32"),
+    "layers_-many": lambda: in_order("layers_", "int8-w8a8-70-tokens-bfloat16"),
+    "layers_-encoder": lambda: in_order("layers_", "minilm-float32"),
     "cross_entropy": lambda: (torch.randn(31, 5003), torch.arange(31), None, -100, 0.1, 1e-3, 5.0, "none"),
     "linear_cross_entropy": lambda: in_order("linear_cross_entropy", "70x300-smoothed-float32"),
     "swiglu": lambda: tuple(torch.randn(2, 301, 577)),
@@ -271,6 +274,8 @@ def test_code_for_one_instruction_set_is_not_shared(tool) -> None:
         isa = path.suffixes[-2].removeprefix(".")
         for line in tool("nm", "--defined-only", "-C", str(path)).splitlines():
             _, kind, name = line.split(maxsplit=2)
+            if name.startswith("DW.ref."):  # a pointer, by which exceptions find their handler
+                continue
             assert kind not in "WVu", f"{path.name} exports {name}"
             if kind.isupper() and isa != "portable":
                 assert name.startswith(f"llmkern::{isa}::"), f"{path.name} exports {name}"

@@ -43,5 +43,5 @@ def linear_cross_entropy(
         loss, *empty = linear_cross_entropy(*call, reduction, False, False)
     wanted = {i: t for i, t in enumerate((x, w, b)) if t is not None and t.requires_grad}
     for i, gradient in zip(wanted, torch.autograd.grad(loss.sum(), list(wanted.values())), strict=True):
-        empty[i] = gradient
+        empty[i] = gradient.contiguous()
     return loss.detach(), *empty
