@@ -41,9 +41,10 @@ def fuse_loss_(model: Model) -> Model:
     loss, return_dict=False) runs untouched, with the reason in `explain`.
     Returns the model.  Raises TypeError for what is not a model with an output head and a loss function.
     """
-    if not isinstance(model, nn.Module) or not callable(getattr(model, "get_output_embeddings", None)):
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    if not isinstance(model, nn.Module) or not callable(get_head):
         raise TypeError(f"fuse_loss_: model is a {type(model).__name__}, expected a causal language model")
-    if model.get_output_embeddings() is None or not hasattr(type(model), "loss_function"):
+    if get_head() is None or not hasattr(type(model), "loss_function"):
         raise TypeError(f"fuse_loss_: {type(model).__name__} has no output head with a loss, expected a causal LM")
     if not _is_fused(model):
         if "forward" in vars(model):
@@ -167,7 +168,8 @@ def _loss(
 def _with_lazy_logits(out: Any, head: nn.Module, hidden: Tensor | None) -> Any:
     """Let the result compute its logits when something reads them."""
     vars(out)["_llmkern_logits"] = (type(out), head, hidden)
-    out.__class__ = _lazy(type(out))
+    cls: Any = type(out)
+    out.__class__ = _lazy(cls)
     return out
 
 

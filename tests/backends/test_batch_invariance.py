@@ -54,6 +54,11 @@ def int8_matmul(make: Make) -> Call:
     return call | {"bias": None, "residual": make.randn(MOST, OUT), "activation": "silu", "out_dtype": torch.float32}
 
 
+def cross_entropy(make: Make) -> Call:
+    numbers = {"ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "reduction": "none"}
+    return {"logits": make.randn(MOST, HIDDEN), "labels": torch.arange(MOST), "weight": None, **numbers}
+
+
 def quantized_linear(make: Make, kind: str) -> Call:
     packed = random_packed(make, kind, OUT, 768)
     groups = {name: packed.tensors.get(name) for name in ("zero", "offset", "super_scale", "super_offset")}
@@ -128,6 +133,7 @@ BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "attention_decode": ("attention_decode", attention_decode),
     "decoder_layer_": ("decoder_layer_", lambda make: layer("decoder_layer_", make, "smollm2-float32")),
     "encoder_layer": ("encoder_layer", lambda make: layer("encoder_layer", make, "minilm-float32")),
+    "cross_entropy": ("cross_entropy", cross_entropy),
     "layers_": ("layers_", lambda make: decoder(make, 1, 33, batch=MOST, hidden=72, heads=(3, 1), dim=24, inner=96)),
 }
 NORM = ("x", "residual")
@@ -142,6 +148,7 @@ BATCHED = {
     "attention_decode": ("q", "k_cache", "v_cache", "seq_lens"),
     "decoder_layer_": ("hidden", "k_cache", "v_cache"),
     "encoder_layer": ("hidden",),
+    "cross_entropy": ("logits", "labels"),
     "layers_": ("hidden", "inputs", "caches"),
 }
 """The arguments that have a row, or batch element, at each index of their first dimension."""
@@ -223,8 +230,11 @@ def test_the_request_is_what_keeps_floats_alone(name) -> None:
 
 def test_every_op_is_here_and_who_promises_is_known() -> None:
     forward = [op for op in dispatch.ops() if not op.endswith("_backward")]
-    assert {op for op, _ in BUILD.values()} == set(forward)
-    for op in forward:
+    # A loss over a batch multiplies the rows of a chunk together, and nobody asks for one row of it.
+    unpromised = "linear_cross_entropy"
+    assert {op for op, _ in BUILD.values()} | {unpromised} == set(forward)
+    assert all(impl.rows_alone == "no" for impl in dispatch.implementations(unpromised))
+    for op, _ in BUILD.values():
         for impl in dispatch.implementations(op):
             on_request = op in ("linear", "int8_linear", "decoder_layer_", "encoder_layer", "layers_")
             expected = ("on request" if on_request else "always") if impl.backend.name == "cpu" else "no"

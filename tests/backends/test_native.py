@@ -272,10 +272,10 @@ def test_code_for_one_instruction_set_is_not_shared(tool) -> None:
         pytest.skip("the library was not built here")
     for path in objects:
         isa = path.suffixes[-2].removeprefix(".")
+        if isa == "cpp":  # compiled once, for every processor
+            continue
         for line in tool("nm", "--defined-only", "-C", str(path)).splitlines():
             _, kind, name = line.split(maxsplit=2)
-            if name.startswith("DW.ref."):  # a pointer, by which exceptions find their handler
-                continue
             assert kind not in "WVu", f"{path.name} exports {name}"
             if kind.isupper() and isa != "portable":
                 assert name.startswith(f"llmkern::{isa}::"), f"{path.name} exports {name}"
