@@ -14,24 +14,12 @@ from llmkern import _native, dispatch
 from llmkern.testing.case import Call, Case, Make, cases
 from llmkern.testing.compare import as_list, assert_same_bits
 from llmkern.testing.judge import assert_accurate, reference
+from llmkern.testing.recorder import Recorder
 
 pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
 
 ROWS, HEADS = ("rms_norm", "layer_norm", "swiglu", "gelu"), ("attention",)
 CASES = [case for op in ROWS + HEADS for case in cases(op) if case.differentiable and case.dtype != torch.float16]
-
-
-class Recorded:
-    """A recorder that keeps the calls of gradients."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Call]] = []
-
-    def served(self, op: str, call: Call, implementation: dispatch.Implementation, start: float) -> None:
-        self.calls.append((op, call))
-
-    def fell_back(self, op: str, call: Call, to: str, reason: str) -> None:
-        raise AssertionError(f"{op} fell back to {to}: {reason}")
 
 
 def gradient_of(case: Case, change: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> tuple[str, Call]:
@@ -44,7 +32,7 @@ def gradient_of(case: Case, change: Callable[[Tensor], Tensor] = lambda gradient
     make = Make(torch.float32, "cpu", seed=1)
     weights = [change(make.randn(*o.shape, dtype=o.dtype)) for o in outputs]
     wanted = [value for value in call.values() if isinstance(value, Tensor) and value.requires_grad]
-    recorded = Recorded()
+    recorded = Recorder()
     with dispatch.recording(recorded):
         torch.autograd.grad(outputs, wanted, weights)
     op, asked = recorded.calls[-1]

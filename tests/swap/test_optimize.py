@@ -314,13 +314,13 @@ def test_explain_names_site_shapes_backend_and_refusals(model: Model) -> None:
     explained = llmkern.explain(model, X)
     assert [row.site for row in explained] == ["blocks.0.norm", "blocks.1.norm", "blocks.2.norm", "final"]
     row = explained.rows[-1]
-    assert (row.op, row.dtype, row.backend) == ("layer_norm", "float32", "torch")
+    assert (row.op, row.dtype) == ("layer_norm", "float32")
     assert row.shapes == {"x": (4, 8), "weight": (8,), "bias": (8,)}
     assert row.milliseconds is not None
     assert row.milliseconds > 0
     refused = dict(row.refused)
     assert refused["cuda"] == "runs on cuda, not on cpu"
-    assert refused["cpu"] == "has no backward, and a gradient is needed" or "library" in refused["cpu"]
+    assert row.backend == "cpu" or "library" in refused["cpu"]  # gradients by kernels of its own
     assert "blocks.*.norm" in str(explained)
     with llmkern.use_backend("reference"):
         assert {row.backend for row in llmkern.explain(model, X)} == {"reference"}
