@@ -82,7 +82,9 @@ def define(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     _definitions[name] = Definition(fake, backward, setup_context)
     lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in arguments)
-    dispatch.define_op(name, [a.name for a in arguments], differentiable=backward is not None, lists=lists)
+    # Where a gradient is to be differentiated again (create_graph=True), a formula of PyTorch's operators serves it.
+    differentiable = backward is not None or name.endswith("_backward")
+    dispatch.define_op(name, [a.name for a in arguments], differentiable=differentiable, lists=lists)
 
 
 def _with_rows(backward: Callable[..., Any]) -> Callable[..., Any]:

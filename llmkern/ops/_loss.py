@@ -85,7 +85,7 @@ def row_scale(
     weight: as of `wide_weight`.  Where nothing is left to count, 0 is divided by 1.
     """
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    one = torch.ones((), dtype=dtype, device=labels.device)
+    one = labels.new_ones((), dtype=dtype)
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f'{op}: num_items is given with reduction={reduction!r}, expected reduction="mean"')

@@ -92,10 +92,10 @@ def straight_through(
     if activation != "none":
         z = dispatch(
             "int8_linear",
-            x=x.detach(),
+            x=x,
             w_q=w_q,
             w_scale=w_scale,
-            bias=None if bias is None else bias.detach(),
+            bias=bias,
             activation="none",
             scheme=scheme,
         )
@@ -109,6 +109,9 @@ def straight_through(
 def activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     """The gradient of `activate(z, activation)` in z; of an activation other than "none"."""
     if activation == "silu":
+        if torch.is_grad_enabled():  # to be differentiated again, for which PyTorch's operator has no formula
+            s = torch.sigmoid(z)
+            return dy * s * (1 + z * (1 - s))
         return torch.ops.aten.silu_backward(dy, z)
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, z, 0)

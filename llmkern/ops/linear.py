@@ -63,7 +63,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     if ctx.activation != "none":
-        z = dispatch("linear", x=x.detach(), weight=weight.detach(), bias=bias, activation="none")
+        z = dispatch("linear", x=x, weight=weight, bias=bias, activation="none")
         dy = activation_backward(dy, z, ctx.activation)
     rows = dy.reshape(row_count(x), weight.shape[0])
     dx = (rows @ weight).view(x.shape)

@@ -164,6 +164,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True, and the gradients were made without one
+        raise RuntimeError(
+            "linear_cross_entropy: its gradient cannot be differentiated again; cross_entropy of the logits can"
+        )
     hidden, weight, bias, weight_scale, labels, class_weight, scale, *gradients = ctx.saved_tensors
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     factor: Tensor | None = dloss

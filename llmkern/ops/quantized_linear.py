@@ -161,8 +161,7 @@ def straight_through(dy: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor |
     x, bias, residual = call["x"], call["bias"], call["residual"]
     dresidual = None if residual is None else dy.to(residual.dtype)
     if call["activation"] != "none":
-        detached = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
-        z = dispatch("quantized_linear", **{**detached, "residual": None, "activation": "none"})
+        z = dispatch("quantized_linear", **{**call, "residual": None, "activation": "none"})
         dy = activation_backward(dy, z, call["activation"])
     weight = packed_of(call).dequantized().to(dy.dtype)
     dx = (dy.reshape(row_count(dy), weight.shape[0]) @ weight).view(x.shape)

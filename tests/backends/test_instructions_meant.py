@@ -31,7 +31,7 @@ class Meant:
 # Products by their scheme (csrc/cpu/products/schemes.h), and by how the weight is read: streamed for few rows, else in
 # packed blocks.
 INTEGERS, FLOATS = "Integers", "Floats"
-PACKED = (r"stream_panel<.*NibbleCodes", r"multiply_tile<.*NibbleCodes", r"stream_panel<.*ByteCodes")
+PACKED = (r"stream_panel<.*SixBitCodes", r"multiply_tile<")
 MEANT = [
     Meant("portable", rf"stream\w*<.*{INTEGERS}", "pmaddwd", "xmm"),
     Meant("portable", rf"block\w*<.*{INTEGERS}", "pmaddwd", "xmm"),
@@ -54,8 +54,8 @@ MEANT = [
     Meant("amx", r"block\w*<.*TileIntegers", "tdpbssd", "tmm"),
     Meant("amx", r"block\w*<.*TileBf16", "tdpbf16ps", "tmm"),
     Meant("amx", r"tasks<.*TileRows", "tdpbf16ps", "tmm"),
-    *[Meant("avx2", function, "vpmaddubsw", "ymm") for function in PACKED[:2]],
-    *[Meant("avx512", function, "vpmaddubsw", "zmm") for function in PACKED[:2]],
+    *[Meant("avx2", function, "vpmaddubsw", "ymm") for function in PACKED],
+    *[Meant("avx512", function, "vpmaddubsw", "zmm") for function in PACKED],
     *[Meant("avx2_vnni", function, "vpdpbusd", "ymm") for function in PACKED],
     *[Meant(isa, function, "vpdpbusd", "zmm") for isa in ("avx512_vnni", "amx") for function in PACKED],
 ]

@@ -132,6 +132,28 @@ def test_gradients_match_autograd_of_the_reference_in_float64(case: Case) -> Non
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("case", CASES_WITH_GRADIENT, ids=case_id)
+def test_gradients_of_gradients_match_the_reference_in_float64(case: Case) -> None:
+    if case.op == "linear_cross_entropy":
+        pytest.skip("its gradient cannot be differentiated again, and says so")
+    ours, theirs = require_grad(case, upcast(case.make())), require_grad(case, upcast(case.make()))
+
+    def second(out: Any, call: Call) -> list[Tensor]:
+        weights = [
+            torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=value.dtype) for value in out
+        ]
+        wanted = [value for value in tensors(call).values() if value.requires_grad]
+        first = torch.autograd.grad(out, wanted, weights, create_graph=True)
+        curved = [each.square().sum() for each in first if each.requires_grad]
+        again = torch.autograd.grad(curved, wanted, allow_unused=True) if curved else [None] * len(wanted)
+        return [torch.zeros_like(w) if each is None else each for w, each in zip(wanted, again, strict=True)]
+
+    out = [o for o in as_list(getattr(torch.ops.llmkern, case.op)(**ours)) if o.requires_grad]
+    expected = [o for o in as_list(reference(case.op, theirs)) if o.requires_grad]
+    for got, want in zip(second(out, ours), second(expected, theirs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7, equal_nan=True)
+
+
 def backward_calls() -> list:
     """Each case that has gradients, on the CPU and on a GPU; there in bf16 too, which not all have a case for."""
     found = []

@@ -116,7 +116,7 @@ def attention(
     return out, softmax.lse if return_lse else lse_like(q, False)
 
 
-@implements("attention_backward", REFERENCE)
+@implements("attention_backward", REFERENCE, has_backward=True)
 def attention_backward(
     dout: Tensor,
     dlse: Tensor,

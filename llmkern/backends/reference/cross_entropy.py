@@ -53,7 +53,7 @@ def cross_entropy(
     return loss.sum() if reduction == "sum" else loss, lse.detach()
 
 
-@implements("cross_entropy_backward", REFERENCE)
+@implements("cross_entropy_backward", REFERENCE, has_backward=True)
 def cross_entropy_backward(
     logits: Tensor,
     dloss: Tensor,
@@ -73,7 +73,7 @@ def cross_entropy_backward(
     target = torch.where(word, labels, 0)
     weights = scores.new_ones(words) if weight is None else weight.to(scores.dtype)
     share, each = (1 - label_smoothing) * weights[target], label_smoothing / words * weights
-    lse = lse.to(scores.dtype)
+    lse = scores.logsumexp(-1)  # again, for its part in the gradient of this gradient
     factor = share + each.sum() + 2 * z_loss * lse
     gradient = factor[:, None] * torch.exp(scores - lse[:, None]) - each
     gradient = gradient.scatter_add(1, target[:, None], -share[:, None])

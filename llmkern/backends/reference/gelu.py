@@ -25,7 +25,7 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return (xf * _distribution(xf, approximate)).to(x.dtype).contiguous()
 
 
-@implements("gelu_backward", REFERENCE)
+@implements("gelu_backward", REFERENCE, has_backward=True)
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     """dx = dy·(Φ(x) + x·Φ'(x)); for tanh, with t = 2Φ − 1: Φ' = ½·(1 − t²)·√(2/π)·(1 + 3·0.044715·x²)."""
     xf = accumulate(x)

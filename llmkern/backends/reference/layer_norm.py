@@ -24,7 +24,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y.to(x.dtype).contiguous()
 
 
-@implements("layer_norm_backward", REFERENCE)
+@implements("layer_norm_backward", REFERENCE, has_backward=True)
 def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
     return y.to(x.dtype).contiguous()
 
 
-@implements("rms_norm_backward", REFERENCE)
+@implements("rms_norm_backward", REFERENCE, has_backward=True)
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (g * torch.sigmoid(g) * u).to(gate.dtype).contiguous()
 
 
-@implements("swiglu_backward", REFERENCE)
+@implements("swiglu_backward", REFERENCE, has_backward=True)
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """With s = sigmoid(g): dgate = dy·up·s·(1 + g·(1 − s)), dup = dy·g·s."""
     d, g, u = accumulate(dy), accumulate(gate), accumulate(up)

@@ -13,6 +13,6 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate).contiguous()
 
 
-@implements("gelu_backward", TORCH)
+@implements("gelu_backward", TORCH, has_backward=True)
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     return torch.ops.aten.gelu_backward(dy, x, approximate=approximate).contiguous()
