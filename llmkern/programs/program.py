@@ -139,9 +139,9 @@ OPERATORS: dict[str, Operator] = {
     # ever after.  Without a cache: themselves.
     "keep": Operator((2, 2), results=2),
     # (q, k, v) or (q, k, v, mask).  A mask that is given says everything, else causal and window (keys that a query
-    # sees, its own included) do.  bias: a value, added to the scores: of 4 dimensions that broadcast to [B, heads,
-    # queries, keys], or ALiBi's [B*heads, 1, keys].
-    # slopes: ALiBi's, one for each head; sinks: one score for each head.
+    # sees, its own included) do; a window without causal means that there has to be a mask.
+    # bias: a value, added to the scores: of 4 dimensions that broadcast to [B, heads, queries, keys], or ALiBi's
+    # [B*heads, 1, keys].  slopes: ALiBi's, one for each head; sinks: one score for each head.
     "attention": Operator(
         (3, 4),
         options={
