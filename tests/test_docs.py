@@ -190,6 +190,15 @@ class TestContributing:
         assert {(row["provider"], row["x"]["mode"]) for row in rows} >= {("llmkern", "forward"), ("torch", "backward")}
         assert all(row["p50"] for row in rows if row["provider"] == "llmkern"), rows
 
+    def test_the_family_has_the_program_that_is_shown(self, followed) -> None:
+        script, shown = re.search(
+            r"```python\n([^`]*layer_program[^`]*)```\n\n```\n(.*?)\n```", CONTRIBUTING, re.DOTALL
+        ).groups()
+        done = self.run(followed, "-c", script)
+        assert done.stdout.strip() == shown, done.stderr
+        families = (ROOT / "tests/swap/families.py").read_text() + (ROOT / "tests/integrations/zoo.py").read_text()
+        assert "Arcee" not in families
+
     def test_the_backend_from_outside_runs(self, followed) -> None:
         (script,) = [block for block in blocks(CONTRIBUTING) if "llmkern.register" in block]
         done = self.run(followed, "-c", script)

@@ -75,10 +75,16 @@ def aside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class Sources:
     """Notes which functions run within the block; `reason` says where one of them goes by what a probe cannot see
-    through, and is "" where none does."""
+    through, and is "" where none does.
 
-    def __init__(self) -> None:
-        self._codes: dict[types.CodeType, None] = {}
+    probed: look at what has run, not at branches that were not taken, and let it go by dtypes, by numbers of dimensions
+        and by quotients without a rest: for who probes all that matters, in all dtypes, of which this is one, and with
+        sizes that have no divisors in common.  `goes_by_dtype` says whether it goes by dtypes."""
+
+    def __init__(self, probed: torch.dtype | None = None) -> None:
+        self._lines: dict[types.CodeType, set[int]] = {}
+        self._inexact: dict[types.CodeType, set[int]] = {}
+        self._probed = probed
 
     def __enter__(self) -> Sources:
         self._before = sys.gettrace()
@@ -90,11 +96,30 @@ class Sources:
 
     @property
     def reason(self) -> str:
-        return next(filter(None, map(why_undecided, self._codes)), "")
+        if self._probed is None:
+            return next(filter(None, map(why_undecided, self._lines)), "")
+        ran = {code: frozenset(lines) for code, lines in self._lines.items()}
+        inexact = {code: frozenset(lines) for code, lines in self._inexact.items()}
+        dtype = str(self._probed)
+        return next(filter(None, [why_undecided(c, ran[c], inexact.get(c, frozenset()), dtype) for c in ran]), "")
 
-    def _called(self, frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and not _is_of_a_library(str(frame.f_globals.get("__name__", ""))):
-            self._codes[frame.f_code] = None
+    @property
+    def goes_by_dtype(self) -> bool:
+        return any(_mentions_dtypes(code) for code in self._lines)
+
+    def _called(self, frame: types.FrameType, event: str, _: Any) -> Any:
+        if event != "call" or _is_of_a_library(str(frame.f_globals.get("__name__", ""))):
+            return None
+        lines = self._lines.setdefault(frame.f_code, set())
+        divisions = {} if self._probed is None else _divisions(frame.f_code)
+
+        def ran(frame: types.FrameType, event: str, _: Any) -> Any:
+            lines.add(frame.f_lineno)
+            if event == "line" and frame.f_lineno in divisions and not _divides(divisions[frame.f_lineno], frame):
+                self._inexact.setdefault(frame.f_code, set()).add(frame.f_lineno)
+            return ran
+
+        return None if self._probed is None else ran
 
 
 class Between(TorchDispatchMode):
@@ -118,26 +143,126 @@ class Between(TorchDispatchMode):
 def _is_of_a_library(module: str) -> bool:
     if module.partition(".")[0] in sys.stdlib_module_names or ".configuration_" in module:
         return True
+    if module.startswith("namedtuple_"):  # the constructor of one
+        return True
     return any(module == library or module.startswith(f"{library}.") for library in _LIBRARIES)
 
 
 @functools.cache
-def why_undecided(code: types.CodeType) -> str | None:
+def why_undecided(
+    code: types.CodeType, ran: frozenset[int] | None = None, inexact: frozenset[int] = frozenset(), dtype: str = ""
+) -> str | None:
     """The sentence why a probe does not tell what the function computes elsewhere; None where its source decides
-    nothing by what it is given but whether something is there."""
+    nothing by what it is given but whether something is there.
+
+    ran, inexact: as for `Sources`, the lines that have run, and those in which something was divided with a rest.
+    dtype: the one that was probed."""
     if code.co_name in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"):  # part of the function's own source
         return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError):
-        return f"{code.co_name} has no source in which to look for branches"
-    except SyntaxError:  # of a lambda there are only the lines that it stands in
-        return None
-    for node in ast.walk(tree):
+    tree = _tree(code)
+    if isinstance(tree, str):
+        return tree
+    above = code.co_firstlineno - 1
+    for node in [] if tree is None else _visited(tree, above, ran, dtype):
+        divides = ran is not None and isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv)
+        if divides and getattr(node, "lineno", 0) + above not in inexact:
+            continue
         found = _decision(node)
         if found is not None:
             return f"{code.co_name} goes by `{ast.unparse(found)}`, which a probe cannot see through"
     return None
+
+
+@functools.cache
+def _tree(code: types.CodeType) -> ast.AST | str | None:
+    """The function's source; the sentence why there is none; None for a lambda, where there are only the lines that it
+    stands in."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError):
+        return f"{code.co_name} has no source in which to look for branches"
+    except SyntaxError:
+        return None
+
+
+@functools.cache
+def _mentions_dtypes(code: types.CodeType) -> bool:
+    tree = _tree(code)
+    return isinstance(tree, ast.AST) and any(map(_compares_dtype, ast.walk(tree)))
+
+
+def _visited(node: ast.AST, above: int, ran: frozenset[int] | None, dtype: str) -> Iterator[ast.AST]:
+    """The node and all below it, but for how the flag is_causal of attention is made (a probe sees its effect with and
+    without a mask, and a single query has none) and, where the lines that ran are known, for what `Sources` leaves out.
+
+    above: lines of the file above the source."""
+    if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["is_causal"]:
+        return
+    if ran is not None and (_is_for_dtypes(node, dtype) or _asks_for_dimensions(node) or _asks_for_one_device(node)):
+        return
+    left_out: list[ast.stmt] = []
+    if ran is not None and isinstance(node, ast.If):
+        for branch in (node.body, node.orelse):
+            if not any(
+                line + above in ran for each in branch for line in range(each.lineno, (each.end_lineno or 0) + 1)
+            ):
+                left_out += branch
+    if ran is None or not (isinstance(node, (ast.If, ast.IfExp)) and _is_for_dtypes(node.test, dtype)):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if child not in left_out:
+            yield from _visited(child, above, ran, dtype)
+
+
+def _is_for_dtypes(node: ast.AST, dtype: str) -> bool:
+    """Whether an expression compares a dtype with one that it names, or goes on only in another one than `dtype`."""
+    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
+        first = node.values[0]
+        equal = isinstance(first, ast.Compare) and isinstance(first.ops[0], ast.Eq)
+        return equal and _compares_dtype(first) and ast.unparse(first.comparators[0]) != dtype  # type: ignore[attr-defined]
+    return _compares_dtype(node)
+
+
+def _compares_dtype(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Compare)
+        and ast.unparse(node.left).endswith("dtype")
+        and all(ast.unparse(other).startswith("torch.") for other in node.comparators)
+    )
+
+
+def _asks_for_dimensions(node: ast.AST) -> bool:
+    """Whether an expression compares a tensor's number of dimensions with a number."""
+    if not isinstance(node, ast.Compare) or not all(isinstance(other, ast.Constant) for other in node.comparators):
+        return False
+    left = ast.unparse(node.left)
+    return (left.startswith("len(") and left.endswith(".shape)")) or left.endswith((".dim()", ".ndim"))
+
+
+def _asks_for_one_device(node: ast.AST) -> bool:
+    """Whether an expression compares the devices of two tensors: a layer is given all on one."""
+    if not isinstance(node, ast.Compare):
+        return False
+    return all(ast.unparse(side).endswith(".device") for side in (node.left, *node.comparators))
+
+
+@functools.cache
+def _divisions(code: types.CodeType) -> dict[int, list[types.CodeType]]:
+    """By line, the rests of its floor divisions."""
+    tree = _tree(code)
+    found: dict[int, list[types.CodeType]] = {}
+    for node in ast.walk(tree) if isinstance(tree, ast.AST) else ():
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
+            rest = compile(f"({ast.unparse(node.left)}) % ({ast.unparse(node.right)})", "<rest>", "eval")
+            found.setdefault(node.lineno + code.co_firstlineno - 1, []).append(rest)
+    return found
+
+
+def _divides(rests: list[types.CodeType], frame: types.FrameType) -> bool:
+    try:
+        return all(eval(rest, frame.f_globals, dict(frame.f_locals)) == 0 for rest in rests)
+    except Exception:  # a name that the line itself makes
+        return False
 
 
 def _decision(node: ast.AST) -> ast.AST | None:
@@ -148,13 +273,20 @@ def _decision(node: ast.AST) -> ast.AST | None:
         return None if presence or all(map(_is_fixed, operands)) or _is_own_dtype(*operands) else node
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.FloorDiv, ast.Mod)):
         return None if _is_fixed(node.left) and _is_fixed(node.right) else node
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _COUNTS:
+    if isinstance(node, ast.Call) and _counts(node.func):
         return None if all(map(_is_fixed, node.args)) else node
     if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
         return _undecided(node.test)
     if isinstance(node, ast.BoolOp):
         return next(filter(None, map(_undecided, node.values[:-1])), None)
     return None
+
+
+def _counts(function: ast.expr) -> bool:
+    """Whether a function of numbers may have steps."""
+    if isinstance(function, ast.Attribute):
+        return isinstance(function.value, ast.Name) and function.value.id in ("math", "np", "numpy")
+    return isinstance(function, ast.Name) and function.id in _COUNTS
 
 
 def _undecided(test: ast.expr) -> ast.expr | None:

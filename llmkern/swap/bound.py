@@ -1,0 +1,147 @@
+"""The parameters that a program mentions, as one layer holds them at a call: for `layers_`, and for `run`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkern.checks import PLAIN_TENSORS
+from llmkern.nn.int8_linear import Int8Linear
+from llmkern.ops.int8_linear import resolve_scheme
+from llmkern.programs.program import Program
+from llmkern.programs.run import Call
+from llmkern.swap.derive import as_before, original_class
+from llmkern.swap.guard import why_hooks
+from llmkern.swap.match import agrees, probe, why_elsewhere
+from llmkern.swap.parts import norm_of
+from llmkern.swap.whole_layer import NotServed
+
+__all__ = ["Bound"]
+
+
+class Bound:
+    """A program's parameters in a layer; `Weights` of llmkern/programs/run.py.
+
+    dtype: of the rows.  Raises `NotServed` with the reason where a parameter is not what the ops take: another dtype or
+    kind of tensor, a linear layer with hooks or of another class.
+    """
+
+    def __init__(self, program: Program, layer: nn.Module, dtype: torch.dtype) -> None:
+        self.layer, self.dtype = layer, dtype
+        self.mentioned = program.parameters()
+        self._linears: dict[str, tuple[Tensor, Tensor | None, Tensor | None, str | None]] = {}
+        self._norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._tensors: dict[str, Tensor] = {}
+        for kind, path in self.mentioned:
+            {"linear": self._bind_linear, "norm": self._bind_norm, "tensor": self._bind_tensor}[kind](path)
+
+    @property
+    def parameters(self) -> list[Tensor | None]:
+        """As `layers_` takes them: weight, scale and bias of a linear layer, weight and bias of a norm, or one tensor;
+        in the order of the first mention."""
+        found: list[Tensor | None] = []
+        for kind, path in self.mentioned:
+            if kind == "linear":
+                found += self._linears[path][:3]
+            elif kind == "norm":
+                found += self._norms[path]
+            else:
+                found.append(self._tensors[path])
+        return found
+
+    def schemes(self, like: Tensor) -> str:
+        """The schemes of the int8 weights, of each linear layer with commas, one where all are alike."""
+        named = [path for kind, path in self.mentioned if kind == "linear"]
+        each = [self._linears[path][3] for path in named]
+        known = {scheme: "w8a8" if scheme is None else resolve_scheme(scheme, like) for scheme in set(each)}
+        found = [known[scheme] for scheme in each]
+        return found[0] if len(set(found)) == 1 else ",".join(found)
+
+    def takes_codes(self, path: str, like: Tensor) -> bool:
+        """Whether the linear layer multiplies int8 codes of its input."""
+        _, scale, _, scheme = self._linears[path]
+        return scale is not None and scheme is not None and resolve_scheme(scheme, like) == "w8a8"
+
+    def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
+        weight, scale, bias, scheme = self._linears[path]
+        if scale is None:
+            y: Tensor = call("linear", x=x, weight=weight, bias=bias, activation="none")
+            return y
+        form = {"activation": "none", "scheme": resolve_scheme(scheme or "auto", x)}
+        y = call("int8_linear", x=x, w_q=weight, w_scale=scale, bias=bias, **form)
+        return y
+
+    def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
+        return self._norms[path]
+
+    def tensor(self, path: str) -> Tensor:
+        return self._tensors[path]
+
+    def _bind_linear(self, path: str) -> None:
+        owner, _, name = path.rpartition(".")
+        holder: Any = self.layer.get_submodule(owner)
+        scale: Tensor | None = None
+        scheme: str | None = None
+        if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
+            weight, bias = holder.in_proj_weight, holder.in_proj_bias
+        else:
+            module: Any = self.layer.get_submodule(path)
+            cls, state = original_class(module), vars(module)
+            if cls is not Int8Linear and not _is_plain(cls):
+                raise NotServed(f"{path} is a {cls.__name__}, not a plain linear layer")
+            reason = why_hooks(path, state)
+            if reason is not None:
+                raise NotServed(reason)
+            weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
+            if cls is Int8Linear:
+                scale, scheme = module._buffers["weight_scale"], module._scheme
+            if weight is not None and cls.__name__ == "Conv1D":
+                weight = weight.t()
+        if type(weight) not in PLAIN_TENSORS or weight is None:
+            raise NotServed(f"the weight of {path} is no plain parameter")
+        if scale is None and weight.dtype is not self.dtype:
+            raise NotServed(f"the weight of {path} is {weight.dtype}, the hidden states are {self.dtype}")
+        self._linears[path] = weight, scale, self._checked(f"the bias of {path}", bias), scheme
+
+    def _bind_norm(self, path: str) -> None:
+        module = self.layer.get_submodule(path)
+        names = vars(type(module)).get("_llmkern_norm")
+        if names is None:
+            norm = norm_of(as_before(module))
+            if norm is None:
+                raise NotServed(f"{path} is no norm any more")
+            names = norm.weight, norm.bias
+        held = [None if name is None else module._parameters.get(name) for name in names[:2]]
+        weight, bias = [self._checked(f"a parameter of {path}", parameter) for parameter in held]
+        self._norms[path] = weight, bias
+
+    def _bind_tensor(self, path: str) -> None:
+        owner, _, name = path.rpartition(".")
+        tensor = self._checked(path, getattr(self.layer.get_submodule(owner), name))
+        if tensor is None:
+            raise NotServed(f"{path} is None")
+        self._tensors[path] = tensor
+
+    def _checked(self, what: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.dtype is not self.dtype):
+            raise NotServed(f"{what} has another type than the hidden states")
+        return tensor
+
+
+@functools.cache
+def _is_plain(cls: Any) -> bool:
+    """Whether the class's own forward is x · weightᵀ + bias (of transformers' Conv1D: x · weight + bias)."""
+    if cls.forward is nn.Linear.forward:
+        return True
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, x = [torch.randn(shape, generator=draw) for shape in ((5, 4), (5,), (2, 3, 4))]
+    conv1d = cls.__name__ == "Conv1D"
+    made: Any = object.__new__(cls)
+    nn.Module.__init__(made)
+    made.weight, made.bias = nn.Parameter(weight.t() if conv1d else weight), nn.Parameter(bias)
+    made.in_features, made.out_features, made.nf, made.nx = 4, 5, 5, 4
+    return agrees(probe(made, x), F.linear(x, weight, bias)) and not why_elsewhere(made, x)

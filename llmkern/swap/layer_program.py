@@ -1,0 +1,237 @@
+"""The program of a layer: read off its forward, and judged beside it.
+
+A copy of the layer is run a few times, near and far: short and long, with and without a past, at positions from a
+million on, on large values, in float64 and in bfloat16.  Each run has to give the same program, and the program's
+reference has to compute what the forward does.  What a forward decides by sizes, dtypes or contents is refused by its
+source (`llmkern.swap.observe`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from llmkern.programs.names import tidy, unique
+from llmkern.programs.program import Program, Step
+from llmkern.programs.run import run
+from llmkern.swap.guard import UNSEEN, Part, merged, noted
+from llmkern.swap.layer_call import INPUTS, KEPT_NAMES, LayerCall, NoProgram, Probe, bias_dims_of, table_widths
+from llmkern.swap.match import PROBE_SCALE
+from llmkern.swap.observe import Sources
+from llmkern.swap.parts import FAR_POSITION, StandIns, copied, linear_sizes
+from llmkern.swap.record import Functions, Recorder
+from llmkern.swap.track import Refused
+
+__all__ = ["NoProgram", "Reading", "layer_program"]
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}  # of the largest value; some forwards convert to fp32
+_PROBES = (
+    Probe("on small values", torch.float32, 2, 3),
+    Probe("after a past, at positions from a million on", torch.float64, 2, 2, past=5, first=FAR_POSITION),
+    Probe("on large values", torch.float64, 1, 5, spread=PROBE_SCALE),
+    Probe("in bfloat16, without a mask", torch.bfloat16, 3, 2, past=3, masked=False),
+)
+_KEPT = Probe("with an encoder's keys and values in its cache", torch.float32, 2, 3, past=4)
+_HALF = Probe("in float16", torch.float16, 2, 3)
+
+
+class Reading(NamedTuple):
+    """What was read off a layer.
+
+    program: at the level of its ops.  but_half: it does not hold in float16.  lookup: where the table is whose rows, by
+    the tokens' positions, are its sines and cosines side by side; "" where it is given them.
+    parts: what the layer's forward reads of the modules in it (llmkern/swap/guard.py).
+    """
+
+    program: Program
+    but_half: bool
+    lookup: str
+    parts: tuple[Part, ...]
+
+
+class _Run(NamedTuple):
+    """One run of a copy.
+
+    by_dtype: whether the source goes by dtypes.  encodes: whether all its attention is said not to be causal.
+    lookup, parts: as in `Reading`.
+    """
+
+    program: Program
+    by_dtype: bool
+    encodes: bool
+    lookup: str
+    parts: tuple[Part, ...]
+
+
+def layer_program(module: nn.Module) -> Reading:
+    """The layer's program; raises `NoProgram` with the reason where there is none.
+
+    Called under `settled()`, with the layer as it was before any swap."""
+    runs = [_recorded(module, probe) for probe in _PROBES]
+    found = runs[0].program
+    for probe, other in zip(_PROBES[1:], runs[1:], strict=True):
+        wider = _merged(found, other.program)
+        if wider is None:
+            raise NoProgram(f"{probe.how} its forward computes something else:\n{tidy(other.program)}")
+        found = wider
+    if any(step.op == "keep" for step in found.steps):
+        later = _recorded(module, replace(_KEPT, kept=_heads_kept(module, found))).program
+        if tidy(_in_order(_bare(_kept(found)))) != tidy(_in_order(_bare(later))):
+            raise NoProgram(f"{_KEPT.how} its forward computes something else:\n{tidy(later)}")
+    if all(each.encodes for each in runs):  # BERT takes a cache where it is a decoder
+        found = _without_caches(found, ("append",))
+    but_half = any(each.by_dtype for each in runs) and not _holds_in_half(module, found)
+    parts = merged(tuple(itertools.chain.from_iterable([each.parts for each in runs])))
+    return Reading(tidy(found), but_half, runs[0].lookup, parts)
+
+
+def _holds_in_half(module: nn.Module, program: Program) -> bool:
+    """Whether a layer that goes by dtypes has the same program in float16."""
+    try:
+        return _merged(program, _recorded(module, _HALF).program) is not None
+    except NoProgram:
+        return False
+
+
+def _recorded(module: nn.Module, probe: Probe) -> _Run:
+    """One run, in which the program has computed what the forward did."""
+    refused = raised = ""
+    for width, bias_dims in itertools.product(table_widths(module), bias_dims_of(module)):
+        recorder = Recorder(probe.dtype, (probe.batch, probe.length))
+        weights = StandIns(module, probe.dtype, probe.spread)
+        try:
+            copy = copied(module, recorder, weights)
+        except Refused as error:
+            raise NoProgram(str(error)) from None
+        call = LayerCall(module, recorder, weights, probe, width, bias_dims)
+        sources = Sources(probed=probe.dtype)
+        try:
+            with Functions(recorder), recorder, sources:
+                out = type(copy).forward(copy, call.hidden, **call.arguments)
+        except Refused as error:
+            refused = refused or str(error)
+            continue
+        except Exception as error:  # whatever foreign code raises on inputs that it was not made for
+            refused = refused or recorder.reason
+            raised = raised or f"a copy of it raises {type(error).__name__} {probe.how}: {error}"
+            continue
+        if recorder.reason or sources.reason:
+            raise NoProgram(recorder.reason or sources.reason)
+        out = out[0] if isinstance(out, tuple) else out
+        try:
+            program = recorder.program(out)
+        except Refused as error:
+            refused = refused or str(error)
+            continue
+        if probe.dtype in _TOLERANCE:
+            expected = run(program, call.inputs | recorder.looked_up, weights, call.cache)
+            difference = float((out.double() - expected.double()).abs().max())
+            if not difference <= _TOLERANCE[probe.dtype] * (float(expected.abs().max()) or 1.0):
+                raise NoProgram(f"{probe.how} its forward computes something else than\n{tidy(program)}")
+        parts = noted(copy)
+        if parts is None:
+            raise NoProgram(UNSEEN)
+        encodes = recorder.causal == {False}
+        return _Run(program, sources.goes_by_dtype, encodes, recorder.lookup, (*parts, *weights.parts))
+    raise NoProgram(refused or raised)
+
+
+def _in_order(program: Program) -> Program:
+    """The program with its steps in the order in which they are needed, whatever order they ran in."""
+    program = unique(program)
+    makers = {value: step for step in program.steps for value in step.results}
+    ordered: dict[Step, None] = {}
+
+    def visit(value: str) -> None:
+        step = makers.get(value)
+        if step is not None and step not in ordered:
+            for read in step.reads():
+                visit(read)
+            ordered[step] = None
+
+    visit(program.result)
+    return replace(program, steps=tuple(ordered))
+
+
+def _merged(one: Program, other: Program) -> Program | None:
+    """The program of two runs, one of which may lack a cache or masks; None where they differ otherwise."""
+    if tidy(_in_order(_bare(one))) != tidy(_in_order(_bare(other))):
+        return None
+    cached = one if _is_cached(one) else other
+    lacking = other if cached is one else one
+    attending = [step for step in _in_order(lacking).steps if step.op == "attention"]
+    in_order = [step for step in _in_order(cached).steps if step.op == "attention"]
+    steps = []
+    for step in unique(cached).steps:
+        if step.op == "attention":
+            same = attending[in_order.index(step)]
+            if len(same.values) > len(step.values):
+                step = replace(step, values=(*step.values, same.values[3]))
+            for option in ("causal", "window"):
+                if step.option(option) is None and (value := same.option(option)) is not None:
+                    step = step.with_options(**{option: value})
+        steps.append(step)
+    inputs = tuple([name for name in INPUTS if name in (*one.inputs, *other.inputs)])
+    return Program(inputs, tuple(steps), unique(cached).result)
+
+
+def _heads_kept(module: nn.Module, program: Program) -> tuple[int, int]:
+    """Heads of an encoder's keys, and columns of a head."""
+    steps = unique(program).steps
+    keep = next(step for step in steps if step.op == "keep")
+    reader = next(step for step in steps if step.op == "attention" and step.values[1] == keep.results[0])
+    maker = next(step for step in steps if keep.values[0] in step.results)
+    if maker.op != "linear":
+        raise NoProgram("it does more with an encoder's keys than a linear layer does")
+    place, dim = maker.places[maker.results.index(keep.values[0])], reader.option("dim")
+    assert isinstance(dim, int)
+    rows = linear_sizes(module, place.path)[0]
+    if place.rows is not None:
+        begin, end, period = place.rows
+        rows = (end - begin) * (rows // period if period else 1)
+    return rows // dim, dim
+
+
+def _kept(program: Program) -> Program:
+    """The program where an encoder's keys and values are in the cache."""
+    program = unique(program)
+    names: dict[str, str] = {}
+    steps = []
+    for step in program.steps:
+        step = step.renamed(names, step.results)
+        if step.op == "keep":
+            names.update(zip(step.results, KEPT_NAMES, strict=True))
+        else:
+            steps.append(step)
+    inputs = (*[name for name in program.inputs if name != "encoder"], *KEPT_NAMES)
+    return _in_order(Program(inputs, tuple(steps), program.result))
+
+
+def _is_cached(program: Program) -> bool:
+    return any(step.op in ("append", "keep") for step in program.steps)
+
+
+def _bare(program: Program) -> Program:
+    """The program without a cache and without masks."""
+    return _without_caches(program, ("append", "keep"), masks=False)
+
+
+def _without_caches(program: Program, caches: tuple[str, ...], masks: bool = True) -> Program:
+    program = unique(program)
+    names: dict[str, str] = {}
+    steps: list[Step] = []
+    for step in program.steps:
+        step = step.renamed(names, step.results)
+        if step.op in caches:
+            names.update(zip(step.results, step.values, strict=True))
+            continue
+        if step.op == "attention" and not masks:
+            step = replace(step, values=step.values[:3]).with_options(causal=None, window=None)
+        steps.append(step)
+    read = {name for step in steps for name in step.reads()}
+    inputs = tuple([name for name in INPUTS if name in program.inputs and (name in read or name == "hidden")])
+    return Program(inputs, tuple(steps), program.result)

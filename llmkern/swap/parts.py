@@ -1,0 +1,402 @@
+"""The parts of a layer while its program is read: they note that they are asked, and compute what they stand for.
+
+Weights are stood in for as well, so that a layer of any size is read in milliseconds: a linear layer has the sizes of
+the real one and a product of low rank.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.integrations.transformers.attention import HARMLESS, INTERFACE
+from llmkern.nn._int8_weight import HOOKS
+from llmkern.programs.run import ACTIVATION_FUNCTIONS, Call, attend, reference
+from llmkern.swap.derive import as_before, mentioned_globals, rebind
+from llmkern.swap.guard import UNSEEN, Part, Read, below, merged, noted
+from llmkern.swap.match import PROBE_SCALE, agrees, linear_like, probe, stand_in, why_elsewhere
+from llmkern.swap.observe import aside
+from llmkern.swap.record import Recorder
+from llmkern.swap.rules import experts as experts_rule
+from llmkern.swap.rules import norms as norms_rule
+from llmkern.swap.track import Refused
+
+__all__ = ["FAR_POSITION", "Caches", "StandIns", "attentions", "copied", "is_linear", "linear_sizes", "norm_of"]
+
+FAR_POSITION = 10**6
+_RANK = 3
+_MOST_ELEMENTS = 1 << 16  # of a parameter that a forward uses itself: what is larger is multiplied, or looked up
+
+
+class StandIns:
+    """Parameters that stand in for a layer's, the same for the layer's forward and for its program's executor.
+
+    dtype: of all of them.  spread: standard deviation of what linear layers give."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, spread: float) -> None:
+        self.module, self.dtype, self.spread = module, dtype, spread
+        self.generator = torch.Generator().manual_seed(0)
+        self.parts: tuple[Part, ...] = ()  # what norms and activations take for granted
+        self._linears: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def linear(self, path: str, x: Tensor, call: Call = reference) -> Tensor:
+        """`Weights.linear` (llmkern/programs/run.py), by a product of rank 3."""
+        if path not in self._linears:
+            rows, columns, has_bias = linear_sizes(self.module, path)
+            into = self.randn(columns, _RANK) * (columns**-0.5 * self.spread)
+            bias = self.randn(rows) * self.spread if has_bias else None
+            self._linears[path] = into, self.randn(_RANK, rows), bias
+        into, onto, bias = self._linears[path]
+        y = x @ into @ onto
+        return y if bias is None else y + bias
+
+    def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
+        if path not in self._norms:
+            layer = self.module.get_submodule(path)
+            norm = norm_of(as_before(layer))
+            assert norm is not None
+            held = [None if name is None else layer._parameters[name] for name in (norm.weight, norm.bias)]
+            self._norms[path] = tuple([None if p is None else self.randn(*p.shape) for p in held])  # type: ignore[assignment]
+        return self._norms[path]
+
+    def tensor(self, path: str) -> Tensor:
+        if path not in self._tensors:
+            owner, _, name = path.rpartition(".")
+            held: Any = getattr(self.module.get_submodule(owner), name)
+            self._tensors[path] = self.randn(*held.shape)
+        return self._tensors[path]
+
+
+def linear_sizes(module: nn.Module, path: str) -> tuple[int, int, bool]:
+    """(out, in) of the linear layer at a place, and whether it has a bias: nn.Linear and what is like it, transformers'
+    Conv1D, and `in_proj` of a torch.nn.MultiheadAttention."""
+    owner, _, name = path.rpartition(".")
+    holder: Any = module.get_submodule(owner)
+    if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
+        return 3 * holder.embed_dim, holder.embed_dim, holder.in_proj_bias is not None
+    layer: Any = module.get_submodule(path)
+    has_bias = getattr(layer, "bias", None) is not None
+    if linear_like(layer):
+        return layer.out_features, layer.in_features, has_bias
+    return layer.nf, layer.nx, has_bias
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear, what is like it, or transformers' Conv1D."""
+    weight = module._parameters.get("weight")
+    conv1d = type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+    return linear_like(module) or (conv1d and weight is not None and weight.dim() == 2)
+
+
+class Norm(NamedTuple):
+    """A norm: its op, the names of its parameters, its numbers, and what it takes for granted."""
+
+    op: str
+    weight: str | None
+    bias: str | None
+    eps: float
+    offset: float
+    parts: tuple[Part, ...]
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that a module is; None where it is none."""
+    found: Any = norms_rule.find(module)
+    if found is None or not found.op or found.reason:
+        return None
+    weight, bias, source, *offset = found.cls._llmkern_norm
+    eps = norms_rule.eps_of(module, source, torch.empty(0))
+    parts = found.cls._llmkern_guard.parts
+    if isinstance(source, str):  # a norm of its own reads it at each call
+        parts = merged((*parts, Part((), type(module), (Read("", source, getattr(module, source)),))))
+    return Norm(found.op, weight, bias, eps, offset[0] if offset else 0.0, parts)
+
+
+def activation_of(module: nn.Module) -> tuple[str, tuple[Part, ...]] | None:
+    """Which of `ACTIVATIONS` a module without parameters computes, near and far, and what it takes for granted; None
+    where it is none.  Raises `Refused` where it may compute something else on other inputs."""
+    if module._modules or module._parameters or module._buffers:
+        return None
+    near = torch.linspace(-6, 6, 1025)
+    shell = stand_in(module)
+    seen = [(x, probe(shell, x)) for x in (near, near * PROBE_SCALE)]
+    if any(out is None for _, out in seen):
+        return None
+    for name, function in ACTIVATION_FUNCTIONS.items():
+        if all(agrees(out, function(x)) for x, out in seen):
+            parts = noted(shell)
+            reason = UNSEEN if parts is None else why_elsewhere(shell, near)
+            if reason or parts is None:
+                raise Refused(reason)
+            return name, parts
+    return None
+
+
+class _Part(nn.Module):
+    """A module that calls a function, outside of what is recorded."""
+
+    def __init__(self, function: Callable[..., Any], stands_for: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.function, self._stands_for = aside(function), [stands_for]
+        self.weight = torch.empty(0, dtype=dtype)  # for forwards that ask for its dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stands_for[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def copied(module: nn.Module, recorder: Recorder, weights: StandIns, path: str = "") -> nn.Module:
+    """A copy of the layer in eval mode and without hooks, in which every part notes what it is asked."""
+    children = {}
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        below, child = f"{path}.{name}" if path else name, as_before(child)
+        experts = experts_rule.find(child)
+        if experts is not None:
+            raise Refused(f"{below}: {experts.reason}")
+        made = _part(child, below, recorder, weights)
+        children[name] = copied(child, recorder, weights, below) if made is None else made
+    parameters = {}
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.numel() <= _MOST_ELEMENTS:
+            where = f"{path}.{name}" if path else name
+            parameters[name] = tensor = weights.tensor(where)
+            recorder.given(where, tensor, "parameter")
+    made = stand_in(module, children, parameters)
+    state = vars(made)
+    for name, buffer in module._buffers.items():
+        table = _table(buffer, recorder, path, name)
+        if table is not None:  # taken at the call, as parameters are
+            state["_buffers"] = {other: b for other, b in state["_buffers"].items() if other != name}
+            state["_parameters"][name] = table
+    for name in HOOKS:
+        state[name] = type(state[name])()
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        state.pop(name, None)
+    forward: Any = type(module).forward
+    if INTERFACE in mentioned_globals(forward):
+        state["forward"] = types.MethodType(rebind(forward, INTERFACE, _Interface(recorder)), made)
+    return made
+
+
+def _table(buffer: Tensor | None, recorder: Recorder, path: str, name: str) -> Tensor | None:
+    """A stand-in for a table of numbers that rows may be looked up in; None for another buffer."""
+    if buffer is None or buffer.dim() != 2 or not buffer.is_floating_point():
+        return None
+    table = torch.rand(buffer.shape, dtype=torch.float64).to(recorder.dtype)
+    recorder.given(f"{path}.{name}", table, "lookup")
+    return table
+
+
+def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) -> nn.Module | None:
+    """What stands in for a part; None where the child is none, and its own forward runs."""
+    if isinstance(child, nn.MultiheadAttention):
+        return _Part(partial(_multihead, child, path, recorder, weights), child, weights.dtype)
+    if is_linear(child):
+
+        def linear(x: Tensor) -> Tensor:
+            out = weights.linear(path, x)
+            recorder.linear(path, x, out)
+            return out
+
+        return _Part(linear, child, weights.dtype)
+    if child._modules:
+        return None
+    found = norm_of(child)
+    if found is not None:
+
+        def norm(x: Tensor) -> Tensor:
+            w, b = weights.norm(path)
+            options = {"weight_offset": found.offset} if found.op == "rms_norm" else {}
+            out: Tensor = reference(found.op, x=x, weight=w, bias=b, eps=found.eps, **options)
+            recorder.norm(found.op, path, x, out, found.eps, found.offset)
+            return out
+
+        weights.parts += below(tuple(path.split(".")), found.parts)
+        return _Part(norm, child, weights.dtype)
+    known = activation_of(child)
+    if known is None:
+        return None
+    kind, parts = known
+    weights.parts += below(tuple(path.split(".")), parts)
+
+    def activation(x: Tensor) -> Tensor:
+        out = ACTIVATION_FUNCTIONS[kind](x)
+        recorder.pointwise(kind, x, out)
+        return out
+
+    return _Part(activation, child, weights.dtype)
+
+
+def _multihead(
+    layer: nn.MultiheadAttention,
+    path: str,
+    recorder: Recorder,
+    weights: StandIns,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, None]:
+    """torch.nn.MultiheadAttention: one packed projection, attention, and the projection out."""
+    if layer.in_proj_weight is None or layer.bias_k is not None or layer.add_zero_attn or not layer.batch_first:
+        raise recorder.refuse(f"{path} has projections apart, keys of its own, or batches in the second place")
+    if key is not value or attn_mask is not None or is_causal:
+        raise recorder.refuse(f"{path} is given values apart, or a mask of queries and keys")
+
+    def projected(x: Tensor) -> Tensor:
+        out = weights.linear(f"{path}.in_proj", x)
+        recorder.linear(f"{path}.in_proj", x, out)
+        return out
+
+    size, dim = layer.embed_dim, layer.head_dim
+    from_query = projected(query)
+    from_key = from_query if key is query else projected(key)
+
+    def headed(x: Tensor, i: int) -> Tensor:
+        return recorder.moved(x, lambda t: t[..., i * size : (i + 1) * size].unflatten(-1, (-1, dim)).transpose(1, 2))
+
+    q, k, v = [headed(x, i) for i, x in enumerate((from_query, from_key, from_key))]
+    mask = None if key_padding_mask is None else recorder.moved(key_padding_mask, lambda t: t[:, None, None])
+    out = attend(q, k, v, mask, scale=dim**-0.5)
+    result = recorder.attention(q, k, v, mask, out, scale=dim**-0.5)
+    rows = out.transpose(1, 2).flatten(2)
+    recorder.values.hold(rows, result)
+    given = weights.linear(f"{path}.out_proj", rows)
+    recorder.linear(f"{path}.out_proj", rows, given)
+    return given, None
+
+
+class _Interface:
+    """transformers' AttentionInterface, with one function under every name."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def get_interface(self, *_: Any) -> Callable[..., Any]:
+        return aside(self._attend)
+
+    def __getitem__(self, _: str) -> Callable[..., Any]:
+        return aside(self._attend)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        unknown = sorted(n for n, a in others.items() if a is not None and n not in HARMLESS | {"output_attentions"})
+        if unknown or others.get("output_attentions") or dropout:
+            raise self.recorder.refuse(f"its attention asks for {', '.join(unknown) or 'dropout or weights'}")
+        numbers = (scaling, sliding_window, softcap)
+        if any(isinstance(number, Tensor) for number in numbers):
+            raise self.recorder.refuse("its attention's scale, window or soft cap is a tensor")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        self.recorder.causal.add(bool(causal))
+        if position_bias is not None and self.recorder.is_zero(position_bias):
+            position_bias = None
+        options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5 if scaling is None else scaling}
+        options |= {"causal": bool(causal), "window": sliding_window, "softcap": softcap}
+        options |= {"sinks": s_aux, "bias": position_bias}
+        given = {name: value for name, value in options.items() if value is not None}
+        out = attend(q, k, v, mask, **given)
+        result = self.recorder.attention(q, k, v, mask, out, **given)
+        by_token = out.transpose(1, 2)
+        self.recorder.values.hold(by_token, result)
+        return by_token, None
+
+
+class Past:
+    """A cache of one layer that holds some keys and values [B, Hkv, n, D], and says that it has seen 10⁶ tokens.
+
+    op: "append", or "keep" for the cache of an encoder's tokens, which is empty."""
+
+    def __init__(self, recorder: Recorder, tokens: int, op: str) -> None:
+        self.recorder, self.tokens, self.op = recorder, tokens, op
+        self.states: tuple[Tensor, ...] | None = None
+        self.layers: Any = ()
+
+    def get_seq_length(self, *_: Any) -> int:
+        return FAR_POSITION
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return aside(self._update)(k, v)
+
+    def _update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.joined(k, v)
+        self.recorder.append(self.op, k, v, *out)
+        return out
+
+    def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values; what is held does not change."""
+        if self.states is None:
+            generator = torch.Generator().manual_seed(1)
+            shapes = [(*x.shape[:2], self.tokens, x.shape[3]) for x in (k, v)]
+            self.states = tuple([torch.randn(shape, generator=generator).to(k.dtype) for shape in shapes])
+        return torch.cat((self.states[0], k), 2), torch.cat((self.states[1], v), 2)
+
+
+class _Always(dict[Any, bool]):
+    """The flags of a cache that is filled: `get` says so for every layer."""
+
+    def get(self, *_: Any) -> bool:
+        return True
+
+
+class Caches:
+    """The cache of a layer's own tokens, and that of an encoder's; a `Cache` of llmkern/programs/run.py as well."""
+
+    def __init__(self, recorder: Recorder, tokens: int) -> None:
+        self.own, self.encoder = Past(recorder, tokens, "append"), Past(recorder, 0, "keep")
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.own.joined(k, v)
+
+    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder.joined(k, v)
+
+    def for_both(self, kept: tuple[Tensor, Tensor] | None) -> Any:
+        """A transformers.EncoderDecoderCache of the two.  kept: what the encoder's holds, None where it is empty."""
+        from transformers import EncoderDecoderCache
+
+        both: Any = object.__new__(EncoderDecoderCache)
+        vars(both).update(self_attention_cache=self.own, cross_attention_cache=self.encoder, is_updated={})
+        if kept is not None:
+            every: dict[Any, Any] = defaultdict(lambda: types.SimpleNamespace(keys=kept[0], values=kept[1]))
+            both.is_updated, self.encoder.layers = _Always(), every
+        return both
+
+
+def attentions(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose forward looks its attention function up."""
+    for child in module.modules():
+        if INTERFACE in mentioned_globals(type(as_before(child)).forward):
+            yield child
