@@ -1,0 +1,102 @@
+"""`llmkern serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from llmkern.cli.arguments import check_scheme
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize
+from llmkern.cli.output import say
+from llmkern.swap import optimize_
+
+__all__ = ["serve"]
+
+LONGEST_CONTEXT = 4096  # unless --max-context says more: the cache is sized for it
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
+    scheme: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
+        typer.Option("--quantize", metavar="SCHEME", help="int8: quantize the weights after loading."),
+    ] = None,
+    optimize: Annotated[bool, typer.Option(help="Swap kernels in; --no-optimize serves the model untouched.")] = True,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="KEY", envvar="LLMKERN_API_KEY", help="Ask for this key in the Authorization header."),
+    ] = None,
+    max_concurrent: Annotated[int, typer.Option(metavar="N", help="Sequences generated at a time.")] = 16,
+    max_queue: Annotated[int, typer.Option(metavar="N", help="Sequences that may wait; then status 429.")] = 64,
+    max_context: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help=f"Tokens of prompt and answer; the model's own, {LONGEST_CONTEXT} at most."),
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest request.")] = 4 << 20,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time for one answer.")] = 600.0,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--served-model-name", metavar="NAME", help="What requests call the model; MODEL if not given."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
+) -> None:
+    """Serve a model by OpenAI's API, with continuous batching, and a page to chat at /.
+
+    A language model answers /v1/chat/completions and /v1/completions, an encoder /v1/embeddings; both answer
+    /v1/models, /tokenize, /health, /version and /metrics (Prometheus).  SIGTERM finishes what runs, then exits 0;
+    the exit status is 1 where the worker has died.
+
+    \b
+    llmkern serve demo:smollm2 --quantize int8
+    llmkern serve ./my-checkpoint --host 0.0.0.0 --api-key "$KEY" --max-concurrent 32
+    """
+    from llmkern.serve import require
+
+    require()
+    from llmkern.serve.options import ServeOptions
+    from llmkern.serve.run import run
+
+    check_scheme(scheme)
+    options: dict[str, Any] = {
+        "name": name or model,
+        "host": host,
+        "port": port,
+        "api_key": api_key,
+        "max_concurrent": max_concurrent,
+        "max_queue": max_queue,
+        "max_body": max_body,
+        "timeout": timeout,
+    }
+    ServeOptions(**options, max_context=LONGEST_CONTEXT if max_context is None else max_context)  # before it loads
+    loaded = load(model, dtype=dtype, device=device)
+    checked = ServeOptions(**options, max_context=_context(loaded, max_context))
+    if not checked.is_loopback and checked.api_key is None:
+        say(f"anyone who reaches {host} can use this server: --api-key asks for a key")
+    if scheme is not None:
+        quantize(loaded.model, loaded)
+    if optimize:
+        optimize_(loaded.model, on_unsupported="ignore")
+    status = run(loaded.model, loaded.tokenizer, checked, lambda url: say(f"serving {checked.name} at {url}"))
+    if status:
+        raise typer.Exit(status)
+
+
+def _context(loaded: Loaded, asked: int | None) -> int:
+    """Tokens of prompt and answer; ValueError where the model has a tokenizer or positions too few."""
+    if loaded.tokenizer is None:
+        raise ValueError(f"MODEL {loaded.name} has no tokenizer, so it cannot read a prompt")
+    config: Any = loaded.model.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"MODEL {loaded.name} is an encoder with a decoder, which continuous batching does not run")
+    own = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        return min(own or LONGEST_CONTEXT, LONGEST_CONTEXT)
+    if own is not None and asked > own:
+        raise ValueError(f"--max-context is {asked}, MODEL {loaded.name} has {own} positions")
+    return asked

@@ -1,0 +1,180 @@
+"""Attention on the paged cache of transformers' continuous batching, in the layout in which the cache lies.
+
+A step packs the new tokens of all sequences into one row, q [1, Hq, T, D].  Sequences with one new token (decoding)
+are one call of `attention_decode`, which reads the pages through a block table and copies nothing; a sequence with
+more (a prompt, or a chunk of one) is a call of `attention`.  What depends on the step and not on the layer (the block
+table, lengths, which rows decode) is computed once, at the first layer.
+
+transformers 5.23 hands a registered function what it hands its own: `cache`, `cu_seq_lens_q`, `cu_seq_lens_k`,
+`read_index` and `write_index` (slots of tokens), or `block_table` where every sequence has one new token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern import ops
+from llmkern.integrations.transformers.attention import HARMLESS
+
+__all__ = ["PAGED", "paged_attention_forward", "register_paged", "why_not_paged"]
+
+PAGED = "llmkern_paged"
+"""The name in `config._attn_implementation`."""
+
+# What continuous batching passes along besides; each is said by the lengths, or is for others.
+_STEP = frozenset({"is_causal", "logits_indices", "logits_processor_args", "max_length_k", "max_length_q"})
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """One sequence with several new tokens.  new: their places in the packed row; seen: slots of all tokens it sees,
+    None where it sees the new ones only."""
+
+    new: slice
+    seen: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one forward does, for every layer of an allocator.
+
+    write: int64 [T], the slot of each new token.  decoding: places of single new tokens in the packed row, None where
+    all are such.  table: int32 [B, max_blocks] and lengths: int32 [B] of the decoding sequences.
+    """
+
+    write: Tensor
+    decoding: Tensor | None
+    table: Tensor
+    lengths: Tensor
+    prefills: list[_Prefill]
+
+
+def register_paged() -> None:
+    """Make `PAGED` known to transformers; nothing uses it until a model is set to it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PAGED, paged_attention_forward)
+    AttentionMaskInterface.register(PAGED, _no_mask)
+
+
+def why_not_paged(config: Any) -> str | None:
+    """The sentence why a model with this config keeps transformers' own paged attention, or None."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None) is not None):
+        return "its layers have a sliding window, whose pages have no block table"
+    return None
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cache: Any = None,
+    read_index: list[Tensor] | None = None,
+    write_index: list[Tensor] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: dict[str, Tensor] | None = None,
+    block_table: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function on a paged cache: q [1, Hq, T, D], k/v [1, Hkv, T, D] → [1, T, Hq, D].
+
+    Writes the new keys and values into their pages.  Raises ValueError without a cache, and for an argument that is
+    not known: it may change the result.
+    """
+    if cache is None or cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError(f"{PAGED} attention serves continuous batching only; set_attn_implementation('sdpa')")
+    for name, argument in kwargs.items():
+        if argument is not None and name not in HARMLESS and name not in _STEP and argument is not False:
+            raise ValueError(f"the model passes {name} to its attention, which {PAGED} does not know")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    allocator = cache.layer_to_allocator[layer]
+    if layer == allocator.layer_indices[0]:
+        allocator.llmkern_step = _plan(allocator, cu_seq_lens_q, cu_seq_lens_k, read_index, write_index, block_table)
+    step: _Step = allocator.llmkern_step
+    k_tokens, v_tokens = allocator._kv_token_views[layer]  # [slots, Hkv, D]
+    k_tokens.index_copy_(0, step.write, key[0].transpose(0, 1))
+    v_tokens.index_copy_(0, step.write, value[0].transpose(0, 1))
+    rows = query[0].transpose(0, 1)  # [T, Hq, D]
+    sinks = None if s_aux is None else s_aux.to(query.dtype)
+    options: dict[str, Any] = {"sm_scale": scaling, "softcap": softcap, "sinks": sinks}
+    packed = rows.new_empty((rows.shape[0], rows.shape[1], value.shape[-1]))
+    if step.lengths.numel():
+        k_pages, v_pages = allocator.get_cache_for_block_table(layer)  # [pages, page_size, Hkv, D]
+        decoding = rows if step.decoding is None else rows[step.decoding]
+        out = ops.attention_decode(
+            decoding[:, :, None],
+            k_pages.transpose(1, 2),
+            v_pages.transpose(1, 2),
+            step.lengths,
+            block_table=step.table,
+            **options,
+        )[:, :, 0]
+        if step.decoding is None:
+            return out[None], None
+        packed[step.decoding] = out
+    for prefill in step.prefills:
+        k, v = key[:, :, prefill.new], value[:, :, prefill.new]
+        if prefill.seen is not None:
+            k = k_tokens[prefill.seen].transpose(0, 1)[None]
+            v = v_tokens[prefill.seen].transpose(0, 1)[None]
+        out = ops.attention(query[:, :, prefill.new], k, v, causal=True, **options)
+        packed[prefill.new] = out[0].transpose(0, 1)
+    return packed[None], None
+
+
+def _plan(
+    allocator: Any,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: dict[str, Tensor],
+    read_index: list[Tensor] | None,
+    write_index: list[Tensor] | None,
+    block_table: Tensor | None,
+) -> _Step:
+    page = allocator.tokens_per_page
+    ends_k = cu_seq_lens_k[allocator.layer_type]
+    if block_table is not None:  # every sequence has one new token, and transformers has prepared no slots
+        lengths = (ends_k[1:] - ends_k[:-1]).to(torch.int32)
+        table = block_table[allocator.index]
+        last = (lengths - 1).long()
+        blocks = table.gather(1, (last // page)[:, None]).squeeze(1)
+        return _Step(blocks * page + last % page, None, table, lengths, [])
+    assert read_index is not None
+    assert write_index is not None
+    read, write = read_index[allocator.index], write_index[allocator.index]
+    starts_q, starts_k = cu_seq_lens_q.tolist(), ends_k.tolist()
+    decoding, lengths_, blocks_, prefills = [], [], [], []
+    for i in range(len(starts_q) - 1):
+        new = slice(starts_q[i], starts_q[i + 1])
+        seen = slice(starts_k[i], starts_k[i + 1])
+        count, total = new.stop - new.start, seen.stop - seen.start
+        if count == 1 and read.numel():
+            decoding.append(new.start)
+            lengths_.append(total)
+            blocks_.append(read[seen][::page] // page)
+        elif count:
+            prefills.append(_Prefill(new, read[seen] if total > count else None))
+    everything = len(decoding) == starts_q[-1]
+    device = write.device
+    table = torch.nn.utils.rnn.pad_sequence(blocks_, batch_first=True) if blocks_ else write.new_empty((0, 1))
+    return _Step(
+        write,
+        None if everything else torch.tensor(decoding, dtype=torch.int64, device=device),
+        table.to(torch.int32),
+        torch.tensor(lengths_, dtype=torch.int32, device=device),
+        prefills,
+    )
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Build no mask: lengths say what each token sees."""
