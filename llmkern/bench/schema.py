@@ -1,16 +1,18 @@
-"""The one schema of benchmark results, for ops and models.
+"""The one schema of benchmark results, for ops, models and servers.
 
     {"schema": 1, "command": "…", "environment": {…}, "rows": [{…}, …]}
 
 A row is one number with its spread:
 
-suite           "ops" or "model"
+suite           "ops", "model" or "serve"
 name            the op or the model
-provider        who computed: "llmkern", "torch", a peer; of models the variant and its dtype
+provider        who computed: "llmkern", "torch", a peer; of models the variant and its dtype; of serving the server
 metric, unit    ops: time_us (a call, as Python makes it), kernel_us (replayed in a CUDA graph)
                 models: prefill_tokens_per_s, decode_tokens_per_s, ttft_ms, itl_ms (of all steps; p90 and p99 are in
                 `detail`), peak_memory_mb, model_memory_mb (what of the peak goes with the model: its weights, cache and
                 intermediate results), sentences_per_s, perplexity
+                serving: throughput_tokens_per_s (generated, of all clients), ttft_ms and itl_ms as clients see them,
+                peak_memory_mb (of the server's process)
 x               what the number belongs to: sizes, dtype, mode, batch, lengths …; "sweep" names the line of a plot
 p20, p50, p80   percentiles over the repetitions, in `unit`; null where nothing was measured
 speed_of_light  the share of the device's measured ceiling, by bytes or operations, whichever is nearer; ops only
@@ -41,6 +43,7 @@ METRICS = {
     "time_us": "µs",
     "kernel_us": "µs",
     "prefill_tokens_per_s": "tokens/s",
+    "throughput_tokens_per_s": "tokens/s",
     "decode_tokens_per_s": "tokens/s",
     "ttft_ms": "ms",
     "itl_ms": "ms",
@@ -61,7 +64,7 @@ def lower_is_better(metric: str) -> bool:
 class Row:
     """One number; the module's docstring describes the fields."""
 
-    suite: Literal["ops", "model"]
+    suite: Literal["ops", "model", "serve"]
     name: str
     provider: str
     metric: str

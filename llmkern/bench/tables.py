@@ -37,9 +37,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One for each op, and one for each model."""
+    """One for each op, one for each model, one for each model that is served."""
     found: list[Table] = []
-    for suite, make in (("ops", _op_table), ("model", _model_table)):
+    for suite, make in (("ops", _op_table), ("model", _model_table), ("serve", _serve_table)):
         names = dict.fromkeys(row.name for row in rows if row.suite == suite)
         found += [make(name, [row for row in rows if row.suite == suite and row.name == name]) for name in names]
     return found
@@ -134,3 +134,45 @@ def _model_cell(row: Row | None) -> str:
         return f"{number(row.p50)} / {number(row.detail.get('p90'))} / {number(row.detail.get('p99'))}"
     ratio = row.detail.get("ratio")
     return number(row.p50) + (f" ({ratio['p50']:.2f}×)" if ratio else "")
+
+
+def _serve_table(name: str, rows: list[Row]) -> Table:
+    """A line for each server and number of clients, with the throughput's ratio to the first server's."""
+    headers = [
+        "server",
+        "clients",
+        "tokens/s",
+        "first token, ms (p50/p99)",
+        "between tokens, ms (p50/p99)",
+        "peak memory, MB",
+        "requests, failed",
+        "note",
+    ]
+    cells, first = [], next((row.provider for row in rows), "")
+    for provider, clients in dict.fromkeys((row.provider, row.x["clients"]) for row in rows):
+
+        def of(who: str, clients: int = clients) -> dict[str, Row]:
+            return {row.metric: row for row in rows if row.provider == who and row.x["clients"] == clients}
+
+        own, base = of(provider), of(first).get("throughput_tokens_per_s")
+        speed = own["throughput_tokens_per_s"]
+        ratio = f" ({speed.p50 / base.p50:.2f}×)" if base is not None and base.p50 and speed.p50 else ""
+        memory = own.get("peak_memory_mb")
+        cells.append(
+            [
+                provider,
+                str(clients),
+                number(speed.p50) + ratio,
+                *[_median_and_p99(own.get(metric)) for metric in ("ttft_ms", "itl_ms")],
+                number(None if memory is None else memory.p50),
+                f"{speed.detail['requests']}, {speed.detail['errors']}",
+                speed.error or "",
+            ]
+        )
+    x = next((row.x for row in rows), {})
+    sizes = ", ".join(f"{key} {value}" for key, value in x.items() if key != "clients")
+    return f"{name}, served: {sizes}", headers, cells
+
+
+def _median_and_p99(row: Row | None) -> str:
+    return "–" if row is None else f"{number(row.p50)} / {number(row.detail.get('p99'))}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import torch
 import typer
 
+from llmkern.cli import bench_serve
 from llmkern.cli.arguments import check_scheme, device_named, dtype_named
 from llmkern.cli.bench_results import Outputs, kept_on_interrupt, new_result, recorded
 from llmkern.cli.command import Command
@@ -27,12 +28,15 @@ bench = typer.Typer(
     \b
     llmkern bench ops --quick
     llmkern bench model demo:smollm2 --quick
+    llmkern bench serve demo:smollm2 --clients 1,4,16
     llmkern bench compare old.json new.json
     """,
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings=_HELP,
 )
+
+bench.command("serve", cls=Command, context_settings=_HELP)(bench_serve.serve)
 
 # Seconds of measuring for each contender at each point.
 SECONDS, QUICK_SECONDS = 1.0, 0.15

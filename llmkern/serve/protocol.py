@@ -177,9 +177,12 @@ class EmbeddingRequest(_Strict):
     """POST /v1/embeddings."""
 
     model: str
-    input: Annotated[str, Field(min_length=1)] | _Texts | _Ids | Annotated[
-        list[_Ids], Field(min_length=1, max_length=2048)
-    ]
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | _Texts
+        | _Ids
+        | Annotated[list[_Ids], Field(min_length=1, max_length=2048)]
+    )
     encoding_format: Literal["float", "base64"] | None = None
 
     def inputs(self) -> list[str | list[int]]:

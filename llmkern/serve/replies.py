@@ -52,9 +52,7 @@ class _Replies:
         """The whole answer from each sequence's events."""
         choices = [self._choice(i, each) for i, each in enumerate(events)]
         shown = [one.to_dict() for one in timings]
-        return self.whole(
-            **self._fields, object=self.object_of_whole, choices=choices, usage=used, timings=shown[0]
-        )
+        return self.whole(**self._fields, object=self.object_of_whole, choices=choices, usage=used, timings=shown[0])
 
     def chunk(self, event: Event, timings: Timings | None) -> Any:
         """The chunk of one token; with the timings in the last of a sequence."""

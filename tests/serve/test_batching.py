@@ -66,15 +66,28 @@ def batched(model: Any, texts: list[list[int]], **options: Any) -> tuple[list[li
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["untouched", "optimized"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tokens_are_those_of_generate(optimized: bool, dtype: torch.dtype) -> None:
-    model = tiny_model().to(dtype)
+def test_tokens_are_those_of_generate(optimized: bool) -> None:
+    model = tiny_model()
     if optimized:
         llmkern.optimize_(model)
     found, manager = batched(model, prompts())
     assert found == [generated(model, prompt) for prompt in prompts()]
     assert manager.steps < len(prompts()) * TOKENS / 2  # several in each
     assert model.config._attn_implementation == "sdpa"  # as it was
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["untouched", "optimized"])
+def test_tokens_in_bf16_are_likely_to_within_rounding(optimized: bool) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    if optimized:
+        llmkern.optimize_(model)
+    found, _ = batched(model, prompts())
+    for prompt, tokens in zip(prompts(), found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        short = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        # Rows of another shape are rounded otherwise; a token may win that was second by a few units in the last place.
+        assert float(short.max()) <= 4 * 2**-8 * float(logits.abs().max())
 
 
 def test_pages_are_read_by_the_kernels() -> None:

@@ -68,9 +68,7 @@ def test_a_forward_that_fails_for_one_request_ends_that_one(tokenizer: Any) -> N
         assert httpx.get(served.url + "/health").status_code == 200
 
 
-def test_sampling_that_fails_for_one_request_ends_that_one(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_that_fails_for_one_request_ends_that_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_one = sampling._draw_one
 
     def refuse(logits: torch.Tensor, history: sampling.History) -> Any:
@@ -121,9 +119,7 @@ def process(folder: Path, prelude: str = "") -> Iterator[tuple[subprocess.Popen[
     command = ["serve", str(folder), "--port", "0", "--served-model-name", "tiny"]
     code = f"{prelude}\nfrom llmkern.cli import run\nimport sys\nsys.exit(run({command!r}))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    started = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    started = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     assert started.stderr is not None
     try:
         seen = ""
