@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, tiny_model
+from tiny_server import CONTEXT, tiny_model
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import llmkern

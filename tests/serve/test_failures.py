@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from conftest import Served, serving, tiny_model, tiny_tokenizer
+from processes import process
+from tiny_server import Served, serving, tiny_model, tiny_tokenizer
 
 from llmkern.serve import sampling
 
@@ -113,31 +109,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def process(folder: Path, prelude: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`llmkern serve` in a process of its own, after the Python of `prelude`; and its address."""
-    command = ["serve", str(folder), "--port", "0", "--served-model-name", "tiny"]
-    code = f"{prelude}\nfrom llmkern.cli import run\nimport sys\nsys.exit(run({command!r}))"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    started = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
-    assert started.stderr is not None
-    try:
-        seen = ""
-        for line in started.stderr:
-            seen += line
-            if " at http://127.0.0.1:" in line:
-                yield started, line.split(" at ")[1].strip()
-                break
-        else:
-            pytest.fail(f"the server did not start: {seen}")
-    finally:
-        started.kill()
-        started.wait(30)
-        started.stderr.close()
-
-
 def test_sigterm_finishes_what_runs_and_exits_0(checkpoint: Path) -> None:
-    with process(checkpoint) as (server, url):
+    with process([str(checkpoint), "--served-model-name", "tiny"]) as (server, url):
         assert httpx.get(url + "/health", timeout=30).status_code == 200
         request = body("hello", 300) | {"stream": True}
         with httpx.stream("POST", url + CHAT, json=request, timeout=60) as stream:
@@ -162,7 +135,7 @@ def die(self, *args):
     return schedule(self, *args)
 FIFOScheduler.schedule_batch = die
 """
-    with process(checkpoint, prelude) as (server, url):
+    with process([str(checkpoint), "--served-model-name", "tiny"], prelude) as (server, url):
         answer = httpx.post(url + CHAT, json=body("x"), timeout=60)
         assert answer.status_code == 503
         begin = time.monotonic()

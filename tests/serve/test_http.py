@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import httpx
 import pytest
-from conftest import Served, serving, tiny_model
+from tiny_server import Served, serving, tiny_model
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}

@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Served
 from openai import AsyncOpenAI, OpenAI
+from tiny_server import Served
 
 QUESTION: list[Any] = [{"role": "user", "content": "hello"}]
 LONG: list[Any] = [{"role": "user", "content": "a prompt of more than one page, " * 10}]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from browser import Browser, browser, why_no_browser
-from conftest import Served, serving, tiny_model
+from tiny_server import Served, serving, tiny_model
 
 
 def test_the_page_asks_no_other_host(served: Served) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import CONTEXT, Served, serving, tiny_model
 from openai import AsyncOpenAI
+from tiny_server import CONTEXT, Served, serving, tiny_model
 
 import llmkern
 
