@@ -13,6 +13,7 @@ LLMKERN_STRICT           0           1: raise where no kernel backend (cuda, tri
 LLMKERN_BATCH_INVARIANT  0           1: a row's bits never depend on the rows beside it; backends that do not promise
                                      that refuse, and linear layers of many rows take longer
 LLMKERN_DEBUG            0           1: the command line shows the traceback of every error, not only its line
+LLMKERN_API_KEY          (none)      the key that ``llmkern serve`` asks for, as its option --api-key
 LLMKERN_LIBRARY          (none)      path of the native library to load instead of the one in the package
 LLMKERN_CACHE            ~/.cache/   where the checkpoint that SmolLM2 is dequantised to is kept, and the tables
                          llmkern     of ``llmkern tune``

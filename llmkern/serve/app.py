@@ -53,10 +53,12 @@ def create_app(model: nn.Module, tokenizer: Any, options: ServeOptions) -> FastA
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
-        yield
-        await engine.stop()
-        tokens.close()
+        try:
+            await engine.start()
+            yield
+        finally:
+            await engine.stop()
+            tokens.close()
 
     async def keyed(request: Request) -> None:
         if request.url.path not in _OPEN and not authorised(request, options.api_key):

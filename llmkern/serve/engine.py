@@ -150,8 +150,9 @@ class Engine:
         self.metrics = self._new_metrics()  # without the warm-up
 
     async def stop(self) -> None:
-        """End the worker; what still runs gets an error."""
-        await asyncio.to_thread(self.manager.stop, hard_stop=True)
+        """End the worker, whose thread would keep the process alive; what still runs gets an error."""
+        if self.manager.is_running():
+            await asyncio.to_thread(self.manager.stop, hard_stop=True)
         self._fail_all(Dead("the server is shutting down"))
 
     def submit(

@@ -54,17 +54,20 @@ def run(model: nn.Module, tokenizer: Any, options: ServeOptions, ready: Callable
 async def _until_end(server: _Server, engine: Any, listening: socket.socket, ready: Callable[[], None]) -> int:
     serving = asyncio.create_task(server.serve([listening]))
     died = asyncio.create_task(engine.died.wait())
-    while not (server.started or serving.done()):
-        await asyncio.sleep(0.01)
-    if server.started:
-        ready()
-    await asyncio.wait((serving, died), return_when=asyncio.FIRST_COMPLETED)
-    dead = died.done()
-    if not serving.done():
-        await asyncio.sleep(_GRACE)
-        server.should_exit = server.force_exit = True
-    died.cancel()
-    await serving
+    try:
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.01)
+        if server.started:
+            ready()
+        await asyncio.wait((serving, died), return_when=asyncio.FIRST_COMPLETED)
+        dead = died.done()
+        if not serving.done():
+            await asyncio.sleep(_GRACE)
+            server.should_exit = server.force_exit = True
+        await serving
+    finally:
+        died.cancel()
+        await engine.stop()  # a second signal leaves out what a first one would have waited for
     return 1 if dead or not server.started else 0
 
 
