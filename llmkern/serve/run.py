@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def run(model: nn.Module, tokenizer: Any, options: ServeOptions, ready: Callable
             taken = f"--port is {options.port}, which cannot be taken on {options.host}: {error.strerror}"
             raise OSError(taken) from None
         app = create_app(model, tokenizer, options)
+        gc.freeze()  # modules and the model stay: collections that walk them would be pauses between tokens
         config = uvicorn.Config(
             app,
             log_level="warning",

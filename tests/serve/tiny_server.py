@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ def serving(model: Any, tokenizer: Any, **options: Any) -> Iterator[Served]:
     """The server in a thread."""
     checked = ServeOptions(**({"name": "tiny", "max_context": CONTEXT, "port": 0} | options))
     app = create_app(model, tokenizer, checked)
+    gc.freeze()  # as `run` does
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -99,5 +101,5 @@ def serving(model: Any, tokenizer: Any, **options: Any) -> Iterator[Served]:
         yield Served(f"http://127.0.0.1:{port}", app, loops[0])
     finally:
         server.should_exit = True
-        thread.join(120)  # garbage is collected twice on the way
+        thread.join(120)
         assert not thread.is_alive(), "the server did not end"
