@@ -41,7 +41,7 @@ class Metrics:
     def total(self, name: str, what: str, value: Callable[[], float]) -> None:
         """Add a total that is kept elsewhere."""
         counter = Counter(f"llmkern:{name}", what, ("model_name",), registry=self._registry).labels(self._model)
-        counter._value.get = value  # type: ignore[attr-defined]  # Counter has no set_function of its own
+        counter._value.get = value  # Counter has no set_function of its own
 
     def step(self, tokens: int) -> None:
         self._step.observe(tokens)

@@ -137,7 +137,7 @@ FIFOScheduler.schedule_batch = die
 """
     with process([str(checkpoint), "--served-model-name", "tiny"], prelude) as (server, url):
         answer = httpx.post(url + CHAT, json=body("x"), timeout=60)
-        assert answer.status_code == 503
+        assert answer.status_code in (500, 503)
         begin = time.monotonic()
         assert server.wait(30) == 1
         assert time.monotonic() - begin < 20

@@ -182,7 +182,7 @@ def test_a_full_queue_is_a_429_and_what_was_accepted_finishes(tokenizer: Any) ->
 
         async def ask_all() -> list[httpx.Response]:
             async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
-                body = GOOD | {"max_tokens": 100}
+                body = GOOD | {"max_tokens": 100, "temperature": 0}
                 return await asyncio.gather(*[client.post(CHAT, json=body) for _ in range(16)])
 
         answers = asyncio.run(ask_all())
