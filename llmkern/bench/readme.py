@@ -85,14 +85,15 @@ def _source(path: Path, result: Result, folder: Path) -> str:
 
 
 def newest_models(folder: Path) -> str:
-    """The tables of the newest result of each model, for the project's README."""
-    newest: dict[str, tuple[Path, Result]] = {}
+    """The tables of the newest result of each model on each device, for the project's README."""
+    newest: dict[tuple[str, str], tuple[Path, Result]] = {}
     for path, result in results(folder):
         for name in {row.name for row in result.rows if row.suite == "model"}:
-            if name not in newest or newest[name][1].environment["timestamp"] < result.environment["timestamp"]:
-                newest[name] = path, result
+            key = name, result.environment["device"]
+            if key not in newest or newest[key][1].environment["timestamp"] < result.environment["timestamp"]:
+                newest[key] = path, result
     parts = []
-    for path, result in (newest[name] for name in sorted(newest, reverse=True)):
+    for path, result in (newest[key] for key in sorted(newest, reverse=True)):
         environment = result.environment
         where = f"{environment['device']}, {environment['threads']} threads, {environment['timestamp'][:10]}"
         link = f"[the whole result]({folder.name}/{path.relative_to(folder).as_posix()})"

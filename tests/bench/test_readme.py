@@ -35,6 +35,16 @@ def test_the_newest_result_of_a_model_is_shown_whatever_its_name(tmp_path, resul
     assert "A CPU, 2 threads, 2026-01-09" in shown
 
 
+def test_each_device_keeps_its_newest_result(tmp_path, result) -> None:
+    folder = committed(tmp_path, result)
+    other = model(result, 20, 44.0)
+    other.environment["device"] = "B CPU"
+    other.save(paths(folder, "b-cpu", "newer")[0])
+    shown = newest_models(folder)
+    assert "| llmkern fp32 | 33 |" in shown
+    assert "| llmkern fp32 | 44 |" in shown
+
+
 def test_every_result_has_its_table_plots_and_source(tmp_path, result) -> None:
     folder = committed(tmp_path, copy.deepcopy(result))
     shown = benchmarks_readme(folder)
