@@ -321,7 +321,9 @@ def _is_fixed(node: ast.expr) -> bool:
             return _is_last(node.args[0])
         return _is_fixed(node.func) and all(map(_is_fixed, node.args)) and not node.keywords
     if isinstance(node, ast.Attribute):
-        return _is_fixed(node.value) or (isinstance(node.value, ast.Name) and node.value.id in ("self", "torch"))
+        return _is_fixed(node.value) or (
+            isinstance(node.value, ast.Name) and node.value.id in ("math", "self", "torch")
+        )
     return False
 
 
