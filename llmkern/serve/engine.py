@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ class Event:
     index: int
     text: str
     drawn: Drawn
-    finish: str | None
+    finish: Literal["stop", "length"] | None
 
 
 class Generation:
@@ -237,7 +237,7 @@ class Engine:
         if is_last and not stopped:
             rest, stopped = sequence.stops.push(sequence.detokenizer.finish())
             text += rest + ("" if stopped else sequence.stops.finish())
-        finish = "stop" if is_eos or stopped else "length" if is_last else None
+        finish: Literal["stop", "length"] | None = "stop" if is_eos or stopped else "length" if is_last else None
         if finish is not None:
             self.end(sequence, finish, cancel=not is_last)
         sequence.owner.queue.put_nowait(Event(sequence.index, text, drawn, finish))

@@ -76,8 +76,9 @@ class Manager(ContinuousBatchingManager):
         # Resolved to 0 for whatever is not flash attention; ours reads block tables too.
         if model.config._attn_implementation == PAGED:  # type: ignore[union-attr]
             self.continuous_batching_config.max_blocks_per_request = pages
-        self.output_router.deliver = self._deliver_failure
-        self.output_router.deliver_batch = lambda outputs: None  # tokens go through `on_step`
+        router: Any = self.output_router
+        router.deliver = self._deliver_failure
+        router.deliver_batch = lambda outputs: None  # tokens go through `on_step`
 
     def submit(self, identity: str, prompt: list[int], max_tokens: int, eos: list[int], history: History) -> None:
         """Queue a sequence.  Raises RuntimeError where the worker has ended."""
@@ -121,7 +122,7 @@ class Manager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> Any:
         existing = self.batch_processor
-        processor = super()._create_batch_processor()
+        processor: Any = super()._create_batch_processor()
         if processor is not existing:
             processor.model_runner._sample = self._sample
             ios, cache = processor.inputs_and_outputs, processor.cache
@@ -141,8 +142,8 @@ class Manager(ContinuousBatchingManager):
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """`ModelRunner._sample` by request: scores fp32 [1, requests or more, V]; writes the tokens."""
-        assert self.batch_processor is not None
-        states = [f.state for f in self.batch_processor.inputs_and_outputs.requests_in_batch if f.has_new_token]
+        processor: Any = self.batch_processor
+        states = [f.state for f in processor.inputs_and_outputs.requests_in_batch if f.has_new_token]
         pairs = [(i, state, self.histories.get(state.request_id)) for i, state in enumerate(states)]
         # A cancelled sequence may have one more step, whose token nobody reads.
         live = [(i, state, history) for i, state, history in pairs if history is not None]
@@ -155,7 +156,7 @@ class Manager(ContinuousBatchingManager):
         for (i, state, history), outcome in zip(live, draw(rows, [h for _, _, h in live]), strict=True):
             arrived.append(Arrived(state.request_id, outcome, state.lifespan[0], now()))
             if isinstance(outcome, Exception):
-                self.batch_processor.scheduler.set_request_cancellation(state.request_id)
+                processor.scheduler.set_request_cancellation(state.request_id)
             else:
                 history.add(outcome.token)
                 output_ids[0, i] = outcome.token
@@ -207,15 +208,15 @@ class Manager(ContinuousBatchingManager):
         self._on_death(error)
 
 
-def cache_blocks(model: nn.Module, pages: int, sequences: int) -> int:
+def cache_blocks(model: Any, pages: int, sequences: int) -> int:
     """Blocks of the cache: room for so many sequences of so many pages, within a share of the free memory."""
     import psutil
 
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    device, dtype = model.device, model.dtype  # type: ignore[union-attr]
+    config: Any = model.config.get_text_config()
+    device, dtype = model.device, model.dtype
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block = config.num_hidden_layers * 2 * heads * head_dim * PAGE * dtype.itemsize  # type: ignore[union-attr]
+    block = config.num_hidden_layers * 2 * heads * head_dim * PAGE * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     affordable = int(free * CACHE_SHARE / block)
     if affordable < pages:

@@ -86,13 +86,14 @@ class ChatReplies(_Replies):
 
     def _choice(self, index: int, events: list[Event]) -> Choice:
         text = "".join(event.text for event in events)
-        logprobs = None
+        finish, logprobs = events[-1].finish, None
+        assert finish is not None, "these are all events of a sequence"
         if self._with_logprobs:
             logprobs = ChoiceLogprobs(content=[self._logprob(event.drawn) for event in events], refusal=None)
         return Choice(
             index=index,
             message=ChatCompletionMessage(role="assistant", content=text),
-            finish_reason=events[-1].finish,
+            finish_reason=finish,
             logprobs=logprobs,
         )
 
@@ -149,7 +150,7 @@ class CompletionReplies(_Replies):
             self._offsets[index] = offsets[-1] + len(event.text)
         return Logprobs(
             tokens=names,
-            token_logprobs=[event.drawn.logprob for event in events],
+            token_logprobs=[event.drawn.logprob for event in events if event.drawn.logprob is not None],
             top_logprobs=[{self._name(token): value for token, value in event.drawn.top} for event in events],
             text_offset=offsets,
         )
