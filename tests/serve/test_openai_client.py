@@ -186,9 +186,9 @@ def test_a_cancelled_answer_frees_its_place(served: Served) -> None:
 
     async def give_up() -> None:
         async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
-            ask = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=450)
+            ask = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=450, temperature=0)
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(ask, 0.3)
+                await asyncio.wait_for(ask, 0.1)
 
     asyncio.run(give_up())
     served.wait_idle()

@@ -1,4 +1,4 @@
-"""A new user's three steps on a real model: `llmkern serve demo:smollm2 --quantize int8`, and the openai client."""
+"""A new user's steps on a real model: `llmkern serve demo:smollm2`, and the openai client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_it_answers() -> None:
-    with process(["demo:smollm2", "--quantize", "int8", "--max-concurrent", "4", "--max-context", "512"]) as (_, url):
+    with process(["demo:smollm2", "--max-concurrent", "4", "--max-context", "512"]) as (_, url):
         client = OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         question: Any = {
             "model": "demo:smollm2",
