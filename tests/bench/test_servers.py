@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 import pytest
@@ -26,6 +27,11 @@ def test_commands_carry_the_setting() -> None:
     assert "serve demo:smollm2 --port 7 --dtype bfloat16 --max-concurrent 4 --max-context 320 --quantize int8" in ours
     theirs = " ".join(known["transformers serve"].command(SETTING, 7))
     assert "serve /a/folder --continuous-batching --cb-num-blocks 8" in theirs
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_a_server_says_what_it_cannot_load() -> None:
+    known = {server.name: server for server in servers()}
     with pytest.raises(Unsupported, match="Q8_0"):
         known["llama.cpp Q8_0 (xllamacpp)"].command(SETTING, 7)
 

@@ -15,8 +15,10 @@ import pytest
 import tiny_calls
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from llmkern import dispatch
+from llmkern.dispatch import tensors_in
 from llmkern.testing.case import Call, Case, cases, ops_with_cases
 from llmkern.testing.compare import as_list, assert_same_bits, cast
 from llmkern.testing.judge import assert_right, written
@@ -52,13 +54,13 @@ def largest_case(impl: dispatch.Implementation, device: str) -> Case:
 
 
 def size(call: Call) -> int:
-    return sum(value.numel() for value in call.values() if isinstance(value, Tensor))
+    return sum(value.numel() for value in tensors_in(call.values()))
 
 
 def run(impl: dispatch.Implementation, call: Call) -> list[Tensor]:
     """Its outputs and what it writes, from a fresh copy of what it writes."""
-    copies = {name: call[name].clone() for name in written(impl.op) if call[name] is not None}
-    return [*as_list(impl.fn(**(call | copies))), *copies.values()]
+    copies = {name: tree_map_only(Tensor, Tensor.clone, call[name]) for name in written(impl.op)}
+    return [*as_list(impl.fn(**(call | copies))), *tensors_in(copies.values())]
 
 
 @pytest.mark.parametrize(("impl", "device"), implementations("cuda", "cpu"))
