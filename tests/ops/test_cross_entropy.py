@@ -168,3 +168,10 @@ def test_a_head_that_does_not_fit_is_named() -> None:
         ops.linear_cross_entropy(hidden, weight[:, 1:], labels)
     with pytest.raises(TypeError, match=r"^linear_cross_entropy: weight is torch.bfloat16, expected torch.float32"):
         ops.linear_cross_entropy(hidden, weight.bfloat16(), labels)
+
+
+def test_a_second_derivative_is_refused_not_cut() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+    loss = ops.linear_cross_entropy(hidden, weight, torch.arange(4))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again; cross_entropy of the logits can"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
