@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from llmkern import _native, dispatch, ops
 from llmkern.dispatch import Implementation
@@ -25,7 +26,7 @@ from llmkern.testing.judge import assert_accurate, assert_right, reference, writ
 
 OPS = ops_with_cases()
 WITH_GRADIENT = [op for op in OPS if cases(op)[0].differentiable]
-POISON = {torch.bool: True, torch.int8: -128, torch.int32: -(2**31), torch.int64: -(2**62)}  # and NaN
+POISON = {torch.bool: True, torch.int8: -128, torch.int32: -(2**31), torch.int64: -(2**62), torch.uint8: 170}  # and NaN
 
 
 FACTOR = settings.default.max_examples // 100
@@ -126,7 +127,9 @@ def test_any_layout_of_the_inputs(op: str, layout: Callable[[Tensor], Tensor], d
             call[name] = layout(value)
     for impl in serving(op, call):
         if FACTOR > 1 or impl.backend.name != "triton":
-            again = call | {name: call[name].clone() for name in written(op) if call[name] is not None}
+            again = call | {
+                name: tree_map_only(Tensor, Tensor.clone, call[name]) for name in written(op) if call[name] is not None
+            }
             before = {name: value.clone() for name, value in tensors(call).items() if name not in written(op)}
             assert_right(case, again, impl.fn(**again))
             assert_same_bits([call[name] for name in before], list(before.values()))
