@@ -106,7 +106,7 @@ def test_bench_serve_writes_a_table_and_json(
     assert {row["metric"] for row in rows} == {"throughput_tokens_per_s", "ttft_ms", "itl_ms"}
     assert {row["x"]["clients"] for row in rows} == {1, 2}
     assert all(row["p50"] > 0 and row["error"] is None for row in rows)
-    assert "first token" in capsys.readouterr().out
+    assert "served: prompt_len 8" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_a_chat_in_a_browser(tokenizer: Any, tmp_path: Path) -> None:
         page.wait("document.getElementById('running').textContent === '0'")
         page.wait("document.getElementById('waiting').textContent === '0'")
 
+        step = served.engine.manager._on_step
+        served.engine.manager._on_step = lambda arrived: (time.sleep(0.02), step(arrived))  # as a larger model does
         say(page, "a long one", 400)
         page.wait("Number(document.getElementById('count').textContent) > 8")
         page.run("document.getElementById('stop').click()")
