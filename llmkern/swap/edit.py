@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llmkern import dispatch
-from llmkern.swap.derive import original_class, rebind, rename
+from llmkern.swap.derive import mentioned_globals, original_class, rebind, rename
 from llmkern.swap.guard import guarded
 
 __all__ = ["Edit", "edited", "edits_of"]
@@ -56,13 +56,26 @@ def edited(module: nn.Module, edits: Iterable[Edit]) -> type[nn.Module]:
     members = dict(member for edit in chosen for member in edit.members)
     within = tuple(dict.fromkeys(cls for edit in chosen for cls in edit.within))
     return guarded(
-        original, _forward(original.forward, chosen), ("_llmkern_edits", chosen), *members.items(), within=within
+        original,
+        _forward(original.forward, chosen, _seen(original.forward)),
+        ("_llmkern_edits", chosen),
+        *members.items(),
+        within=within,
     )
 
 
+def _seen(forward: Callable[..., Any]) -> tuple[tuple[str, int], ...]:
+    return tuple([(name, id(value)) for name, value in mentioned_globals(forward).items()])
+
+
 @functools.cache
-def _forward(original: Callable[..., Any], edits: tuple[Edit, ...]) -> Callable[..., Any] | None:
-    """The forward with the edits that apply at the call; None where they leave it as it is."""
+def _forward(
+    original: Callable[..., Any], edits: tuple[Edit, ...], seen: tuple[tuple[str, int], ...]
+) -> Callable[..., Any] | None:
+    """The forward with the edits that apply at the call; None where they leave it as it is.
+
+    seen: the globals that it mentions, by identity: what is rebound keeps those that there are now.
+    """
     conditions = [edit.when for edit in edits if edit.when is not None]
     forwards = {
         answers: _applied(original, [edit for edit in edits if _applies(edit, conditions, answers)])

@@ -11,6 +11,7 @@ import transformers as hf
 from layer_models import DECODER, TOKENS, built, give_class, layers_alone, needs_kernels, recorded
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import llmkern
@@ -99,3 +100,17 @@ def test_a_norm_of_which_nothing_can_be_told() -> None:
     x = torch.randn(3, 8)
     for ours, theirs in zip(norms, untouched, strict=True):
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+@torch.no_grad()
+def test_a_forward_rebound_earlier_keeps_no_old_globals(monkeypatch) -> None:
+    """Two models of one class get one forward, but not where a global that it mentions was replaced in between."""
+    config = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=67
+    )
+    untouched, ids = hf.LlamaForCausalLM(config).eval(), torch.arange(9)[None]
+    llmkern.optimize_(copy.deepcopy(untouched), rope=False)
+    rotate = llama.apply_rotary_pos_emb
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: rotate(50 * q, k, cos, sin))
+    model = llmkern.optimize_(copy.deepcopy(untouched), on_unsupported="ignore")
+    torch.testing.assert_close(model(ids).logits, untouched(ids).logits)
