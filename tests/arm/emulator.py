@@ -79,7 +79,7 @@ def build() -> tuple[Path, Path]:
     native = [host_compiler, "-std=c++20", "-O0", "-fPIC", f"-I{ROOT / 'csrc' / 'include'}", *include]
     bindings = [*native, toolchain.ABI, f"-DLLMKERN_NAMESPACE={NAMESPACE}"]
     objects = [toolchain.build(text, "compile", FOLDER / "host.o", [HERE / "host.cpp"], native)]
-    for pattern in ("bindings/*.cpp", "bindings/cpu/*_layer.cpp"):
+    for pattern in ("bindings/*.cpp", "bindings/cpu/*_layer.cpp", "bindings/cpu/quantized_linear.cpp"):
         objects += setup["compile_all"](text, pattern, bindings, folder=FOLDER)
     # Gradients are not called in the guest, which has no launchers for them.
     objects = [each for each in objects if "_backward" not in str(each)]
