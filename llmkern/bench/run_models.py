@@ -143,10 +143,10 @@ def run_models(
                     for run in runs:
                         run.repeat(plan)
                         progress(next(steps), total)
-                for run in runs:
-                    run.finish()
                 for run in group:
+                    run.finish()
                     run.close()
+            base.finish()
         finally:
             add([row for run in (base, *others) for row in run.rows(plan, base)])
 
@@ -232,9 +232,8 @@ class _Run:
         for metric, samples in self.rates(plan).items():
             rate = stats.summary(samples)
             detail: dict[str, Any] = {"n": rate.n}
-            if self is not base and theirs.get(metric):
-                ratio = stats.ratios(theirs[metric][self.offset :], samples).to_dict()
-                detail["ratio"] = {"to": base.chosen.name} | ratio
+            if self is not base and (beside := theirs.get(metric, [])[self.offset :]):
+                detail["ratio"] = {"to": base.chosen.name} | stats.ratios(beside, samples).to_dict()
             found.append(row(metric, **rate.to_dict(), detail=detail, error=self.error))
         if plan.spec.kind == "causal":
             found.append(row("ttft_ms", **_milliseconds(self.first), detail={"n": len(self.first)}))

@@ -29,7 +29,7 @@ class FakeWorker:
     order: list[str] = []
 
     def __init__(self, threads: int) -> None:
-        self.variant, self.runs = "", 0
+        self.variant, self.runs, self.released = "", 0, False
 
     def begin(self, do: str, **arguments: Any) -> None:
         self.variant = arguments["variant"]
@@ -42,10 +42,14 @@ class FakeWorker:
     def ask(self, do: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
         if do == "accuracy":
             return {"top1": 1.0, "perplexity": 20.0}
+        if do == "release":
+            self.released = True
         if do == "run":
+            if self.released:
+                raise Failed("the model is gone")
             FakeWorker.order.append(self.variant)
             self.runs += 1
-            if self.variant == "dies" and self.runs == 2:
+            if (self.variant, self.runs) in (("dies", 2), ("dies later", 4)):
                 raise Failed("the process ended by SIGSEGV")
             if self.variant == "interrupted" and self.runs == 2:
                 raise KeyboardInterrupt
@@ -113,6 +117,12 @@ def test_an_interruption_keeps_what_was_measured(measured) -> None:
     assert rows["slow", "prefill_tokens_per_s"].detail["n"] == 1
 
 
+def test_whoever_is_timed_after_the_base_has_died_is_compared_with_nothing(measured) -> None:
+    rows = measured("dies later", "slow", "a", at_once=2)
+    assert "ratio" not in rows["a", "prefill_tokens_per_s"].detail
+    assert rows["slow", "prefill_tokens_per_s"].detail["ratio"]["to"] == "dies later"
+
+
 def test_nothing_is_compared_with_a_base_that_fails(measured) -> None:
     measured("absent", "slow", expected=ValueError)
 
@@ -121,6 +131,8 @@ def test_groups_that_fit_in_memory_are_each_measured_beside_the_base(measured) -
     rows = measured("base", "a", "slow", at_once=2)
     assert FakeWorker.order == ["base", "a"] * 3 + ["base", "slow"] * 3
     assert rows["slow", "prefill_tokens_per_s"].detail["ratio"]["p50"] == 0.5
+    assert (rows["base", "prefill_tokens_per_s"].detail["n"], rows["base", "prefill_tokens_per_s"].error) == (6, None)
+    assert rows["base", "model_memory_mb"].p50 == 3.0
     assert at_once(PLAN, 1_000_000) > 100
     assert at_once(PLAN, 10**12) == 2
 
