@@ -32,14 +32,14 @@ __all__ = ["attention", "attend", "check_heads", "end", "start"]
 
 
 def start(acc: Any, m: Any, l: Any) -> None:
-    """An online softmax before its first block."""
+    """Initialise an online softmax."""
     acc[...] = jnp.zeros_like(acc)
     m[...] = jnp.full_like(m, -jnp.inf)
     l[...] = jnp.zeros_like(l)
 
 
 def attend(acc: Any, m: Any, l: Any, parts: Sequence[tuple[Array, Array]]) -> None:
-    """Take in blocks of (scores fp32 [rows, keys], −inf where hidden; values [keys, Dv])."""
+    """Accumulate blocks of (scores fp32 [rows, keys], −inf where masked; values [keys, Dv])."""
     before = m[...]
     top = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s, _ in parts], before)
     shift = _finite(top)
@@ -53,7 +53,7 @@ def attend(acc: Any, m: Any, l: Any, parts: Sequence[tuple[Array, Array]]) -> No
 
 
 def end(acc: Any, m: Any, l: Any, sink: Any) -> tuple[Array, Array]:
-    """(out [rows, Dv], lse [rows, 1]) in fp32; `sink`: one more logit in the sum, without a value, or None."""
+    """Return (out [rows, Dv], lse [rows, 1]) in fp32; `sink`: one more logit in the sum, without a value, or None."""
     top, total, sums = m[...], l[...], acc[...]
     if sink is not None:
         raised = jnp.maximum(top, sink)
@@ -65,12 +65,12 @@ def end(acc: Any, m: Any, l: Any, sink: Any) -> tuple[Array, Array]:
 
 
 def _finite(m: Array) -> Array:
-    """Row maxima to subtract: 0 for rows that see nothing, whose scores stay −inf."""
+    """Return the row maxima to subtract: 0 for fully masked rows, whose scores stay −inf."""
     return jnp.where(m == -jnp.inf, 0.0, m)
 
 
 def scores(q: Array, k: Array, sm_scale: float, softcap: float) -> Array:
-    """fp32 [rows, keys], capped."""
+    """Return the scores, fp32 [rows, keys], after the softcap."""
     s = dot(q, k, (1, 1)) * sm_scale
     return softcap * jnp.tanh(s / softcap) if softcap > 0 else s
 
@@ -159,7 +159,7 @@ def _attention(
     if q.size * dim_v == 0:
         return jnp.zeros((batch, heads, queries, dim_v), q.dtype), jnp.zeros((batch, heads, queries), jnp.float32)
     arrays = {"q": q, "k": k, "v": v}
-    if keys == 0:  # one key that nobody sees
+    if keys == 0:  # one key that is masked for every query
         shapes = {"k": (batch, kv_heads, 1, dim), "v": (batch, kv_heads, 1, dim_v)}
         arrays |= {name: jnp.zeros(shape, q.dtype) for name, shape in shapes.items()}
         attn_mask, key_padding_mask = None, jnp.zeros((batch, 1), bool)
@@ -249,7 +249,7 @@ def attention(
 def check_heads(
     op: str, q: Array, k: Array, v: Array, k_name: str, v_name: str, sinks: Array | None, cache_dtype: str
 ) -> None:
-    """Dtypes and shapes of q, of k and v (or a cache, of any batch size), and of the sinks."""
+    """Check dtypes and shapes of q, of k and v (or a cache, of any batch size), and of the sinks."""
     check_array(op, q=q)
     check_array(op, (cache_dtype,), **{k_name: k, v_name: v})
     for name, array in (("q", q), (k_name, k), (v_name, v)):

@@ -78,7 +78,7 @@ def decode_kernel(
         values = v.astype(jnp.float32)
         if scaled:
             values = values * jnp.transpose(cache[f"v_scale{i}"][0, 0])
-        # Past the end lies anything, NaN too, which a weight of 0 does not hide.
+        # Slots past the end may hold NaN, which a weight of 0 does not hide.
         row = begin + i * block + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
         values = jnp.where(row < jnp.minimum(length, slots), values, 0.0)
         return s, values if scaled else values.astype(v.dtype)

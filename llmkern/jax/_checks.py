@@ -13,7 +13,7 @@ FLOATING = ("float32", "bfloat16")
 
 
 def check_array(op: str, dtypes: Sequence[str] = FLOATING, /, **arrays: Any) -> None:
-    """Each one that is not None is an array of one of these dtypes."""
+    """Check that each value that is not None is an array of one of these dtypes."""
     for name, array in arrays.items():
         if array is None:
             continue
@@ -24,6 +24,6 @@ def check_array(op: str, dtypes: Sequence[str] = FLOATING, /, **arrays: Any) -> 
 
 
 def check_shape(op: str, name: str, array: Any, expected: Sequence[int], why: str) -> None:
-    """The array, where given, has exactly this shape; `why` says where the expectation comes from."""
+    """Check that the array, if given, has exactly this shape; `why` says where the expectation comes from."""
     if array is not None and tuple(array.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} has shape {shape_text(array.shape)}, expected {shape_text(expected)} ({why})")

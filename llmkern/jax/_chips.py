@@ -1,4 +1,4 @@
-"""The chips, and what is asked of a launch that is not for the device at hand.  Needs no JAX.
+"""Data about TPU chips, and launches for chips that are not present.  Needs no JAX.
 
 Sizes of VMEM and rates are those that JAX has for them (jax/_src/pallas/mosaic/tpu_info.py), and of a single core.
 """
@@ -17,7 +17,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one step of a grid works on.
+    """Block sizes of one step of a grid.
 
     matmul: M, N, K of int8_matmul and int8_linear.  attention: queries, keys.  decode: keys of attention_decode.
     rows: bytes in fp32, of ops that read and write each row once.
@@ -48,11 +48,11 @@ class Chip:
 
     @property
     def budget(self) -> int:
-        """Bytes of VMEM that one kernel's blocks may take; the rest is the compiler's."""
+        """Bytes of VMEM that one kernel's blocks may take; the compiler needs the rest."""
         return self.vmem * 3 // 4
 
     def seconds(self, moved: float, operations: float, dtype: str) -> float:
-        """The least time for so many bytes and operations; a product in fp32 is six in bf16."""
+        """Return the least time for so many bytes and operations; a product in fp32 is six in bf16."""
         rate = {"int8": self.int8, "float32": self.bf16 / 6}.get(dtype, self.bf16)
         return max(moved / self.bandwidth, operations / rate if rate else 0.0)
 
@@ -88,34 +88,34 @@ _state = _State()
 
 
 def chip_named(name: str) -> Chip:
-    """The chip; `ValueError` lists what there is."""
+    """Return the chip of this name; raises ValueError with the known names."""
     if name not in CHIPS:
         raise ValueError(f"chip is {name!r}, expected {' or '.join(CHIPS)}")
     return CHIPS[name]
 
 
 def assume(chip: str) -> AbstractContextManager[None]:
-    """Within the block kernels are planned and lowered for this chip, whatever the machine has."""
+    """Plan and lower kernels for this chip within the block, whatever the machine has."""
     return assigned(_state, chip=chip_named(chip))
 
 
 def interpreted() -> AbstractContextManager[None]:
-    """Within the block kernels run in Pallas's interpreter, on any machine and slowly."""
+    """Run kernels in Pallas's interpreter within the block: on any machine, slowly."""
     return assigned(_state, interpret=True)
 
 
 def assumed() -> Chip | None:
-    """The chip of the surrounding `assume`."""
+    """Return the chip of the surrounding `assume`, or None."""
     return _state.chip
 
 
 def interpret() -> bool:
-    """Whether kernels run in the interpreter: asked for, and no chip is assumed, which is for compiling."""
+    """Return whether kernels run in the interpreter: it is asked for, and no chip is assumed."""
     return _state.chip is None and _state.interpret
 
 
 def no_tpu() -> str | None:
-    """The sentence why JAX has no TPU to run a kernel on; None where it has one."""
+    """Return why JAX has no TPU to run a kernel on, or None."""
     import jax
 
     if jax.default_backend() == "tpu":
@@ -127,7 +127,7 @@ def no_tpu() -> str | None:
 
 
 def current() -> Chip:
-    """The chip that a launch is for: the assumed one, this machine's, or in the interpreter v5e.
+    """Return the chip that a launch is for: the assumed one, this machine's, or in the interpreter v5e.
 
     Raises RuntimeError where there is none, ValueError for one without block sizes.
     """

@@ -1,4 +1,4 @@
-"""What several kernels compute on their blocks, in fp32."""
+"""Computations on blocks that several kernels share, in fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def activate(z: Array, activation: str) -> Array:
-    """The named activation of fp32 values."""
+    """Apply the named activation to fp32 values."""
     if activation == "gelu":
         return z * (0.5 * (1 + jax.lax.erf(z * math.sqrt(0.5))))
     if activation == "gelu_tanh":
@@ -27,12 +27,12 @@ def activate(z: Array, activation: str) -> Array:
 
 
 def codes(y: Array) -> tuple[Array, Array]:
-    """(int8 codes, fp32 scale [rows, 1]) of fp32 rows, as llmkern.ops.quantize_int8 defines them."""
-    # NaN by a sum and not by the maximum, which a vector unit may take of numbers alone.
+    """Quantize fp32 rows as llmkern.ops.quantize_int8 does: (int8 codes, fp32 scale [rows, 1])."""
+    # Detect NaN by a sum: a vector unit's maximum may ignore it.
     nan = jnp.isnan(y)
     amax = jnp.max(jnp.where(nan, 0.0, jnp.abs(y)), axis=-1, keepdims=True)
     amax = jnp.where(jnp.sum(jnp.where(nan, 1.0, 0.0), axis=-1, keepdims=True) > 0, jnp.nan, amax)
-    # An array, because a division by a constant becomes a product with its reciprocal.
+    # An array, because XLA turns division by a constant into multiplication by its reciprocal.
     limit = jnp.where(amax == amax, 127.0, amax)
     scale = jnp.where(amax < ZERO_ROW, 0.0, amax / limit)
     usable = (scale > 0) & (scale < jnp.inf)
@@ -41,7 +41,7 @@ def codes(y: Array) -> tuple[Array, Array]:
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """A product summed in fp32 (int32 for int8) over dimension contract[0] of `a` and contract[1] of `b`.
+    """Multiply, summing in fp32 (int32 for int8) over dimension contract[0] of `a` and contract[1] of `b`.
 
     fp32 operands keep all their digits; the MXU by itself would round them to bf16.
     """

@@ -1,4 +1,4 @@
-"""From a plan to `pallas_call`: the one place where kernels are launched."""
+"""Launch kernels: turn a plan into `pallas_call`.  No other module does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _state = _State()
 
 @contextlib.contextmanager
 def recorded(*, dry: bool = False) -> Iterator[list[Plan]]:
-    """Within the block every launch that is traced leaves its plan in the list that this gives.
+    """Collect the plan of every launch that is traced within the block in the list that it yields.
 
     dry: launches give zeros and are not refused.  What is traced then must be forgotten: jit remembers by function.
     """
@@ -41,13 +41,13 @@ def recorded(*, dry: bool = False) -> Iterator[list[Plan]]:
 
 
 def planned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Jit `function` for the chip at hand: its keyword arguments are static, `chip` and `interpreted` given by this."""
+    """Jit `function` for the current chip: keyword arguments are static, `chip` and `interpreted` are added."""
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     jitted = jax.jit(function, static_argnames=names)
 
     @functools.wraps(function)
     def call(*arrays: Any, **static: Any) -> Any:
-        run = jitted if _state.plans is None else function  # what jit remembers is not traced again
+        run = jitted if _state.plans is None else function  # jit does not trace again what it has cached
         return run(*arrays, **static, chip=current(), interpreted=interpret())
 
     return call

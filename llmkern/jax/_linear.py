@@ -50,7 +50,7 @@ def matmul_kernel(
 
     block = a[...]
     if k % block.shape[1]:
-        # Past the end of K lies garbage, in a as in w, whose codes are finite.
+        # a and w hold garbage past the end of K; the codes of w are finite.
         column = step * block.shape[1] + jax.lax.broadcasted_iota(jnp.int32, block.shape, 1)
         wide = block.astype(jnp.int32 if block.dtype == jnp.int8 else jnp.float32)
         block = jnp.where(column < k, wide, 0).astype(block.dtype)
@@ -92,7 +92,7 @@ def _matmul(
     m = functools.reduce(lambda x, y: x * y, outer, 1)
     if m * n == 0:
         return jnp.zeros((*outer, n), out_dtype)
-    if k == 0:  # a sum of nothing is one of a zero
+    if k == 0:  # an empty sum, as the sum of one zero
         a, w, k = jnp.zeros((m, 1), a.dtype), jnp.zeros((n, 1), w.dtype), 1
     shapes = {
         "a_scale": (a_scale, (m, 1)),

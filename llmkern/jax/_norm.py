@@ -36,11 +36,11 @@ def norm_kernel(
 ) -> None:
     y = x[...].astype(jnp.float32)
     if residual is not None:
-        # Rounded to the dtype, and normalised after that: what a model computes that adds first.
+        # Round the sum to the dtype before the norm, as a model does that adds first.
         total[...] = (y + residual[...].astype(jnp.float32)).astype(total.dtype)
         y = total[...].astype(jnp.float32)
     if layer:
-        # The variance from the centred values, so that a large mean costs no digits; twice, for those of the sum.
+        # Centre before squaring, so that a large mean costs no digits; twice, to correct the mean's own rounding.
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -68,7 +68,7 @@ def _norm(
     chip: Chip,
     interpreted: bool,
 ) -> tuple[Array, ...]:
-    """(norm or codes, scale where there are codes, x + residual where there is one)."""
+    """Return (norm or codes, scale if quantized, x + residual if there is one)."""
     shape, hidden = x.shape, x.shape[-1]
     kind = str(x.dtype)
     outputs = {"out": "int8" if quant else kind}

@@ -1,4 +1,4 @@
-"""A launch as data: grid, blocks and the VMEM that they take; what `llmkern why` shows."""
+"""Launches as data: grid, blocks and their VMEM, as `llmkern why` shows them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Block:
 
     @property
     def array_bytes(self) -> int:
-        """Bytes of the whole array."""
+        """Size of the whole array in bytes."""
         return math.prod(self.shape) * _BYTES[self.dtype]
 
     @property
     def bytes(self) -> int:
-        """VMEM of one block: rows are padded to 128 lanes, columns to the 8, 16 or 32 sublanes of the dtype."""
+        """VMEM of one block in bytes: rows are padded to 128 lanes, columns to the dtype's 8, 16 or 32 sublanes."""
         if self.memory == "smem":
             return 0
         size = _BYTES[self.dtype]
@@ -86,19 +86,19 @@ class Plan:
 
     @property
     def vmem(self) -> int:
-        """Bytes: two of each block that is copied, one of everything else, and what the compiler takes for itself."""
+        """VMEM in bytes: two of each block that is copied, one of each other, and the compiler's share."""
         copied = sum(2 * block.bytes for block in (*self.inputs, *self.outputs))
         return COMPILER + copied + sum(block.bytes for block in (*self.scratch, *self.values))
 
     @property
     def floor(self) -> float:
-        """Seconds that the chip needs at least: each array read or written once, every product computed."""
-        # A paged cache is an input for each block of a step, and one array.
+        """Least time in seconds: each array read or written once, every product computed."""
+        # A paged cache is one array, but an input for each block of a step.
         arrays = {block.name.rstrip("0123456789"): block.array_bytes for block in (*self.inputs, *self.outputs)}
         return self.chip.seconds(sum(arrays.values()), self.operations, self.dtype)
 
     def refusal(self) -> str | None:
-        """The sentence why the chip cannot run this; None where it can."""
+        """Return why the chip cannot run this, or None."""
         scalars = sum(block.array_bytes for block in self.prefetch)
         if scalars > SMEM_BUDGET:
             names = " and ".join([block.name for block in self.prefetch])

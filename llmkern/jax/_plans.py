@@ -1,4 +1,4 @@
-"""Which blocks each family takes: the chip's own, cut down to the arrays.
+"""Choose the blocks of each family: the chip's own, cut down to the arrays.
 
 Blocks need not divide the arrays: what lies beyond an array's end is garbage, which the kernels mask where it would
 reach a result.  Attention's index maps are the only code here that JAX traces.
@@ -25,7 +25,7 @@ DECODE_KEYS, MOST_PAGES = 128, 16
 
 
 def _rows_of(target: int, row_bytes: int, rows: int) -> int:
-    """As many rows as `target` bytes hold."""
+    """Return how many rows `target` bytes hold."""
     return min(max(target // row_bytes // SUBLANES * SUBLANES, SUBLANES), rows)
 
 
@@ -40,7 +40,7 @@ def rows_plan(
     *,
     whole: bool = True,
 ) -> Plan:
-    """Arrays [rows, hidden] that are read and written once; names and dtypes are given.
+    """Plan a pass over arrays [rows, hidden] that are read and written once; names and dtypes are given.
 
     parameters: arrays [1, hidden].  An output "scale" is [rows, 1].  whole: a step needs rows as a whole.
     """
@@ -71,14 +71,14 @@ def rows_plan(
 
 
 def _parts(dtype: str, *operands: tuple[int, int]) -> list[Block]:
-    """Of a product: an operand in fp32 is the sum of three in bf16, which the MXU multiplies."""
+    """Return the bf16 products that one product takes: the MXU splits an fp32 operand into three in bf16."""
     return [Block("parts", (), "bfloat16", (3, *shape)) for shape in operands] if dtype == "float32" else []
 
 
 def rope_plan(
     chip: Chip, q: Sequence[int], k: Sequence[int], angles: Sequence[int], dtype: str, angle_dtype: str
 ) -> Plan:
-    """q [B, Hq, S, D], k [B, Hkv, S, D], cos and sin [B or 1, S, D]."""
+    """Plan rope: q [B, Hq, S, D], k [B, Hkv, S, D], cos and sin [B or 1, S, D]."""
     batch, heads, length, dim = q
     height = _rows_of(chip.blocks.rows, 4 * (heads + k[1]) * max(dim, LANES), length)
 
@@ -104,7 +104,7 @@ def rope_plan(
 def matmul_plan(
     kernel: str, chip: Chip, m: int, n: int, k: int, dtype: str, out_dtype: str, extras: Mapping[str, str]
 ) -> Plan:
-    """a [M, K] of `dtype` times w [N, K] int8, accumulated in s32 or fp32.
+    """Plan a [M, K] of `dtype` times w [N, K] int8, accumulated in s32 or fp32.
 
     extras: those that there are of a_scale [M, 1], w_scale and bias [1, N], residual [M, N], and their dtypes.
     """
@@ -120,7 +120,7 @@ def matmul_plan(
         shape, block, place = forms[name]
         more.append(Block(name, shape, kind, block, place))
     acc = "int32" if dtype == "int8" else "float32"
-    # A block's products, the epilogue, and w in the dtype of a are arrays of their own.
+    # Temporaries: a block's products, the epilogue, and w in the dtype of a.
     values = [Block("products", (), acc, (bm, bn)), Block("y", (), "float32", (bm, bn))]
     if dtype != "int8":
         values += [Block("w", (), dtype, (bn, bk)), *_parts(dtype, (bm, bk), (bn, bk))]
@@ -145,7 +145,7 @@ def matmul_plan(
 def visible_blocks(
     i: Any, *, block_q: int, block_k: int, queries: int, keys: int, left: int, right: int
 ) -> tuple[Any, Any]:
-    """The first and the last block of keys that some query of block `i` may see; `left`, `right` −1 for no limit."""
+    """Return the first and last block of keys visible to block `i` of queries; `left`, `right` −1: no limit."""
     from jax import numpy as jnp
 
     start = i * block_q + (keys - queries)
@@ -169,14 +169,14 @@ def attention_plan(
     right: int,
     lse: bool,
 ) -> Plan:
-    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]; mask: shape of 4 dimensions and dtype."""
+    """Plan attention: q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]; mask: shape [4] and dtype."""
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = q, k
     group = heads // kv_heads
     bq, bk = min(chip.blocks.attention[0], queries), min(chip.blocks.attention[1], keys)
     steps = cdiv(keys, bk)
 
     def seen(i: Any, j: Any) -> Any:
-        """Block j, or the nearest that is seen: a block that stays the same is not copied again."""
+        """Return block j, or the nearest visible one: a block that stays the same is not copied again."""
         if left < 0 and right < 0:
             return j
         from jax import numpy as jnp
@@ -223,7 +223,7 @@ def attention_plan(
 
 
 def _online(rows: int, dim_v: int) -> tuple[Block, ...]:
-    """What a softmax keeps between blocks of keys: sums of values, maxima, sums of exponentials."""
+    """Return the state of an online softmax: sums of values, maxima, sums of exponentials."""
     return (
         Block("acc", (), "float32", (rows, dim_v)),
         Block("m", (), "float32", (rows, 1)),
@@ -232,7 +232,7 @@ def _online(rows: int, dim_v: int) -> tuple[Block, ...]:
 
 
 def _pairs(queries: int, keys: int, left: int, right: int) -> int:
-    """How many pairs of a query and a key the band has."""
+    """Count the pairs of query and key that the mask keeps."""
     position = np.arange(queries) + (keys - queries)
     first = np.maximum(position - left, 0) if left >= 0 else 0
     last = np.minimum(position + right, keys - 1) if right >= 0 else keys - 1
@@ -253,7 +253,7 @@ def decode_plan(
     left: int,
     lse: bool,
 ) -> Plan:
-    """q [B, Hkv, rows, D] with the queries of all heads that share a key head as rows.
+    """Plan decode attention: q [B, Hkv, rows, D] with the queries of all heads that share a key head as rows.
 
     k_cache [B or num_blocks, Hkv, slots, D].  pages: entries of the block table for each sequence, None without one.
     """
@@ -264,7 +264,7 @@ def decode_plan(
     steps = cdiv(slots, bk) if pages is None else cdiv(pages, together)
 
     def page(part: int, last_dimension: bool) -> Any:
-        """The place of a step's block number `part`, or of the nearest that holds keys to be seen.
+        """Return the place of a step's block number `part`, or of the nearest that holds keys to be seen.
 
         last_dimension: slots are the last one, not the last but one.
         """
@@ -298,7 +298,7 @@ def decode_plan(
     if codes:
         inputs += [*scale("k_scale"), *scale("v_scale")]
     if sinks:
-        # One for each row: rows of one block belong to several heads.
+        # One per row: a block's rows belong to several heads.
         inputs.append(Block("sinks", (kv_heads, rows, 1), "float32", (1, rows, 1), lambda b, h, j, *_: (h, 0, 0)))
     prefetch = [Block("seq_lens", (batch,), "int32", (batch,), memory="smem")]
     if pages is not None:

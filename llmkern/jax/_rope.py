@@ -37,7 +37,7 @@ def rope_kernel(
 
 
 def _per_dimension(angles: Array, dim: int, rotary_dim: int, interleaved: bool) -> Array:
-    """[B or 1, S, W] as [B or 1, S, D]: a pair's value for both of its dimensions, zeros past the rotated ones."""
+    """Expand [B or 1, S, W] to [B or 1, S, D]: a pair's value for both dimensions, zeros past the rotated ones."""
     if angles.shape[-1] != rotary_dim:
         angles = jnp.repeat(angles, 2, -1) if interleaved else jnp.concatenate((angles, angles), -1)
     return jnp.pad(angles, ((0, 0), (0, 0), (0, dim - rotary_dim)))
@@ -67,7 +67,7 @@ def _rope(
 def rope(
     q: Array, k: Array, cos: Array, sin: Array, *, interleaved: bool = False, rotary_dim: int | None = None
 ) -> tuple[Array, Array]:
-    """`llmkern.ops.rope`: the rotated (q, k)."""
+    """`llmkern.ops.rope`: rotated (q, k)."""
     op = "rope"
     check_array(op, q=q, cos=cos)
     check_array(op, (str(q.dtype),), k=k)

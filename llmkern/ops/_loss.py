@@ -1,4 +1,4 @@
-"""What the losses share: their checks, and the count that a mean divides by."""
+"""Checks of the losses, and the count that a mean divides by."""
 
 from __future__ import annotations
 

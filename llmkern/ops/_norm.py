@@ -1,4 +1,4 @@
-"""What the normalisations share: their checks and the fake of their gradients."""
+"""Checks of the normalisations, and the fake of their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmkern.checks import (
 def check_norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float = 0.0
 ) -> None:
-    """x is floating [..., hidden], the parameters fit it, eps is not negative, the offset finite."""
+    """Check that x is floating [..., hidden], the parameters fit it, eps is not negative, the offset finite."""
     check_floating(op, x=x)
     check_parameter(op, "x", x, weight=weight, bias=bias)
     check_non_negative(op, "eps", eps)
@@ -34,7 +34,7 @@ def check_add_norm(
     eps: float,
     weight_offset: float = 0.0,
 ) -> None:
-    """As `check_norm`, and the residual has x's dtype, shape and device."""
+    """Check as `check_norm`, and that the residual has x's dtype, shape and device."""
     check_norm(op, x, weight, bias, eps, weight_offset)
     check_floating(op, residual=residual)
     check_same_dtype(op, "x", x, residual=residual)
@@ -43,7 +43,7 @@ def check_add_norm(
 
 
 def fake_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty (dx, dweight, dbias); a parameter that is None has a gradient of 0 elements."""
+    """Return empty (dx, dweight, dbias); the gradient of a None parameter has 0 elements."""
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if weight is None else weight.new_empty(weight.shape),

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), with what today's models add to it."""
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), with masks, windows, softcap and sinks."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _check(
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str, *, codes: bool = False) -> None:
-    """Dtypes, devices, ranks, heads and head dimensions of q, k and v; k and v may be a cache, of any batch size.
+    """Check dtypes, devices, ranks, heads and head dimensions; k and v may be a cache, of any batch size.
 
     codes: k and v are int8 instead of q's dtype.
     """
@@ -166,7 +166,7 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: s
 
 
 def check_sinks(op: str, q: Tensor, sinks: Tensor | None) -> None:
-    """`sinks`, where given, is floating, on q's device, one number for each of q's heads."""
+    """Check that `sinks`, if given, is floating, on q's device, one number for each of q's heads."""
     if sinks is None:
         return
     check_floating(op, sinks=sinks)
@@ -175,18 +175,18 @@ def check_sinks(op: str, q: Tensor, sinks: Tensor | None) -> None:
 
 
 def check_numbers(op: str, sm_scale: float, softcap: float) -> None:
-    """sm_scale is finite, softcap not negative."""
+    """Check that sm_scale is finite and softcap not negative."""
     check_finite(op, "sm_scale", sm_scale)
     check_non_negative(op, "softcap", softcap)
 
 
 def default_scale(q: Tensor) -> float:
-    """1/sqrt(D); 1 for what is no q at all, or has no head dimension, which `check_heads` refuses."""
+    """Return 1/sqrt(D); 1 for a q without a head dimension, which `check_heads` refuses."""
     return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
 
 
 def window_of(op: str, window: int | Sequence[int] | None) -> list[int]:
-    """`window` as [left, right], −1 for no limit."""
+    """Return `window` as [left, right], −1 for no limit."""
     if window is None:
         return [-1, -1]
     if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
@@ -199,7 +199,7 @@ def window_of(op: str, window: int | Sequence[int] | None) -> list[int]:
 
 
 def _check_mask(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
-    """The mask is bool or floating, on q's device, and broadcasts to the shape of the scores."""
+    """Check that the mask is bool or floating, on q's device, and broadcasts to the shape of the scores."""
     check_dtype("attention", "attn_mask", attn_mask, *dict.fromkeys((torch.bool, q.dtype, torch.float32)))
     check_same_device("attention", "q", q, attn_mask=attn_mask)
     missing = len(full) - attn_mask.dim()
@@ -212,7 +212,7 @@ def _check_mask(attn_mask: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
 
 
 def out_like(q: Tensor, v: Tensor) -> Tensor:
-    """An uninitialised `out`: [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]."""
+    """Allocate `out`: [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]."""
     batch, heads, queries, _ = q.shape
     dim = v.shape[3]
     strides = (queries * heads * dim, dim, heads * dim, 1)
@@ -220,12 +220,12 @@ def out_like(q: Tensor, v: Tensor) -> Tensor:
 
 
 def in_token_order(out: Tensor) -> Tensor:
-    """`out` [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]; itself where it is so already."""
+    """Return `out` [B, Hq, Sq, Dv] in the memory order [B, Sq, Hq, Dv]; itself if it has that order."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def lse_like(q: Tensor, return_lse: bool) -> Tensor:
-    """An uninitialised log-sum-exp for q; it has 0 elements where none is wanted."""
+    """Allocate the log-sum-exp for q; it has 0 elements if none is wanted."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[:3] if return_lse else 0, dtype=dtype)
 
@@ -306,7 +306,7 @@ def _fake_backward(
 
 
 # attn_mask has 4 dimensions, each 1 or that of [B, Hq, Sq, Skv].  window is [left, right], -1 for no limit; causal
-# limits right to 0 besides.  softcap 0 is none.  Without return_lse the second result has 0 elements.
+# limits right to 0 besides.  softcap 0: no cap.  Without return_lse the second result has 0 elements.
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? sinks, bool causal,"
     " float sm_scale, int[] window, float softcap, bool return_lse) -> (Tensor out, Tensor lse)",

@@ -150,7 +150,7 @@ def _check(
 
 
 def _check_scale(name: str, q: Tensor, cache: Tensor, scale: Tensor | None) -> None:
-    """`scale` is there, fp32, on q's device, one number for each vector of the cache."""
+    """Check that `scale` is given, fp32, on q's device, one number for each vector of the cache."""
     op = "attention_decode"
     if scale is None:
         raise ValueError(f"{op}: {name}_scale is None, expected one beside the other: both or neither")
@@ -188,7 +188,7 @@ def _fake(
     return out_like(q, v_cache), lse_like(q, return_lse)
 
 
-# window is [left, right], -1 for no limit; right is without effect.  softcap 0 is none.  Without return_lse the second
+# window is [left, right], -1 for no limit; right is without effect.  softcap 0: no cap.  Without return_lse the second
 # result has 0 elements.
 define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, Tensor? k_scale,"

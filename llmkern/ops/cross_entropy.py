@@ -1,4 +1,4 @@
-"""Cross-entropy of logits and labels, with what language models add to it."""
+"""Cross-entropy of logits and labels, with label smoothing, z-loss and softcap."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ define(
     " float label_smoothing, float z_loss, float softcap) -> Tensor",
     fake=_fake_backward,
 )
-# The losses and, in the logits' place, their gradients times `scale` [N]: what a loss over chunks of logits needs.
+# Returns the losses and overwrites the logits with their gradients times `scale` [N], for a loss over chunks.
 define(
     "cross_entropy_in_place_backward(Tensor(a!) logits, Tensor labels, Tensor? weight, Tensor scale, int ignore_index,"
     " float label_smoothing, float z_loss, float softcap) -> Tensor",

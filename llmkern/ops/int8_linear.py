@@ -88,7 +88,7 @@ def straight_through(
     activation: str,
     scheme: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dbias) of int8_linear: those of the floating-point linear layer with the dequantized weight."""
+    """Return (dx, dbias) of the floating-point linear layer with the dequantized weight."""
     if activation != "none":
         z = dispatch(
             "int8_linear",
@@ -107,7 +107,7 @@ def straight_through(
 
 
 def activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
-    """The gradient of `activate(z, activation)` in z; of an activation other than "none"."""
+    """Return the gradient of `activate(z, activation)` in z, for an activation other than "none"."""
     if activation == "silu":
         if torch.is_grad_enabled():  # to be differentiated again, for which PyTorch's operator has no formula
             s = torch.sigmoid(z)

@@ -101,7 +101,7 @@ def _check(
 def check_weight(
     op: str, lead_name: str, lead: Tensor, w_q: Tensor, w_scale: Tensor | None, bias: Tensor | None
 ) -> None:
-    """The weight-side arguments that int8_matmul and int8_linear share."""
+    """Check the weight's arguments, which int8_matmul and int8_linear share."""
     check_dtype(op, "w_q", w_q, torch.int8)
     if w_q.dim() != 2:
         raise ValueError(f"{op}: w_q has {w_q.dim()} dimensions, expected [N, K]")
@@ -119,7 +119,7 @@ def check_weight(
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """The named activation of `z`."""
+    """Apply the named activation to `z`."""
     if activation == "gelu":
         return F.gelu(z)
     if activation == "gelu_tanh":

@@ -35,7 +35,7 @@ def _check(x: Tensor) -> None:
 
 
 def fake_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty (q, scale) for rows like those of `x`."""
+    """Allocate (q, scale) for the rows of `x`."""
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 

@@ -157,7 +157,7 @@ def _check_groups(op: str, name: str, value: Tensor, panels: int, k: int, smalle
 
 
 def straight_through(dy: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dbias, dresidual): those of the floating-point linear layer with the dequantized weight."""
+    """Return (dx, dbias, dresidual) of the floating-point linear layer with the dequantized weight."""
     x, bias, residual = call["x"], call["bias"], call["residual"]
     dresidual = None if residual is None else dy.to(residual.dtype)
     if call["activation"] != "none":
@@ -169,7 +169,7 @@ def straight_through(dy: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor |
 
 
 def packed_of(call: dict[str, Any]) -> PackedWeight:
-    """The weight of a call."""
+    """Return the packed weight of a call."""
     names = ("code", "n", "codes", "scale", "zero", "offset", "super_scale", "super_offset")
     return PackedWeight(**{name: call[name] for name in names})
 

@@ -31,7 +31,7 @@ def rope(
     interleaved: bool = False,
     rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates the first R = rotary_dim dimensions of every head; the others pass through unchanged.
+    """Rotate the first R = rotary_dim dimensions of every head; the others pass through unchanged.
 
     q: [B, Hq, S, D], k: [B, Hkv, S, D], fp32, bf16, fp16 or fp64, the same dtype, any strides.
     cos, sin: [B or 1, S, W] or [S, W], any floating dtype, the same for both.
@@ -89,7 +89,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    """The transposed rotation is a rotation too, by −sin with the two values of each pair exchanged."""
+    """Rotate back: the transpose is a rotation by −sin with the two values of each pair exchanged."""
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
         raise RuntimeError("rope has no gradient in cos and sin: detach them")
     cos, sin = ctx.saved_tensors

@@ -26,7 +26,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def check_gated(op: str, gate: Tensor, up: Tensor) -> None:
-    """gate is floating, and up has its dtype, shape and device."""
+    """Check that gate is floating, and up has its dtype, shape and device."""
     check_floating(op, gate=gate, up=up)
     check_same_dtype(op, "gate", gate, up=up)
     check_shape(op, "up", up, gate.shape, "the shape of gate")
