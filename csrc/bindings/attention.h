@@ -32,7 +32,7 @@ struct AttentionCall {
   }
 };
 
-// Without the results; raises where shapes or devices are not what a kernel relies on.
+// Fills the params without the results; raises if a kernel could not rely on shapes or devices.
 inline AttentionParams attention_params(const char* op, const AttentionCall& call) {
   const auto& [q, k, v, attn_mask, key_padding_mask, sinks, causal, sm_scale, window, softcap] = call;
   check_heads(op, q, k, v);

@@ -1,4 +1,4 @@
-// What every binding needs: torch's tensors as params structs see them, and the reference for calls no kernel serves.
+// Shared by all bindings: converting torch's tensors to params structs, and falling back to the reference.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -37,12 +37,12 @@ inline std::optional<DType> dtype_of(const Tensor& t) {
   return dtype_of(t.scalar_type());
 }
 
-// Of a tensor that has one of these types, or is not given: params name some type all the same.
+// DType of an optional tensor; f32 if absent, as the params' field must hold something.
 inline DType dtype_or_f32(const std::optional<Tensor>& t) {
   return t ? *dtype_of(*t) : DType::f32;
 }
 
-// nullopt for a name that the op's Python does not know either.
+// Returns nullopt for a name that the op's Python refuses too.
 inline std::optional<Activation> activation_of(const std::string& name) {
   constexpr const char* kNames[] = {"none", "gelu", "gelu_tanh", "silu", "relu"};
   for (int i = 0; i < 5; ++i)
@@ -50,7 +50,7 @@ inline std::optional<Activation> activation_of(const std::string& name) {
   return std::nullopt;
 }
 
-// True where every given tensor has a type that the kernels have.
+// Returns whether the kernels have the types of all given tensors.
 template <class... Optional>
 inline bool kernel_types(const Tensor& t, const Optional&... more) {
   return dtype_of(t).has_value() && (... && (!more.has_value() || dtype_of(*more).has_value()));
@@ -62,7 +62,7 @@ inline std::optional<Rows> rows_of(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t last = t.dim() - 1;
   Rows rows{.count = 1};
-  if (t.numel() == 0) {  // whatever its strides are: no copy would alter them, and nothing is there to be read
+  if (t.numel() == 0) {  // any strides will do: no element is read
     for (int64_t d = 0; d < last; ++d) rows.count *= sizes[d];
     return rows;
   }
@@ -122,7 +122,7 @@ inline void check_row(const char* op, const char* name, const Tensor& t) {
 #endif
 }
 
-// Of a norm: one element for each of x's last dimension, or no tensor.
+// Checks a norm's parameter: absent, or one element for each of x's last dimension.
 inline void check_parameter(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& t) {
   if (!t) return;
   const int64_t hidden = hidden_of(x);
@@ -136,7 +136,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
 }
 
-// Empty codes and scales for rows like those of x, as quantize_int8 returns them.
+// Allocates codes and scales for the rows of x, as quantize_int8 returns them.
 inline std::tuple<Tensor, Tensor> new_codes(const Tensor& x) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const Tensor codes = new_tensor(x, shape, ScalarType::Char);
@@ -144,7 +144,7 @@ inline std::tuple<Tensor, Tensor> new_codes(const Tensor& x) {
   return {codes, new_tensor(x, shape, ScalarType::Float)};
 }
 
-// An op's results on the dispatcher's stack.
+// Reads an op's results from the dispatcher's stack.
 template <class Result>
 struct Results {
   static constexpr size_t kCount = 1;
@@ -161,8 +161,8 @@ struct Results<std::tuple<Each...>> {
   }
 };
 
-// The op's definition in Python (llmkern/library.py), on whatever the kernel cannot serve: torch.ops.llmkern.<op>
-// answers every call that its schema allows.  The dispatcher never comes here: it asks `refuse` first.
+// Falls back to the op's definition in Python (llmkern/library.py), so that torch.ops.llmkern.<op> answers every call
+// that its schema allows.  Calls through the dispatcher never get here: it asks `refuse` first.
 template <class Result, class... Args>
 inline Result call_reference(const char* op, const Args&... args) {
   std::array<StableIValue, std::max(sizeof...(Args), Results<Result>::kCount)> stack{

@@ -64,7 +64,7 @@ inline Tensor out_like(const Tensor& q, int64_t dim) {
   return new_strided(q, sizes, strides);
 }
 
-// An uninitialised log-sum-exp for q; it has 0 elements where none is wanted.
+// Allocates the log-sum-exp for q; it has 0 elements if none is wanted.
 inline Tensor lse_like(const Tensor& q, bool wanted) {
   if (!wanted) return new_tensor(q, {0}, ScalarType::Float);
   return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);

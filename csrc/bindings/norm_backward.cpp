@@ -9,7 +9,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Like the parameter; with 0 elements where there is none.
+// Allocates a gradient like the parameter; it has 0 elements if there is none.
 Tensor new_gradient(const char* op, const char* name, const Tensor& x, const Optional& parameter) {
   if (!parameter) return new_tensor(x, {0}, x.scalar_type());
   check_parameter(op, name, x, parameter);

@@ -1,4 +1,4 @@
-// activate on the CPU: swiglu, gelu and what else activation.h has, gated or not, quantized to int8 or not.
+// activate on the CPU: all activations of activation.h, gated or not, quantized to int8 or not.
 // threads  a thread per block of pieces of rows; quantized rows are not cut.
 // order    Each element is computed in fp32 by itself.
 #include "llmkern/activate.h"

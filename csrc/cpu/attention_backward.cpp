@@ -319,7 +319,7 @@ void add_splits(const Backward& b, int64_t head, int64_t offset, int64_t stride,
     });
 }
 
-// The gradient of a mask: that of the scores, summed over what it was broadcast over.
+// The gradient of a mask: that of the scores, summed over the dimensions that it was broadcast along.
 void add_scores(const Backward& b, const Threads& threads) {
   const AttentionParams& p = b.p.forward;
   const auto& size = b.p.mask_sizes;

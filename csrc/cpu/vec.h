@@ -77,7 +77,7 @@ inline F32 load(const BFloat16* p) {
 // Round to nearest even; a NaN stays one (the addition could carry its mantissa away).
 inline void store(BFloat16* p, F32 v) {
 #ifdef __AVX512BF16__
-  const __m256bh rounded = _mm512_cvtneps_pbh(v);  // what is subnormal becomes 0
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);  // subnormals become 0
   std::memcpy(p, &rounded, sizeof(rounded));
 #else
   const U32 u = bits_as<U32>(v);
@@ -164,7 +164,7 @@ inline void store(Float16* p, F32 v) {
 // The first n < kLanes elements at p; the other lanes are 0.
 template <class T>
 inline F32 load_first(const T* p, int n) {
-#if LLMKERN_ISA_LEVEL == 2  // a masked load: what memcpy writes element by element would stall the load after it
+#if LLMKERN_ISA_LEVEL == 2  // a masked load: reading back memcpy's single elements would stall on store forwarding
   const __mmask16 first = (1u << n) - 1;
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(first, p);
   alignas(32) T padded[kLanes];

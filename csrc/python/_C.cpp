@@ -1,5 +1,5 @@
-// llmkern._C: what was built here and how.  No tensors, so that it loads next to any torch; everything works without
-// it.
+// llmkern._C: build information and launch plans.  No tensors, so that it loads next to any torch; everything works
+// without it.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 

@@ -116,7 +116,7 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
       "attention_decode, attention_row_sums, attention_dq, attention_dkv, attention_dk, attention_dv");
 }
 
-// function: what profilers and cuobjdump call it, with * for what differs between instantiations.
+// function: its name in profilers and cuobjdump, with * for parts that differ between instantiations.
 py::dict described(const char* name, const char* function, const char* tile, const Residency& residency,
                    int shared_bytes, int stages, const char* needs) {
   const int blocks = resident_blocks(residency.registers(), residency.threads, shared_bytes);

@@ -14,7 +14,7 @@ LLMKERN_EXPORT void simt_set(uint64_t seed, int copies, int sm_count, int capabi
                              .fault = fault};
 }
 
-// Valid until the next call, as what the three below return.
+// The string is valid until the next call; so are those of the three functions below.
 LLMKERN_EXPORT const char* simt_take_counters() {
   static std::string text;
   text = llmkern::simt::counters::take();

@@ -1,4 +1,4 @@
-// Switching between stacks: what a fiber is made of.  A dozen instructions on x86-64; elsewhere ucontext, which asks
+// Switching between stacks, for fibers.  A dozen instructions on x86-64; elsewhere ucontext, which asks
 // the kernel about signals at every switch and is some twenty times slower.
 #pragma once
 

@@ -218,7 +218,7 @@ void finish(Copy& copy) {
   race::finish_copy(running, copy.site, shared_offset(copy.to), copy.bytes);
 }
 
-// The end of a block: what is still on its way is of no one's concern any more.
+// Ends a block: copies still in flight are dropped.
 void end_block() {
   for (running = 0; running < static_cast<int>(threads.size()); ++running) {
     Thread& thread = threads[running];
@@ -291,7 +291,7 @@ size_t launch_bound(const void* entry) {
   return nearest && at - nearest <= kMaxThreads ? at - nearest : 0;
 }
 
-// Of shared memory for a block, by compute capability (CUDA Programming Guide, "Technical Specifications").
+// Largest shared memory of a block, by compute capability (CUDA Programming Guide, "Technical Specifications").
 size_t most_shared(int capability) {
   switch (capability) {
     case 80:
@@ -472,7 +472,7 @@ int lane() {
 
 namespace {
 
-// True where this lane was the last to arrive; then `done` is what was met for.
+// Returns whether this lane was the last to arrive; then `done` is the rendezvous.
 bool meet(const Site& site, unsigned mask, Meets meets, void* operands, Meeting& done) {
   const int warp = running / kWarp, self = lane();
   std::vector<Meeting>& meetings = warps[warp].meetings;

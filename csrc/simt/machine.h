@@ -4,7 +4,7 @@
 //   a warp instruction a rendezvous of the lanes in its mask; the last to arrive computes it for all
 //   a block            its warps, run in an order drawn from the seed; blocks one after the other, in such an order too
 //   shared memory      one buffer, filled with 0xff (NaN in every floating type) before each block
-//   global memory      what was registered; every access through csrc/cuda/common is checked against it
+//   global memory      registered by tests; every access through csrc/cuda/common is checked against it
 //   cp.async           lands at once, only when waited for, or at any time between, in any order
 //   order              race.h: accesses that conflict and that nothing orders are found under every seed
 //   numbers            contracted to fma as nvcc contracts (-ffp-contract=fast); tensor cores and approximations as
@@ -38,7 +38,7 @@ enum class Copies { at_once, late, random };
 struct Settings {
   uint64_t seed = 0;  // of every order that CUDA leaves open
   Copies copies = Copies::at_once;
-  Gpu gpu{.stream = nullptr, .sm_count = 4, .capability = 90};  // what launchers are told
+  Gpu gpu{.stream = nullptr, .sm_count = 4, .capability = 90};  // as launchers see it
   uint64_t approximate = 0;  // not 0: approximate instructions err as much as PTX lets them, by this salt
   bool count = false;        // counters.h
   int fault = 0;             // which of the planted faults of a copy of the kernels is on
@@ -65,7 +65,7 @@ constexpr uint32_t kSharedWindow = 0x400;  // where shared memory starts in 32-b
 void launch(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body);
 
-// The sentence of the first broken rule since the last call; empty if there was none.
+// Returns the sentence of the first rule broken since the last call, or an empty string.
 std::string take_error();
 
 // Global memory that kernels may use.  Freed memory must be forgotten.
@@ -73,11 +73,11 @@ void register_memory(const void* begin, size_t bytes, bool writable, const std::
 void forget_memory(const void* begin);
 void forget_all_memory();
 
-// The same for what a binding allocates, which is poisoned too.
+// Registers and poisons memory that a binding allocates.
 void adopt_memory(void* begin, size_t bytes, const std::string& name);
 
 enum class Space { global, shared };
-enum class Access { read, write, constant, atomic };  // constant: what no thread may write in the same launch
+enum class Access { read, write, constant, atomic };  // constant: no thread may write it in the same launch
 
 // Every access goes through here: within one allocation, aligned to its size, and written only where that is allowed.
 void check(const char* instruction, Space space, Access access, const void* address, size_t bytes);

@@ -69,13 +69,13 @@ struct Acquired {
 std::vector<Acquired> acquired;                      // by the running block
 std::map<uintptr_t, std::vector<Release>> released;  // by atomic operations on an address
 std::vector<char> fenced;                            // by thread: since its last fence only atomic operations
-std::vector<std::vector<Release>> observed;          // by thread: what it will have acquired with its next fence
+std::vector<std::vector<Release>> observed;          // by thread: releases that its next fence acquires
 
 bool seen(int thread, int other, uint32_t time) {
   return time <= base || thread == other || time <= rows[row_of[thread]].seen[other];
 }
 
-// Whether a record comes before what `thread` does now.
+// Returns whether a record is ordered before the current operation of `thread`.
 bool before(const Record& record, int thread) {
   if (record.block == block) return seen(thread, record.thread, record.time);
   for (const Acquired& a : acquired) {
@@ -172,7 +172,7 @@ void each_shared(size_t offset, int bytes, const F& f) {
   for (size_t at = offset, end = offset + bytes; at < end;) {
     const int here = static_cast<int>(std::min(end, (at / kUnit + 1) * kUnit) - at);
     Cell& cell = shared_cells[at / kUnit];
-    if (cell.last <= base) cell.writes.clear(), cell.reads.clear();  // before whatever comes
+    if (cell.last <= base) cell.writes.clear(), cell.reads.clear();  // ordered before everything to come
     f(cell, mask_of(at, here));
     at += here;
   }
@@ -280,7 +280,7 @@ void access_global(int thread, const Site& site, uintptr_t address, int bytes, A
   observed[thread].insert(observed[thread].end(), at.begin(), at.end());
   if (!fenced[thread]) return;
   at.push_back({block, thread, now, base, rows[row_of[thread]].seen});
-  for (const Acquired& a : acquired)  // what others released to this thread goes on with it
+  for (const Acquired& a : acquired)  // pass on what others released to this thread
     if (seen(thread, a.thread, a.time)) at.push_back(a.from);
   ++now;
 }

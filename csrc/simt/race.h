@@ -10,7 +10,7 @@
 //             and from then on they count as written by that thread, at that time
 //   ldmatrix, stmatrix   the lane that gives a row's address accesses it
 //   global    the same within a block; between blocks nothing is ordered but by a fence, an atomic operation, another
-//             on the same address and a fence.  What may only be read is not followed
+//             on the same address and a fence.  Read-only memory is not tracked
 //   shadow    for each 16 bytes the accesses that are not yet ordered before all others, with a mask of their bytes
 #pragma once
 
@@ -42,7 +42,7 @@ void start_copy(int thread, const Site& site, size_t offset, int bytes);
 void finish_copy(int thread, const Site& site, size_t offset, int bytes);
 void access_global(int thread, const Site& site, uintptr_t address, int bytes, Access kind);
 
-// What each thread of a set did comes before what any of them does next.
+// Orders all that the threads of a set have done before all that they do next.
 void join(std::span<const int> threads);
 void join_all();
 void fence(int thread);

@@ -1,7 +1,7 @@
-// Sums of products as tensor cores make them, to the bit: Xie et al. 2025, "MMA-Sim", arXiv:2511.10909, whose package
-// mmasim the tests compare with.  Of up to L products and the sum so far, each is cut off, towards zero, at F bits
-// below the largest exponent (of a product the sum of its factors'); they are added exactly, and the sum is cut off to
-// fp32.  Up to sm_89 L = 8 and F = 24, from sm_90 on L = 16 and F = 25.
+// Sums of products as tensor cores compute them, to the bit: Xie et al. 2025, "MMA-Sim", arXiv:2511.10909; tests
+// compare with its package mmasim.  Up to L products and the running sum are each truncated, towards zero, F bits below
+// the largest exponent (a product's is the sum of its factors'), added exactly, and the sum is truncated to fp32.  Up
+// to sm_89 L = 8 and F = 24, from sm_90 on L = 16 and F = 25.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,15 +1,14 @@
 // A linear layer for many rows.  A strip of the weight, two registers of columns, is packed by parts of k: widened and
 // transposed, so that a register holds one lane of each column.  Then every row of x passes it by, a lane at a time in
 // all lanes of a register, so that the sums of neighbouring columns lie in neighbouring lanes.
-// panels   kGroups lanes of k × a strip, 24 KiB at most, as much as a block of rows in the same lanes: both are to be
-// in
-//          the L1 cache.  kPanels of them, in L2, serve each block of rows in turn: x is read once for all of them.
+// panels   kGroups lanes of k × a strip, 24 KiB at most, as much as a block of rows in the same lanes: both fit L1.
+//          kPanels of them, in L2, serve each block of rows in turn: x is read once for all of them.
 // sums     kRowsAtOnce × 2 registers; they wait on the stack for their other parts of k, for a whole pass where the
 //          panels of all parts are too many.
-// after    What follows a block's sums is done while the next one's products are under way.
+// after    A block's epilogue is interleaved with the next block's products.
 // stack    at most 1.3 MiB
-// threads  share the strips, or where rows are many the rows, so that a thread goes on with those that it has made, as
-//          other kernels do.  A row's sums are added up in an order that depends on k alone.
+// threads  share the strips, or where rows are many the rows, so that a thread goes on with rows that it has computed
+//          in other kernels.  A row's sums are added up in an order that depends on k alone.
 // With AMX, tiles.h takes the place of Vectors.
 #pragma once
 
@@ -26,8 +25,8 @@ constexpr int64_t kRowsPerChunk = 1024;   // so many are worth a strip's packing
 constexpr int64_t kOperationsPerThread = 1 << 20;
 
 // How the work is cut: k into parts of about the same number of registers, each a panel of every strip, whatever the
-// rows are; and the parts into passes over the rows.  The fewer the rows the fewer panels are packed for a pass: x is
-// near anyway, and so they stay near.
+// rows are; and the parts into passes over the rows.  With few rows pack fewer panels per pass: x is cached anyway, and
+// small panels stay in L2.
 template <class Scheme>
 struct Parts {
   int64_t k, registers, count, passes, strips_at_once;

@@ -14,7 +14,7 @@
 namespace llmkern {
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // as it was called; out and lse (null where it was not kept) are what it returned
+  AttentionParams forward;  // the forward's params; out and lse (null if not kept) are its results
   const void* dout;         // [batch, heads, queries, value_dim], dtype
   const float* dlse;        // [batch, heads, queries], contiguous; null for 0
   void* dq;                 // [batch, heads, queries, dim], dtype, contiguous, as the next two

@@ -34,7 +34,7 @@ struct LinearSegment {
   PackedWeight packed = {};  // of WeightType::packed; segments may differ in everything
 };
 
-// As many products of two int8 add up within an int32, whatever they are.
+// So many products of two int8 sum up in an int32 without overflow, whatever their values.
 inline constexpr int64_t kMostExactProducts = 131071;
 
 struct LinearParams {

@@ -20,7 +20,7 @@ constexpr int bits_of(PackedCode code) {
 
 enum class GroupType : int8_t { f32, bf16, f16, s8, u8 };
 
-// One value for each row and `size` columns: [panels, k / size, 16].  No data stands for 1, or for 0 of what is added.
+// One value for each row and `size` columns: [panels, k / size, 16].  Null data: factors of 1, or addends of 0.
 struct PackedGroups {
   const void* data = nullptr;
   int64_t size = kPackedBlock;  // a multiple of 32; or 16, of s6

@@ -270,7 +270,7 @@ constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_he
   return plan;
 }
 
-constexpr int kAttentionPlaceBytes = 48;  // of shared memory, for what a block works on
+constexpr int kAttentionPlaceBytes = 48;  // of shared memory, for a block's current task
 
 // For attention: a block takes block_m queries of a head, and walks the keys that one of them sees by block_n.
 struct AttentionTile {
@@ -363,7 +363,7 @@ LLMKERN_HOST_DEVICE constexpr GradientTile gradient_tile(int dim, GradientPart p
   return tile;
 }
 
-constexpr Residency kGradientRows{256, 8};  // of what is done once for each query
+constexpr Residency kGradientRows{256, 8};  // of the kernel that runs once for each query
 
 struct AttentionBackwardPlan {
   int dim;                           // of the kernels
