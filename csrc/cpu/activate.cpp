@@ -36,7 +36,7 @@ void activate(const ActivateParams& p, const Threads& threads) {
   const bool whole = p.scale || p.hidden <= kPiece;
   const int64_t length = whole ? p.hidden : kPiece, per_row = whole ? 1 : (p.hidden + kPiece - 1) / kPiece;
   with_type(p.dtype, [&]<class T>() {
-    with_activation(p.activation, [&]<Activation kActivation>() {
+    with_any_activation(p.activation, [&]<Activation kActivation>() {
       const auto pieces = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t from = i % per_row * length;

@@ -13,6 +13,8 @@ inline F32 activate(F32 z) {
   if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(z);
   if constexpr (kActivation == Activation::silu) return silu(z);
   if constexpr (kActivation == Activation::relu) return z < 0.0f ? F32{} : z;  // NaN stays
+  if constexpr (kActivation == Activation::quick_gelu) return quick_gelu(z);
+  if constexpr (kActivation == Activation::relu2) return z < 0.0f ? F32{} : z * z;
   return z;
 }
 
@@ -47,7 +49,7 @@ inline Activated activate_with_slope(F32 z) {
   return {z, broadcast(1.0f)};
 }
 
-// f.template operator()<kActivation>() with `activation` as a constant.
+// f.template operator()<kActivation>() with `activation`, one of those in epilogues, as a constant.
 template <class F>
 inline auto with_activation(Activation activation, const F& f) {
   switch (activation) {
@@ -61,8 +63,18 @@ inline auto with_activation(Activation activation, const F& f) {
       return f.template operator()<Activation::silu>();
     case Activation::relu:
       return f.template operator()<Activation::relu>();
+    case Activation::quick_gelu:
+    case Activation::relu2:
+      break;
   }
   __builtin_unreachable();
+}
+
+template <class F>
+inline auto with_any_activation(Activation activation, const F& f) {
+  if (activation == Activation::quick_gelu) return f.template operator()<Activation::quick_gelu>();
+  if (activation == Activation::relu2) return f.template operator()<Activation::relu2>();
+  return with_activation(activation, f);
 }
 
 }  // namespace

@@ -15,9 +15,15 @@ void add(const AddParams& p, const Threads& threads) {
   with_type(p.dtype, [&]<class T>() {
     const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
     T* out = static_cast<T*>(p.out);
+    const F32 multiplier = broadcast(p.multiplier), constant = broadcast(p.constant);
+    const F32 low = broadcast(p.low), high = broadcast(p.high);
     threads.parallel_for(p.count, kElementsPerThread, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i += kLanes)
-        store_at_most(out + i, load_at_most(a + i, end - i) + load_at_most(b + i, end - i), end - i);
+      for (int64_t i = begin; i < end; i += kLanes) {
+        F32 y = load_at_most(a + i, end - i) * multiplier + constant;
+        if (b) y += load_at_most(b + i, end - i);
+        y = y < low ? low : y;
+        store_at_most(out + i, y > high ? high : y, end - i);
+      }
     });
   });
 }

@@ -121,7 +121,6 @@ struct Backward {
   const int64_t k_stride = attention_backward_stride(p.forward.dim);
   const int64_t v_stride = attention_backward_stride(p.forward.value_dim);
   const int64_t rows = p.forward.batch * p.forward.heads * p.forward.queries;
-  const bool by_key = p.forward.key_padding || c.mask_by_key, by_row = p.forward.mask && !c.mask_by_key;
   // In fp32 the rounding of a log-sum-exp would be the largest error of all.
   const bool lse_is_exact =
       p.forward.lse && p.forward.dtype != DType::f32 && !(p.forward.mask && !p.forward.mask_is_bool);
@@ -153,10 +152,10 @@ void finish_scores(const Backward& b, Rows& rows, int64_t j0, int count) {
         store(s, load(s) * scale);
       }
     }
-  if (b.by_row) add_mask(b.c, rows, rows.weights, j0, count, broadcast(1.0f));
+  if (b.c.by_row) add_by_row(b.c, rows, rows.weights, j0, count, broadcast(1.0f));
   const bool all_see =
       j0 >= rows.every_first && j0 + count - 1 <= rows.every_last && rows.count == rows.registers() * kLanes;
-  if (all_see && !b.by_key) return;
+  if (all_see && !b.c.by_key) return;
   for (int r = 0; r < lanes; r += kLanes) {
     S32 first, last;
     std::memcpy(&first, rows.first + r, sizeof(first));
@@ -164,7 +163,7 @@ void finish_scores(const Backward& b, Rows& rows, int64_t j0, int count) {
     for (int j = 0; j < count; ++j) {
       float* const s = rows.weights + j * kM + r;
       F32 score = load(s);
-      if (b.by_key) score += broadcast(rows.key_bias[j]);
+      if (b.c.by_key) score += broadcast(rows.key_bias[j]);
       const S32 key = S32{} + static_cast<int32_t>(j0 + j);
       store(s, (key >= first) & (key <= last) ? score : broadcast(-kInfinity));
     }
@@ -178,7 +177,7 @@ void for_scores(const Backward& b, Rows& rows, const F& f) {
   const T* const k = static_cast<const T*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
   for (int64_t j = rows.some_first; j <= rows.some_last; j += kN) {
     const int count = rows.some_last - j + 1 < kN ? rows.some_last - j + 1 : kN;
-    if (b.by_key && !set_key_bias(b.c, rows, j, count)) continue;
+    if (b.c.by_key && !set_key_bias(b.c, rows, j, count)) continue;
     const Numbers keys = vectors(k + j * p.k_strides.position, p.k_strides.position, count, p.dim, rows.k);
     multiply<false>(count, keys, {rows.q_turned, kM}, rows.registers(), p.dim, rows.weights, kM);
     finish_scores(b, rows, j, count);

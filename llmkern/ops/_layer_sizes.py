@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llmkern.checks import (
-    broadcasts,
     check_dtype,
     check_floating,
     check_same_device,
@@ -21,9 +20,8 @@ from llmkern.checks import (
 )
 from llmkern.programs.program import GATES, Place, Program, Step
 
-__all__ = ["TENSORS", "Needs", "caches_of", "check_caches", "check_inputs", "needs_of", "rows_inputs"]
+__all__ = ["TENSORS", "Needs", "needs_of", "rows_inputs"]
 
-_CACHES = ("keys", "values")
 TENSORS = {"linear": 3, "norm": 2, "tensor": 1}
 """How many tensors a parameter of each kind has."""
 _OP = "layers_"
@@ -36,14 +34,18 @@ class Needs:
     inputs: how many there are behind hidden.  linears: how many linear layers the program mentions.
     angles: by place among the inputs, the name and the columns that turn.
     masks: by place, the name, the query heads, and the keys: those of hidden's tokens, of the past too, or a number.
+    biases: the same of what is added to scores.
     cache: columns of keys and values, and heads, of what joins the cache; None where nothing does.
+    kept: columns of keys and values, tokens, and heads, of what is kept of other tokens; None where nothing is.
     """
 
     inputs: int
     linears: int
     angles: tuple[tuple[int, str, int], ...]
     masks: tuple[tuple[int, str, int, str | int], ...]
+    biases: tuple[tuple[int, str, int, str | int], ...]
     cache: tuple[int, int, int] | None
+    kept: tuple[int, int, int, int] | None
 
 
 def rows_inputs(program: Program, inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -51,7 +53,7 @@ def rows_inputs(program: Program, inputs: Sequence[Tensor | None]) -> list[Tenso
     others = {
         name
         for step in program.steps
-        for name in (step.values[-2:] if step.op == "rope" else step.values[3:] if step.op == "attention" else ())
+        for name in (step.values[-2:] if step.op == "rope" else [*step.reads()][3:] if step.op == "attention" else ())
     }
     named = zip(program.inputs[1:], inputs, strict=False)
     return [tensor for name, tensor in named if tensor is not None and name not in others and tensor.dim() > 0]
@@ -62,10 +64,13 @@ def needs_of(
     parameters: Sequence[Tensor | None],
     hidden: Tensor,
     inputs: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
     layer: int | None,
 ) -> Needs:
-    """What a layer needs; its parameters are checked.  layer: its number, for sentences; None for the only one."""
-    return _Walk(program, parameters, hidden, inputs, "" if layer is None else f" (layer {layer})").needs()
+    """What a layer needs; its parameters are checked.
+
+    kept: of its caches, or of one that is like it.  layer: its number, for sentences; None for the only one."""
+    return _Walk(program, parameters, hidden, inputs, kept, "" if layer is None else f" (layer {layer})").needs()
 
 
 @dataclass
@@ -76,13 +81,17 @@ class _Walk:
     parameters: Sequence[Tensor | None]
     hidden: Tensor
     inputs: Sequence[Tensor | None]
+    held: Sequence[Tensor]
     where: str
     columns: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
-    appended: dict[str, int] = field(default_factory=dict)
+    cached: dict[str, str] = field(default_factory=dict)
     angles: dict[int, tuple[int, str, int]] = field(default_factory=dict)
     masks: list[tuple[int, str, int, str | int]] = field(default_factory=list)
+    biases: list[tuple[int, str, int, str | int]] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
     cache: list[int] | None = None
+    kept: list[int] | None = None
 
     def needs(self) -> Needs:
         program = self.program
@@ -105,22 +114,40 @@ class _Walk:
                 "add_rms_norm": self.norm,
                 "add_layer_norm": self.norm,
                 "linear": self.linear,
+                "route": self.route,
+                "experts": self.experts,
                 "rope": self.rope,
                 "append": self.append,
+                "keep": self.keep,
                 "attention": self.attention,
             }
-            checks.get(step.op, self.elementwise)(step)
+            if (absent := self.absence(step)) is not None:
+                self.absent |= dict.fromkeys(step.results, absent)
+            else:
+                checks.get(step.op, self.elementwise)(step)
         result = program.result
         if self.columns.get(result) != self.hidden.shape[-1] or self.tokens[result] != "":
             raise self.wrong(f"the program returns {result}, expected rows like hidden's")
         cache = None if self.cache is None else (self.cache[0], self.cache[1], self.cache[2])
-        return Needs(len(self.inputs), linears, tuple(self.angles.values()), tuple(self.masks), cache)
+        kept = None if self.kept is None else (self.kept[0], self.kept[1], self.kept[2], self.kept[3])
+        angles, masks, biases = tuple(self.angles.values()), tuple(self.masks), tuple(self.biases)
+        return Needs(len(self.inputs), linears, angles, masks, biases, cache, kept)
+
+    def absence(self, step: Step) -> str | None:
+        """The input that was not given from which all that the step reads is made; `keep` can do without it."""
+        first = step.values[0]
+        if step.op == "keep" or len([*step.reads()]) > 1:
+            return None
+        given = first not in self.program.inputs[1:] or first in self.columns or self.input(first)[1] is not None
+        return self.absent.get(first) if given else first
 
     def wrong(self, what: str) -> ValueError:
         return ValueError(f"{_OP}: {what}{self.where}")
 
     def rows(self, name: str) -> int:
         """The columns of a value that is read as rows."""
+        if name in self.absent:
+            raise self.wrong(f"{self.absent[name]} is not given, but the program reads {name} as rows")
         if name not in self.columns:
             tensor = self.input(name)[1] if name in self.program.inputs else None
             if tensor is None:
@@ -143,7 +170,8 @@ class _Walk:
     def make(self, names: Sequence[str], columns: Sequence[int], tokens: str) -> None:
         for name, count in zip(names, columns, strict=True):
             self.columns[name], self.tokens[name] = count, tokens
-            self.appended.pop(name, None)
+            self.cached.pop(name, None)
+            self.absent.pop(name, None)
 
     def tensors(self, kind: str, path: str) -> list[Tensor | None]:
         """Those of one parameter; a place of a module may be an `@path`."""
@@ -195,13 +223,39 @@ class _Walk:
             raise self.wrong(f"{step.places[0]}: weight has {made[0]} rows, {expected}")
         self.make(step.results, made, self.tokens[x])
 
-    def weight(self, place: Place, columns: int) -> int:
-        """The rows that a place has, of a weight that takes so many columns."""
+    def route(self, step: Step) -> None:
+        count = self.weight(step.places[0], self.rows(step.values[0]))
+        if not 1 <= _whole(step, "top") <= count:
+            raise self.wrong(f"route: top is {step.option('top')}, expected 1 to {count}, the rows of {step.places[0]}")
+        self.make(step.results, [count], self.tokens[step.values[0]])
+
+    def experts(self, step: Step) -> None:
+        x, weights = step.values
+        count = self.rows(weights)
+        if self.tokens[x] != self.tokens[weights]:
+            raise self.wrong(f"{x} and {weights} are of different tokens")
+        *inner, down = step.places
+        made = [self.weight(place, self.rows(x), count) for place in inner]
+        if len({*made}) > 1:
+            raise self.wrong(f"{inner[0]} and {inner[1]} make {made[0]} and {made[1]} columns")
+        self.make(step.results, [self.weight(down, made[0], count)], self.tokens[x])
+
+    def weight(self, place: Place, columns: int, experts: int | None = None) -> int:
+        """The rows that a place has, of a weight that takes so many columns; each expert's, of so many."""
         if place.tensor:
             raise self.wrong(f"{place} is one tensor, expected a linear layer")
         weight, scale, bias = self.tensors("linear", place.path)
         if weight is None:
             raise self.wrong(f"{place.path}: weight is None, expected a Tensor")
+        if experts is not None:
+            for part, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+                if tensor is not None and (tensor.dim() == 0 or tensor.shape[0] != experts):
+                    shape = f"{part} has shape {shape_text(tensor.shape)}"
+                    raise self.wrong(f"{place.path}: {shape}, expected {experts} experts")
+            if experts == 0:
+                raise self.wrong(f"{place.path}: weight has no experts")
+            weight, scale, bias = [None if t is None else t[0] for t in (weight, scale, bias)]
+            assert weight is not None
         if weight.dim() != 2 or weight.shape[1] != columns:
             raise self.wrong(f"{place.path}: weight has shape {shape_text(weight.shape)}, expected [N, {columns}]")
         rows = weight.shape[0]
@@ -245,7 +299,28 @@ class _Walk:
                 raise self.wrong(f"{name} is of other tokens than hidden")
         self.cache = [*[self.rows(name) for name in step.values], 0]
         self.make(step.results, self.cache[:2], "")
-        self.appended = dict.fromkeys(step.results, 1)
+        self.cached |= dict.fromkeys(step.results, "append")
+
+    def keep(self, step: Step) -> None:
+        if self.kept is not None:
+            raise self.wrong("the program keeps twice")
+        k, v = step.values
+        absent = self.absent.get(k)
+        if absent != self.absent.get(v):
+            raise self.wrong(f"{k} and {v} are kept, but not made of the same input")
+        if absent is None:
+            columns = [self.rows(k), self.rows(v)]
+            if self.tokens[k] != self.tokens[v]:
+                raise self.wrong(f"{k} and {v} are kept, but not of the same tokens")
+            tokens, count = self.tokens[k], self.count(self.tokens[k])
+        elif not self.held or any([buffer.dim() != 4 for buffer in self.held]):
+            raise self.wrong(f"{absent} is not given, and there is no cache of its keys and values")
+        else:
+            columns = [buffer.shape[1] * buffer.shape[3] for buffer in self.held]
+            tokens, count = absent, self.held[0].shape[2]
+        self.kept = [*columns, count, 0]
+        self.make(step.results, columns, tokens)
+        self.cached |= dict.fromkeys(step.results, "keep")
 
     def attention(self, step: Step) -> None:
         q, k, v, *masks = step.values
@@ -258,21 +333,28 @@ class _Walk:
             )
         if step.option("window") == 0:
             raise self.wrong("attention: window is 0, expected the number of keys that a query sees, 1 or more")
+        if self.tokens[k] != self.tokens[v] or self.cached.get(k) != self.cached.get(v) or self.tokens[q] != "":
+            raise self.wrong(f"attention: {k} is of other tokens than {v}, or {q} than hidden")
+        keys: str | int = "past" if self.cached.get(k) == "append" else self.count(self.tokens[k])
+        if self.cached.get(k) == "keep" and self.kept is not None:
+            keys, self.kept[3] = self.kept[2], kv_heads
         for mask in masks:
-            place, _ = self.input(mask)
-            source = self.tokens[k]
-            keys: str | int = self.inputs_length(source) if source else "past" if k in self.appended else "tokens"
-            self.masks.append((place, mask, q_heads, keys))
+            self.masks.append((self.input(mask)[0], mask, q_heads, keys))
+        if isinstance(bias := step.option("bias"), str):
+            self.biases.append((self.input(bias)[0], bias, q_heads, keys))
+            if step.option("slopes") is not None:
+                raise self.wrong("attention: it has a bias and slopes, expected one of them")
         for option in ("sinks", "slopes"):
             at = step.option(option)
             if isinstance(at, Place):
                 self.vector(at, q_heads, "one for each head")
-        if self.cache is not None and k in self.appended:
+        if self.cache is not None and self.cached.get(k) == "append":
             self.cache[2] = kv_heads
         self.make(step.results, [q_heads * (self.rows(v) // kv_heads)], self.tokens[q])
 
-    def inputs_length(self, name: str) -> int:
-        tensor = self.input(name)[1]
+    def count(self, tokens: str) -> int:
+        """How many tokens there are of an input, or of hidden."""
+        tensor = self.input(tokens)[1] if tokens else self.hidden
         return 0 if tensor is None else tensor.shape[1]
 
     def elementwise(self, step: Step) -> None:
@@ -288,88 +370,3 @@ def _whole(step: Step, name: str) -> int:
     value = step.option(name, 0)
     assert isinstance(value, int)
     return value
-
-
-def check_inputs(needs: Needs, hidden: Tensor, inputs: Sequence[Tensor | None], past: int) -> None:
-    """Angles and masks have the shapes that a layer needs; others were looked at with its parameters."""
-    batch, length, _ = hidden.shape
-    angles = []
-    for place, name, columns in needs.angles:
-        tensor = inputs[place]
-        if tensor is None:
-            raise TypeError(f"{_OP}: {name} is None, expected a Tensor")
-        check_floating(_OP, **{name: tensor})
-        check_same_device(_OP, "hidden", hidden, **{name: tensor})
-        if tensor.dim() != 3 or not broadcasts(tensor.shape[0], batch) or tensor.shape[1] != length:
-            expected = f"[{batch} or 1, {length}, {columns}]"
-            raise ValueError(f"{_OP}: {name} has shape {shape_text(tensor.shape)}, expected {expected}")
-        if tensor.shape[2] not in (columns, columns // 2):
-            raise ValueError(f"{_OP}: {name} has width {tensor.shape[2]}, expected {columns} or {columns // 2}")
-        angles.append((name, tensor))
-    for name, tensor in angles[1:]:
-        check_same_dtype(_OP, angles[0][0], angles[0][1], **{name: tensor})
-    for place, name, heads, of in needs.masks:
-        mask = inputs[place]
-        if mask is None:
-            continue
-        keys = of if isinstance(of, int) else length + (past if of == "past" else 0)
-        check_dtype(_OP, name, mask, *dict.fromkeys((torch.bool, hidden.dtype, torch.float32)))
-        check_same_device(_OP, "hidden", hidden, **{name: mask})
-        full = (batch, heads, length, keys)
-        if mask.dim() != 4 or not all([broadcasts(*sizes) for sizes in zip(mask.shape, full, strict=True)]):
-            raise ValueError(
-                f"{_OP}: {name} has shape {shape_text(mask.shape)}, expected one of 4 dimensions that broadcasts to "
-                f"{shape_text(full)} (batch, query heads, queries, keys)"
-            )
-
-
-def caches_of(programs: Sequence[Program], caches: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Of each layer keys and values, or these and their scales; none where it appends nothing, or there are none."""
-    holders = [any(step.op == "append" for step in program.steps) for program in programs]
-    count = sum(holders)
-    each = len(caches) // count if count else 0
-    if len(caches) != each * count or each not in (0, 2, 4):
-        expected = f"expected none, or 2 or 4 for each of {count} layers that append"
-        raise ValueError(f"{_OP}: caches has {len(caches)} elements, {expected}")
-    found: list[Sequence[Tensor]] = []
-    first = 0
-    for holds in holders:
-        found.append(caches[first : first + each * holds])
-        first += each * holds
-    return found
-
-
-def check_caches(needs: Sequence[Needs], hidden: Tensor, caches: Sequence[Sequence[Tensor]], past: int) -> None:
-    """The caches, those of each layer, fit what joins them."""
-    right: tuple[Any, ...] = ()  # the layer before this one, which tends to be like it
-    for i, (each, tensors) in enumerate(zip(needs, caches, strict=True)):
-        like = (each, *[(t.shape, t.dtype, t.device) for t in tensors])
-        if like != right:
-            _check_cache(each, hidden, tensors, past, f" of layer {i}")
-            right = like
-
-
-def _check_cache(needs: Needs, hidden: Tensor, tensors: Sequence[Tensor], past: int, where: str) -> None:
-    if needs.cache is None:
-        return
-    if not tensors:
-        if past:
-            raise ValueError(f"{_OP}: past is {past}, expected 0 where there are no caches")
-        return
-    batch, length, _ = hidden.shape
-    for i, (kind, columns) in enumerate(zip(_CACHES, needs.cache, strict=False)):
-        cache, name = tensors[i], f"{kind}{where}"
-        scale = tensors[2 + i] if len(tensors) > 2 else None
-        heads = needs.cache[2] or (cache.shape[1] if cache.dim() == 4 else 1)
-        check_dtype(_OP, name, cache, hidden.dtype if scale is None else torch.int8)
-        check_same_device(_OP, "hidden", hidden, **{name: cache, f"the scales of the {name}": scale})
-        if cache.dim() != 4 or tuple(cache.shape[:2]) != (batch, heads) or heads * cache.shape[3] != columns:
-            expected = f"[{batch}, {heads}, capacity, {columns // max(heads, 1)}]"
-            raise ValueError(f"{_OP}: {name} has shape {shape_text(cache.shape)}, expected {expected}")
-        if cache.shape[2] < past + length:
-            expected = f"expected at least {past + length} (past and hidden's length)"
-            raise ValueError(f"{_OP}: {name} has room for {cache.shape[2]} tokens, {expected}")
-        if scale is not None:
-            check_dtype(_OP, f"the scales of the {name}", scale, torch.float32)
-            shape = cache.shape[:3]
-            check_shape(_OP, f"the scales of the {name}", scale, shape, f"that of {name} without its last dimension")

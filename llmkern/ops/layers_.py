@@ -11,8 +11,9 @@ from torch import Tensor
 from llmkern.dispatch import Refused, dispatch
 from llmkern.library import define
 from llmkern.ops._layer import check_hidden, resolve_schemes
+from llmkern.ops._layer_held import Held, caches_of, check_biases, check_caches, check_inputs
 from llmkern.ops._layer_plan import Layers, layers_of, plan_of, texts_of
-from llmkern.ops._layer_sizes import Needs, caches_of, check_caches, check_inputs, needs_of, rows_inputs
+from llmkern.ops._layer_sizes import Needs, needs_of, rows_inputs
 from llmkern.ops.int8_linear import SCHEMES
 from llmkern.programs.program import Program
 
@@ -40,12 +41,14 @@ def layers_(
         `plan_layers` (llmkern/ops/_layer_plan.py) made; `programs` is then empty, or those that it was made with.
     inputs: what the programs' heads name behind hidden, one for all layers, None for an absent one.  cos, sin:
         [B or 1, S, W]; masks: 4 dimensions that broadcast to [B, heads, S, keys], bool (True: attend), or hidden's
-        dtype or fp32 (added); others: rows [B, tokens, columns].
+        dtype or fp32 (added); biases of scores: the same, floating, with that many keys or more, or [B*heads, 1, keys];
+        others: rows [B, tokens, columns], None where a cache has kept the keys and values made of them.
     caches: none, or of each layer that appends keys [B, heads, capacity, D] and values, **written**: the new tokens'
         are put at positions past … past + S − 1; the positions before are read, those after never.  In hidden's dtype;
         or int8, and of each layer the scales of keys and of values besides, fp32 [B, heads, capacity]: each head of
         each token is rounded as `quantize_int8` does.  The attention sees the rounded values, but where there is no
-        past the tokens as they are.
+        past the tokens as they are.  Behind them, of a layer that keeps an encoder's, keys and values [B, heads,
+        tokens, D] in hidden's dtype: **written** where the encoder's tokens are given, and read where they are not.
     past: tokens in the caches.
     schemes: of the int8 weights, as for `int8_linear`: one for all, or of each linear layer in the order of its first
         mention, with commas; of all layers, or of each, with semicolons.
@@ -83,37 +86,44 @@ def _check(
     if past < 0:
         raise ValueError(f"{_OP}: past is {past}, expected a number of tokens, 0 or more")
     layers = layers_of(programs, parameters)
-    needs = _needs(layers, hidden, parameters, inputs)
+    held = caches_of([layer.program for layer in layers.each], caches)
+    needs = _needs(layers, hidden, parameters, inputs, held)
     _check_schemes(schemes, [needs[kind] for kind in layers.kinds] if ";" in schemes else needs)
     for each in needs:
         check_inputs(each, hidden, inputs, past if caches else 0)
-    held = caches_of([layer.program for layer in layers.each], caches)
+        check_biases(each, hidden, inputs, past if caches else 0)
     check_caches([needs[kind] for kind in layers.kinds], hidden, held, past)
 
 
 def _needs(
-    layers: Layers, hidden: Tensor, parameters: list[Tensor | None], inputs: list[Tensor | None]
+    layers: Layers,
+    hidden: Tensor,
+    parameters: list[Tensor | None],
+    inputs: list[Tensor | None],
+    held: list[Held],
 ) -> tuple[Needs, ...]:
     """What each kind of layer needs of inputs and caches; its parameters are right."""
     plan = plan_of(parameters)
     if plan is None:
-        return _needs_of(layers, hidden, inputs)
+        return _needs_of(layers, hidden, inputs, held)
     if torch.is_grad_enabled() and any([p is not None and p.requires_grad for p in plan.parameters]):
         raise Refused(f"{_OP} has no gradient: detach its inputs or call it under torch.no_grad()")
     shapes = tuple([t.shape for t in rows_inputs(layers.different[0].program, inputs)])
+    shapes += tuple([t.shape for each in held[:1] for t in each.kept])
     key = (hidden.shape, hidden.dtype, hidden.device, len(inputs), shapes)
     if key not in plan.needs:
         if len(plan.needs) >= 64:  # prompts of any length
             plan.needs.clear()
-        plan.needs[key] = _needs_of(layers, hidden, inputs)
+        plan.needs[key] = _needs_of(layers, hidden, inputs, held)
     return plan.needs[key]
 
 
-def _needs_of(layers: Layers, hidden: Tensor, inputs: list[Tensor | None]) -> tuple[Needs, ...]:
+def _needs_of(layers: Layers, hidden: Tensor, inputs: list[Tensor | None], held: list[Held]) -> tuple[Needs, ...]:
     found = []
     for kind, layer in enumerate(layers.different):
-        number = layers.kinds.index(kind) if len(layers.each) > 1 else None
-        found.append(needs_of(layer.program, layer.tensors, hidden, inputs, number))
+        first = layers.kinds.index(kind)
+        number = first if len(layers.each) > 1 else None
+        found.append(needs_of(layer.program, layer.tensors, hidden, inputs, held[first].kept, number))
     return tuple(found)
 
 

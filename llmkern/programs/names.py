@@ -87,6 +87,8 @@ def _wanted(program: Program) -> dict[str, str]:
 
 
 def _base(step: Step) -> str:
+    if step.op in ("route", "experts"):
+        return {"route": "r", "experts": "u"}[step.op]
     if step.op in ACTIVATIONS or step.op == "mul" or step.option("activation") is not None:
         return "g"
     if step.op == "add" or step.option("residual") is not None:

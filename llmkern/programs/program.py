@@ -51,7 +51,7 @@ __all__ = [
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "quick_gelu", "relu2")
 # An activation of the first of two results, times the second: one value.
-GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "quick_geglu": "quick_gelu"}
 
 Kind = Literal["flag", "whole", "number", "word", "value", "place", "number or place"]
 
@@ -128,6 +128,25 @@ OPERATORS: dict[str, Operator] = {
         {"activation": "word", "codes": "flag", "multiplier": "number", "residual": "value"},
         parameters="linear",
     ),
+    # A weight for each expert, of softmax(linear(x)) or of sigmoid(linear(x)): the largest `top` of them, 0 for the
+    # others; normalized: divided by their sum; times scale.
+    "route": Operator(
+        (1, 1),
+        (1, 1),
+        options={"top": "whole", "sigmoid": "flag", "normalized": "flag", "scale": "number"},
+        required=("top",),
+        parameters="linear",
+    ),
+    # (x, weights; gate, up, down) or (x, weights; up, down): Σ weight · down(activation(gate(x)) · up(x)) over the
+    # experts whose weight is not 0; linear layers whose parameters have a dimension of experts before the others.
+    # limit: the gate is at most that, and up within ± that.  offset: added to up.
+    "experts": Operator(
+        (2, 2),
+        (2, 3),
+        options={"activation": "word", "limit": "number", "offset": "number"},
+        required=("activation",),
+        parameters="linear",
+    ),
     # (q, k, cos, sin) or (x, cos, sin).  rotary: columns of a head that turn, the first ones; all unless given.
     # interleaved: pairs are neighbours, not halves apart.
     "rope": Operator(
@@ -136,7 +155,7 @@ OPERATORS: dict[str, Operator] = {
     # Keys and values of these tokens join those of the layer's cache; all of them.  Without a cache: themselves.
     "append": Operator((2, 2), results=2),
     # Keys and values of an encoder's tokens: made in the first call, kept in the layer's cache, and read from there
-    # ever after.  Without a cache: themselves.
+    # ever after, in calls that are not given the encoder's tokens.  Without a cache: themselves.
     "keep": Operator((2, 2), results=2),
     # (q, k, v) or (q, k, v, mask).  A mask that is given says everything, else causal and window (keys that a query
     # sees, its own included) do; a window without causal means that there has to be a mask.
@@ -277,8 +296,9 @@ def _check_step(step: Step, known: set[str]) -> None:
     activation = step.option("activation")
     if activation is not None and activation not in (*ACTIVATIONS, *GATES):
         raise ProgramError(f"{where}: there is no activation {activation}")
-    if activation in GATES and len(step.places) != 2:
-        raise ProgramError(f"{where}: {activation} takes 2 places, not {len(step.places)}")
+    places = 2 + (activation in GATES and step.op == "experts")
+    if (activation in GATES or step.op == "experts") and len(step.places) != places:
+        raise ProgramError(f"{where}: {activation} takes {places} places, not {len(step.places)}")
     results = operator.results
     if results == "places":
         results = 1 if activation in GATES else len(step.places)

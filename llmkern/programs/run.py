@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,18 @@ from torch import Tensor
 from llmkern.dispatch import dispatch, implementation
 from llmkern.programs.program import GATES, OPERATORS, Place, Program, Step
 
-__all__ = ["ACTIVATION_FUNCTIONS", "Cache", "Call", "Weights", "attend", "dispatched", "reference", "run"]
+__all__ = [
+    "ACTIVATION_FUNCTIONS",
+    "Cache",
+    "Call",
+    "Experts",
+    "Kept",
+    "Weights",
+    "attend",
+    "dispatched",
+    "reference",
+    "run",
+]
 
 Call = Callable[..., Any]
 Values = Mapping[str, Tensor | None]
@@ -48,6 +59,14 @@ class Weights(Protocol):
         """One tensor."""
 
 
+@runtime_checkable
+class Experts(Protocol):
+    """Weights that have linear layers of experts, too."""
+
+    def expert(self, path: str, number: int, x: Tensor, call: Call) -> Tensor:
+        """x · weightᵀ + bias of one expert, by all rows of its weight."""
+
+
 class Cache(Protocol):
     """Keys and values of one layer, [B, Hkv, tokens, D] all of them."""
 
@@ -56,6 +75,14 @@ class Cache(Protocol):
 
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Those of an encoder's tokens."""
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """A cache that has keys and values of an encoder's tokens from an earlier call."""
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Both of them, [B, Hkv, tokens, D]."""
 
 
 def reference(op: str, **call: Any) -> Any:
@@ -73,13 +100,18 @@ def run(
 ) -> Tensor:
     """What the program returns for these inputs, [B, S, columns] as its hidden states are.
 
-    inputs: by the names in the program's head; an optional one may be None.
+    inputs: by the names in the program's head; an optional one may be None, and so may an encoder's tokens whose keys
+        and values the cache has kept (`Kept`).
     cache: of this layer; without one `append` and `keep` give what they are given.
     """
     known: dict[str, Any] = dict(inputs)
     layer = _Layer(program, weights, cache, call)
     for step in program.steps:
-        results = getattr(layer, step.op, layer.activation)(step, *[known[name] for name in step.reads()])
+        read = [known[name] for name in step.reads()]
+        if read[0] is None and step.op != "keep":  # made of what was not given: only `keep` does without
+            known.update(dict.fromkeys(step.results))
+            continue
+        results = getattr(layer, step.op, layer.activation)(step, *read)
         known.update(zip(step.results, results if isinstance(results, tuple) else (results,), strict=True))
     out: Tensor = known[program.result]
     return out
@@ -130,6 +162,42 @@ class _Layer:
             found = [residual + y for y in found]
         return tuple(found)
 
+    def route(self, step: Step, x: Tensor) -> Tensor:
+        logits = _rows(self.weights.linear(step.places[0].path, x, self.call), step.places[0])
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        scores = wide.sigmoid() if step.option("sigmoid") else wide.softmax(-1)
+        most, chosen = scores.topk(_whole(step, "top"), -1)
+        if step.option("normalized"):
+            most = most / most.sum(-1, keepdim=True)
+        most = most * float(step.option("scale", 1.0))  # type: ignore[arg-type]
+        return torch.zeros_like(scores).scatter(-1, chosen, most).to(x.dtype)
+
+    def experts(self, step: Step, x: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        for number in range(weights.shape[-1]):
+            weight = weights[..., number : number + 1]
+            total = total + torch.where(weight != 0, weight * self.expert(step, number, x), 0)
+        return total.to(x.dtype)
+
+    def expert(self, step: Step, number: int, x: Tensor) -> Tensor:
+        """What one expert makes of every row."""
+
+        def linear(place: Place, x: Tensor) -> Tensor:
+            if not isinstance(self.weights, Experts):
+                raise ValueError(f"{place}: the layer has no experts")
+            return _rows(self.weights.expert(place.path, number, x, self.call), place)
+
+        *inner, down = step.places
+        made = [linear(place, x) for place in inner]
+        limit, offset = _number(step, "limit"), _number(step, "offset")
+        if limit is not None:
+            made = [made[0].clamp(max=limit), *[up.clamp(-limit, limit) for up in made[1:]]]
+        kind = str(step.option("activation"))
+        activated = self.activation_of(GATES.get(kind, kind), made[0])
+        for up in made[1:]:
+            activated = activated * (up if offset is None else up + offset)
+        return linear(down, activated)
+
     def rope(self, step: Step, *values: Tensor) -> Any:
         *rows, cos, sin = values
         dim = _whole(step, "dim")
@@ -148,7 +216,11 @@ class _Layer:
     def append(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return (k, v) if self.cache is None else self.cache.append(*self.cached(step, k, v))
 
-    def keep(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, step: Step, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        if k is None or v is None:
+            if not isinstance(self.cache, Kept):
+                raise ValueError(f"{step.values[0]} and {step.values[1]} are not given, and no cache has kept them")
+            return self.cache.kept()
         return (k, v) if self.cache is None else self.cache.keep(*self.cached(step, k, v))
 
     def cached(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

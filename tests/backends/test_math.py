@@ -31,6 +31,7 @@ FUNCTION(tanh)
 FUNCTION(silu)
 FUNCTION(gelu)
 FUNCTION(gelu_tanh)
+FUNCTION(quick_gelu)
 """
 
 
@@ -110,6 +111,10 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 @pytest.mark.parametrize(
     ("exact", "low", "high", "most"),
     [
@@ -117,6 +122,8 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
         (gelu, 0.0, 30.0, 4),
         (gelu_tanh, -1.0, 30.0, 3),
         (gelu_tanh, -6.0, 0.0, 70),
+        (quick_gelu, -1.0, 40.0, 3),
+        (quick_gelu, -50.0, 0.0, 70),
     ],
 )
 def test_activations(functions: ctypes.CDLL, exact, low: float, high: float, most: float) -> None:
@@ -129,7 +136,7 @@ def test_gelu_of_negative_values(functions: ctypes.CDLL) -> None:
     assert float((apply(functions.apply_gelu, x).double() - gelu(x.double())).abs().max()) <= 1e-7
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "quick_gelu"])
 def test_activations_of_special_values(functions: ctypes.CDLL, name: str) -> None:
     """As the limits say, but for -infinity, where PyTorch's functions have 0 times infinity too."""
     inf, nan = float("inf"), float("nan")

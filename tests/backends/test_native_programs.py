@@ -26,6 +26,16 @@ pytestmark = pytest.mark.skipif(_native.reason() is not None, reason=str(_native
 NATIVE = torch.ops.llmkern.layers_
 KINDS = ("3-layers", "continued", "smollm2", "qwen3", "no-cache", "40-tokens", "left-padding", "int8-w8a8", "minilm")
 KINDS += ("int8-schemes-of-layers", "int8-but-down", "int8-cache-continued", "bert-2-layers", "0-batch", "phi3")
+KINDS += (
+    "gpt-neox-19-tokens",
+    "bart-kept",
+    "t5-masked",
+    "bloom-int8",
+    "granite-masked",
+    "gpt2-masked",
+    "mixtral-19-tokens",
+    "gpt-oss-masked",
+)
 CHOSEN = [case for case in cases("layers_") if case.name in KINDS]
 each_case = pytest.mark.parametrize("case", CHOSEN, ids=str)
 

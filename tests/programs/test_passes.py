@@ -58,8 +58,8 @@ CASES: dict[str, tuple[Pass, Program, Program]] = {
     ),
     "a gate that has no name": (
         passes.gates_and_activations,
-        layer("g = linear(hidden, gate)", "g = quick_gelu(g)", "u = linear(hidden, up)", "hidden = mul(g, u)"),
-        layer("g = linear(hidden, gate, activation=quick_gelu)", "u = linear(hidden, up)", "hidden = mul(g, u)"),
+        layer("g = linear(hidden, gate)", "g = relu2(g)", "u = linear(hidden, up)", "hidden = mul(g, u)"),
+        layer("g = linear(hidden, gate, activation=relu2)", "u = linear(hidden, up)", "hidden = mul(g, u)"),
     ),
     "two rotations": (
         passes.one_rotation,

@@ -68,17 +68,23 @@ Programs programs_of(const std::vector<std::string>& texts, size_t parameters) {
   return programs;
 }
 
-// kCaches of each layer: none where there are no caches, or its program appends nothing.
+// kCaches of each layer: none where there are no caches, or its program neither appends nor keeps.
 std::vector<Array> caches_of(const std::vector<Tensor>& caches, const Programs& programs) {
   if (caches.empty()) return {};
-  const size_t holders = std::count_if(programs.begin(), programs.end(), [](const auto& p) { return appends(*p); });
-  const size_t each = holders ? caches.size() / holders : 0;
-  STD_TORCH_CHECK(caches.size() == each * holders && (each == 2 || each == 4), kOp, ": caches has ", caches.size(),
-                  " elements, expected none, or 2 or 4 for each of ", holders, " layers that append");
+  size_t appending = 0, kept = 0;
+  for (const auto& program : programs) appending += appends(*program), kept += keeps(*program) ? 2 : 0;
+  const size_t appended = caches.size() < kept ? 0 : caches.size() - kept, each = appending ? appended / appending : 0;
+  const bool fit = appending ? each == 2 || each == 4 : kept > 0;
+  STD_TORCH_CHECK(fit && caches.size() == each * appending + kept, kOp, ": caches has ", caches.size(),
+                  " elements, expected none, or 2 or 4 for each of ", appending,
+                  " layers that append, and 2 for each of ", kept / 2, " that keep");
   std::vector<Array> found(programs.size() * layers::kCaches);
   auto next = caches.begin();
-  for (size_t i = 0; i < programs.size(); ++i)
-    for (size_t j = 0; appends(*programs[i]) && j < each; ++j) found[i * layers::kCaches + j] = array_of(*next++);
+  for (size_t i = 0; i < programs.size(); ++i) {
+    Array* const of_layer = &found[i * layers::kCaches];
+    for (size_t j = 0; appends(*programs[i]) && j < each; ++j) of_layer[j] = array_of(*next++);
+    for (size_t j = 0; keeps(*programs[i]) && j < 2; ++j) of_layer[layers::kKeptCache + j] = array_of(*next++);
+  }
   return found;
 }
 
@@ -142,17 +148,18 @@ struct Torch {
 
   static void* multiply(void* context, const layers::Product& p) {
     auto& self = *static_cast<Torch*>(context);
-    const auto wrapped = [&](const void* data, int64_t rows, int64_t columns, int64_t stride) {
-      return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, self.like.device(),
-                                      self.like.scalar_type());
+    const auto wrapped = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int64_t column_stride) {
+      return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, column_stride},
+                                      self.like.device(), self.like.scalar_type());
     };
     Optional bias;
     if (p.bias)
       bias =
           torch::stable::from_blob(const_cast<void*>(p.bias), {p.n}, {1}, self.like.device(), self.like.scalar_type());
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(wrapped(p.x, p.rows, p.k, p.x_stride)),
-                                      torch::stable::detail::from(wrapped(p.weight, p.n, p.k, p.w_stride)),
-                                      torch::stable::detail::from(bias)};
+    std::array<StableIValue, 3> stack{
+        torch::stable::detail::from(wrapped(p.x, p.rows, p.k, p.x_stride, 1)),
+        torch::stable::detail::from(wrapped(p.weight, p.n, p.k, p.w_stride, p.w_column_stride)),
+        torch::stable::detail::from(bias)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
     self.results.push_back(torch::stable::detail::to<Tensor>(stack[0]));
     return self.results.back().mutable_data_ptr();

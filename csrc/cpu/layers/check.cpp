@@ -26,6 +26,16 @@ bool are_alike(std::span<const Array> a, std::span<const Array> b) {
 
 }  // namespace
 
+size_t first_of_whole(std::span<const Weight> weights, size_t index) {
+  size_t first = 0;
+  while (weights[first].first != weights[index].first || !weights[first].period) ++first;
+  return first;
+}
+
+std::span<const Weight> Layer::weights_of(size_t index) const {
+  return {weights_.data() + first_weight_[index], program_.steps[index].places.size()};
+}
+
 std::span<const Array> caches_of(const Call& call, size_t index) {
   return call.caches.empty() ? call.caches : call.caches.subspan(index * kCaches, kCaches);
 }
@@ -58,6 +68,7 @@ Layer::Layer(const Call& call, size_t index, std::span<const Array> parameters)
   bind_schemes();
   bind_inputs();
   first_weight_.reserve(program_.steps.size());
+  skipped_.reserve(program_.steps.size());
   for (size_t i = 0; i < program_.steps.size(); ++i) {
     const Step& step = program_.steps[i];
     first_weight_.push_back(weights_.size());
@@ -65,7 +76,12 @@ Layer::Layer(const Call& call, size_t index, std::span<const Array> parameters)
       values_[value].last = static_cast<int>(i);
       ++values_[value].reads;
     });
-    check(step);
+    skipped_.push_back(skips(step));
+    if (!skipped_.back()) {
+      check(step);
+      continue;
+    }
+    for (const int result : step.results) values_[result].absent = values_[step.values[0]].absent;
   }
   const Value& result = values_[program_.result];
   if ((result.array && program_.result != 0) || result.columns != size_ || result.length != length_)
@@ -97,11 +113,19 @@ void Layer::bind_inputs() {
   values_[0].columns = size_, values_[0].length = length_;
   for (size_t i = 0; i < call_.inputs.size(); ++i) {
     values_[i + 1].array = &call_.inputs[i];
+    if (!call_.inputs[i]) values_[i + 1].absent = static_cast<int>(i) + 1;
     if (call_.inputs[i] && !call_.inputs[i].on_cpu) invalid(name(i + 1) + " must be on the CPU");
   }
   if (call_.past < 0 || (!cached() && call_.past > 0))
     invalid("past is " + text(call_.past) +
             ", expected 0 where there is no cache, and a number of tokens where one is");
+}
+
+// Is what the step reads made from an input that was not given?  It is `keep` that can do without it.
+bool Layer::skips(const Step& step) const {
+  const bool of_rows = step.op == Op::linear || is_norm(step.op) || step.op == Op::scale || step.op == Op::clamp ||
+                       step.op == Op::activation;
+  return of_rows && !step.adds && step.residual == kNone && values_[step.values[0]].absent != kNone;
 }
 
 void Layer::check(const Step& step) {
@@ -111,10 +135,16 @@ void Layer::check(const Step& step) {
       return check_norm(step);
     case Op::linear:
       return check_linear(step);
+    case Op::route:
+      return check_route(step);
+    case Op::experts:
+      return check_experts(step);
     case Op::rope:
       return check_rope(step);
     case Op::append:
       return check_append(step);
+    case Op::keep:
+      return check_keep(step);
     case Op::attention:
       return check_attention(step);
     default:
@@ -125,17 +155,19 @@ void Layer::check(const Step& step) {
 // A value that a step reads as rows.
 Value& Layer::rows_of(int value, const Step& step) {
   Value& v = values_[value];
-  if (v.appended && step.op != Op::attention) invalid(name(value) + " is for attention only, once it is in the cache");
+  if (v.held != Held::no && step.op != Op::attention)
+    invalid(name(value) + " is for attention only, once it is in the cache");
+  if (v.absent != kNone) invalid(name(v.absent) + " is not given, but the program reads it as rows");
   if (v.array && v.columns == 0) {
     const Array& a = *v.array;
-    if (!a) invalid(name(value) + " is not given, but the program reads it as rows");
-    if (a.dims != 3 || a.size[0] != batch_ || !a.has_contiguous_rows() ||
-        (batch_ > 1 && a.stride[0] != a.size[1] * a.stride[1]))
-      invalid(name(value) + " has shape " + a.shape() + ", expected [" + text(batch_) +
-              ", tokens, columns], rows contiguous and equally far apart");
+    if (a.dims != 3 || a.size[0] != batch_)
+      invalid(name(value) + " has shape " + a.shape() + ", expected [" + text(batch_) + ", tokens, columns]");
+    if (!a.has_contiguous_rows() || (a.size[1] > 1 && a.stride[1] != a.size[2]) ||
+        (batch_ > 1 && a.stride[0] != a.size[1] * a.size[2]))
+      not_served(name(value) + " is not contiguous");
     if (a.type != call_.hidden.type) not_served(name(value) + " has another dtype than hidden");
     v.columns = a.size[2], v.length = a.size[1];
-    v.at = {.data = a.data, .stride = a.stride[1]};
+    v.at = {.data = a.data, .stride = a.size[2]};
   }
   return v;
 }
@@ -175,28 +207,48 @@ void Layer::check_norm(const Step& step) {
   make(step.results[0], x.columns, x.length);
 }
 
-Weight Layer::weight_of(const Place& place, int64_t k) const {
+// A tensor [experts, ...] as the first expert's.
+Array Layer::first_expert(const Array& t) {
+  Array one = t;
+  if (!t || t.dims < 1) return one;
+  --one.dims;
+  for (int d = 0; d + 1 < Array::kMostDims; ++d) one.size[d] = t.size[d + 1], one.stride[d] = t.stride[d + 1];
+  return one;
+}
+
+Weight Layer::weight_of(const Place& place, int64_t k, bool of_experts) const {
   const Parameter& parameter = program_.parameters[place.parameter];
   if (parameter.kind != Parameter::linear) invalid(place.text + " is no linear layer");
-  if (place.period) not_served(place.text + ": rows of a period");
-  const Array &w = tensor(place, 0), &scale = tensor(place, 1), &bias = tensor(place, 2);
+  const Array &weights = tensor(place, 0), &scales = tensor(place, 1), &biases = tensor(place, 2);
+  const int64_t experts = of_experts && weights && weights.dims > 0 ? weights.size[0] : 0;
+  const Array w = of_experts ? first_expert(weights) : weights, scale = of_experts ? first_expert(scales) : scales,
+              bias = of_experts ? first_expert(biases) : biases;
   const auto wrong = [&](const char* what, const Array& t, const std::string& expected) {
-    invalid(place.text + ": " + what + " has shape " + t.shape() + ", expected " + expected + ", on the CPU");
+    invalid(place.text + ": " + what + " has shape " + t.shape() + ", expected " + expected +
+            (of_experts ? " of each expert" : "") + ", on the CPU");
   };
+  for (const Array* const t : {&scales, &biases})
+    if (of_experts && *t && (t->size[0] != experts || t->stride[0] != w.size[0]))
+      invalid(place.text + ": a scale or bias has shape " + t->shape() + ", expected one of each of " + text(experts) +
+              " experts, contiguous");
   if (!w) invalid(place.text + ": weight is not given");
   const bool int8 = w.type == Element::s8;
   if (w.type != (int8 ? Element::s8 : call_.hidden.type))
     not_served(place.text + ": weight has another dtype than hidden");
   if (int8 != static_cast<bool>(scale)) invalid(place.text + ": scale goes with a weight of int8, and with no other");
-  if (w.dims != 2 || w.size[1] != k || !w.has_contiguous_rows() || !w.on_cpu)
-    wrong("weight", w, "[N, " + text(k) + "], rows contiguous");
+  if (w.dims != 2 || w.size[1] != k || !w.on_cpu) wrong("weight", w, "[N, " + text(k) + "]");
+  const bool turned = !w.has_contiguous_rows();
+  if (turned && (int8 || (w.size[0] > 1 && w.stride[0] != 1)))
+    not_served(place.text + ": neither rows of the weight are contiguous, nor its columns in floating point");
+  if (place.period && w.size[0] % place.period)
+    invalid(place.text + ": weight has " + text(w.size[0]) + " rows, which are not of that form");
   if (place.end > w.size[0]) wrong("weight", w, "at least " + text(place.end) + " rows");
   const int64_t all = w.size[0];
   if (scale && (scale.type != Element::f32 || !scale.is_vector(all) || !scale.on_cpu))
     wrong("scale", scale, "fp32 [" + text(all) + ", 1], contiguous");
   if (bias && (!bias.is_vector(all) || !bias.on_cpu)) wrong("bias", bias, "[" + text(all) + "], contiguous");
   if (bias && bias.type != call_.hidden.type) not_served(place.text + ": bias has another dtype than hidden");
-  const int64_t begin = place.begin, end = place.end ? place.end : all;
+  const int64_t begin = place.period ? 0 : place.begin, end = place.end && !place.period ? place.end : all;
   size_t linear = 0;
   for (size_t i = 0; i < place.parameter; ++i) linear += program_.parameters[i].kind == Parameter::linear;
   Weight weight{
@@ -204,9 +256,16 @@ Weight Layer::weight_of(const Place& place, int64_t k) const {
       .begin = begin,
       .n = end - begin,
       .k = k,
-      .stride = w.stride[0],
+      .stride = w.stride[turned],
+      .period = place.period,
+      .from = place.begin,
+      .width = place.end - place.begin,
       .type = int8 ? WeightType::s8 : static_cast<WeightType>(w.type),
+      .turned = turned,
       .w8a8 = int8 && w8a8_[linear],
+      .experts = experts,
+      .expert_stride = of_experts ? weights.stride[0] : 0,
+      .expert_rows = all,
   };
   if (weight.w8a8 && k > kMostExactProducts) not_served(place.text + ": more columns than add up exactly in int8");
   return weight;
@@ -218,7 +277,7 @@ void Layer::point(Weight& weight) const {
   const auto at = [&weight](const Array& t, int64_t stride) {
     return static_cast<const char*>(t.data) + weight.begin * stride * size_of(t.type);
   };
-  weight.w = at(tensors[0], weight.stride);
+  weight.w = at(tensors[0], weight.turned ? 1 : weight.stride);
   if (tensors[1]) weight.scale = static_cast<const float*>(tensors[1].data) + weight.begin;
   if (tensors[2]) weight.bias = at(tensors[2], 1);
 }
@@ -228,17 +287,16 @@ void Layer::check_linear(const Step& step) {
   const size_t first = weights_.size();
   for (const Place& place : step.places) weights_.push_back(weight_of(place, x.columns));
   const Weight* const made = &weights_[first];
-  if (step.gated && made[0].n != made[1].n)
-    invalid(step.places[0].text + " and " + step.places[1].text + " make " + text(made[0].n) + " and " +
-            text(made[1].n) + " columns, expected as many");
+  if (step.gated && made[0].columns() != made[1].columns())
+    invalid(step.places[0].text + " and " + step.places[1].text + " make " + text(made[0].columns()) + " and " +
+            text(made[1].columns()) + " columns, expected as many");
   if (step.residual != kNone) {
     const Value& r = rows_of(step.residual, step);
-    if (r.columns != made[0].n || r.length != x.length)
-      invalid(step.places[0].text + ": weight has " + text(made[0].n) + " rows, expected " + text(r.columns) +
+    if (r.columns != made[0].columns() || r.length != x.length)
+      invalid(step.places[0].text + ": weight has " + text(made[0].columns()) + " rows, expected " + text(r.columns) +
               ", the columns of " + name(step.residual));
   }
-  for (size_t i = 0; i < step.results.size(); ++i) make(step.results[i], made[i].n, x.length);
-  if (step.multiplier != 1) not_served(step.places[0].text + ": a multiplier");
+  for (size_t i = 0; i < step.results.size(); ++i) make(step.results[i], made[i].columns(), x.length);
 }
 
 void Layer::check_rope(const Step& step) {
@@ -273,7 +331,7 @@ void Layer::check_append(const Step& step) {
     const Value& x = rows_of(step.values[i], step);
     if (x.length != length_) invalid(name(step.values[i]) + " is of other tokens than hidden");
     make(step.results[i], x.columns, x.length);
-    values_[step.results[i]].appended = true;
+    values_[step.results[i]].held = Held::appended;
   }
   if (std::count_if(program_.steps.begin(), program_.steps.end(), [](const Step& s) { return s.op == Op::append; }) > 1)
     not_served("a layer with more than one append");
@@ -300,6 +358,33 @@ void Layer::check_append(const Step& step) {
                   scale.type != Element::f32 || !scale.on_cpu))
       invalid(std::string("the scale of the cache of ") + kind + " has shape " + scale.shape() + ", expected fp32 [" +
               text(batch_) + ", " + text(cache.size[1]) + ", at least " + text(end) + "], on the CPU");
+  }
+}
+
+void Layer::check_keep(const Step& step) {
+  if (std::count_if(program_.steps.begin(), program_.steps.end(), [](const Step& s) { return s.op == Op::keep; }) > 1)
+    not_served("a layer with more than one keep");
+  const bool made = values_[step.values[0]].absent == kNone;
+  for (int i = 0; i < 2; ++i) {
+    const Value& x = values_[step.values[i]];
+    if (made || !has_kept_cache()) rows_of(step.values[i], step);
+    if ((x.absent == kNone) != made) invalid("the keys and values that are kept are not made from the same input");
+    if (has_kept_cache()) {
+      const Array& cache = caches_[kKeptCache + i];
+      const bool has_shape =
+          cache.dims == 4 && cache.size[0] == batch_ && cache.size[1] == caches_[kKeptCache].size[1] &&
+          cache.size[2] == (made ? x.length : caches_[kKeptCache].size[2]) &&
+          (!made || cache.size[1] * cache.size[3] == x.columns) && cache.has_contiguous_rows() && cache.on_cpu;
+      if (!has_shape)
+        invalid(std::string("the cache of kept ") + (i ? "values" : "keys") + " has shape " + cache.shape() +
+                ", expected [" + text(batch_) + ", heads, " + (made ? text(x.length) : "tokens") + ", D]" +
+                (made ? " with heads * D = " + text(x.columns) : "") + ", vectors contiguous, on the CPU");
+      if (cache.type != call_.hidden.type) not_served("a cache of kept keys has another dtype than hidden");
+      make(step.results[i], cache.size[1] * cache.size[3], cache.size[2]);
+    } else {
+      make(step.results[i], x.columns, x.length);
+    }
+    values_[step.results[i]].held = Held::kept;
   }
 }
 
@@ -331,25 +416,48 @@ void Layer::check_attention(const Step& step) {
             " have " + text(q.columns) + ", " + text(k.columns) + " and " + text(v.columns) +
             " columns, expected heads of dim " + text(dim) + ", at most " + text(kMaxHeadDim) +
             ", those of the first a multiple of those of the others");
-  if (k.length != v.length || k.appended != v.appended || q.length != length_ || k.length != length_)
-    invalid("attention: the keys are of other tokens than the values, or than hidden's");
+  if (k.length != v.length || k.held != v.held || q.length != length_)
+    invalid("attention: the keys are of other tokens than the values, or the queries than hidden's");
   const int64_t heads = q.columns / dim, kv_heads = k.columns / dim;
-  if (cached() && k.appended && caches_[0].size[1] != kv_heads)
-    invalid("attention: the cache has " + text(caches_[0].size[1]) + " heads, expected " + text(kv_heads));
-  const int64_t keys = k.length + (k.appended ? call_.past : 0);
+  if (const Array* const cache = cache_of(k, 0); cache && cache->size[1] != kv_heads)
+    invalid("attention: the cache has " + text(cache->size[1]) + " heads, expected " + text(kv_heads));
+  check_scores(step, heads, keys_of(k));
+  make(step.results[0], heads * (v.columns / kv_heads), length_);
+}
+
+// A vector that a place of one tensor is.
+const Array& Layer::vector_of(int parameter, int64_t size) const {
+  const Array& found = tensor_of(parameter);
+  const std::string place = "@" + program_.parameters[parameter].path;
+  if (!found || !found.is_vector(size) || !found.on_cpu)
+    invalid(place + " has shape " + found.shape() + ", expected [" + text(size) + "], contiguous, on the CPU");
+  if (!found.is_floating()) not_served(place + " is not fp32, bf16 or fp16");
+  return found;
+}
+
+// What is added to the scores, and hides them.
+void Layer::check_scores(const Step& step, int64_t heads, int64_t keys) const {
   if (const Array* const mask = mask_of(step)) check_mask(*mask, name(step.values[3]).c_str(), heads, keys);
   if (step.values.size() > 3 && !values_[step.values[3]].array)
     invalid("attention: " + name(step.values[3]) + " is no input of the program, as a mask has to be");
   if (step.window == 0) invalid("attention: window is 0, expected the number of keys that a query sees, at least 1");
-  if (step.bias != kNone || step.slopes != kNone) not_served("attention with a bias or slopes");
-  if (step.sinks != kNone) {
-    const Array& sinks = parameters_[program_.parameters[step.sinks].first];
-    const std::string& path = program_.parameters[step.sinks].path;
-    if (!sinks || !sinks.is_vector(heads) || !sinks.on_cpu)
-      invalid("@" + path + " has shape " + sinks.shape() + ", expected [" + text(heads) + "], contiguous, on the CPU");
-    if (!sinks.is_floating()) not_served("@" + path + " is not fp32, bf16 or fp16");
-  }
-  make(step.results[0], heads * (v.columns / kv_heads), length_);
+  if (step.sinks != kNone) vector_of(step.sinks, heads);
+  if (step.slopes != kNone) vector_of(step.slopes, heads);
+  if (step.bias == kNone) return;
+  if (step.slopes != kNone) invalid("attention: it has a bias and slopes, expected one of them");
+  if (!values_[step.bias].array) invalid("attention: " + name(step.bias) + " is no input of the program");
+  const Array* const bias = bias_of(step);
+  if (!bias) return;
+  if (!bias->is_floating()) not_served(name(step.bias) + " is not fp32, bf16 or fp16");
+  const int64_t all = bias->dims < 1 || bias->dims > Array::kMostDims ? 0 : bias->size[bias->dims - 1];
+  const auto broadcasts = [](int64_t size, int64_t full) { return size == 1 || size == full; };
+  const bool by_head = bias->dims == 3 && bias->size[0] == batch_ * heads && broadcasts(bias->size[1], length_);
+  const bool full = bias->dims == 4 && broadcasts(bias->size[0], batch_) && broadcasts(bias->size[1], heads) &&
+                    broadcasts(bias->size[2], length_);
+  if ((!by_head && !full) || all < keys)
+    invalid(name(step.bias) + " has shape " + bias->shape() + ", expected one that broadcasts to [" + text(batch_) +
+            ", " + text(heads) + ", " + text(length_) + ", at least " + text(keys) + "], or [" + text(batch_ * heads) +
+            ", 1, at least " + text(keys) + "]");
 }
 
 void Layer::check_elementwise(const Step& step) {
@@ -359,21 +467,30 @@ void Layer::check_elementwise(const Step& step) {
     if (a.columns != b.columns || a.length != b.length)
       invalid(name(step.values[0]) + " and " + name(step.values[1]) + " have different shapes in " + step.text);
   }
-  if (step.op == Op::scale || step.op == Op::clamp || step.op == Op::keep) not_served(step.text);
+  if (step.by != kNone && vector_of(step.by, a.columns).type != call_.hidden.type)
+    not_served("@" + program_.parameters[step.by].path + " has another dtype than hidden");
   make(step.results[0], a.columns, a.length);
 }
 
 bool Layer::is_native(const Weight& weight, int64_t rows) const {
-  return weight.type == WeightType::s8 || rows <= kFewRows || linear_takes_many_rows(weight.type) ||
-         linear_keeps_rows_alone();
+  return !weight.turned && (weight.type == WeightType::s8 || rows <= kFewRows || linear_takes_many_rows(weight.type) ||
+                            linear_keeps_rows_alone());
+}
+
+// Does a launcher's product do all that the step does with it?
+bool Layer::fuses(size_t index, size_t place) const {
+  const Step& step = program_.steps[index];
+  const Weight& weight = weights_[first_weight_[index] + place];
+  return is_native(weight, rows(values_[step.values[0]])) && !weight.period && !step.gated &&
+         is_in_epilogues(step.activation) && (step.multiplier == 1 || step.residual != kNone);
 }
 
 bool Layer::is_native() const {
   for (size_t i = 0; i < program_.steps.size(); ++i) {
     const Step& step = program_.steps[i];
-    if (step.op != Op::linear) continue;
-    for (size_t j = 0; j < step.places.size(); ++j)
-      if (!is_native(weights_[first_weight_[i] + j], rows(values_[step.values[0]]))) return false;
+    if (skipped_[i] || (step.op != Op::linear && step.op != Op::route && step.op != Op::experts)) continue;
+    for (const Weight& weight : weights_of(i))
+      if (!is_native(weight, rows(values_[step.values[0]]))) return false;
   }
   return true;
 }

@@ -5,77 +5,100 @@
 #include "layer.h"
 
 namespace llmkern::layers {
-namespace {
-
-bool is_norm(const Step& step) {
-  return step.op == Op::rms_norm || step.op == Op::layer_norm;
-}
-
-}  // namespace
 
 void Layer::plan() {
   const int count = static_cast<int>(program_.steps.size());
   plan_codes();
   for (int i = 0; i < count; ++i) {
     const Step& step = program_.steps[i];
+    if (skipped_[i]) continue;
     if (defers(i)) {
       values_[step.results[0]].residual = step.residual;
       values_[step.residual].last = std::max(values_[step.residual].last, i + 1);
     }
-    if (step.op == Op::append)  // what joins the cache may be read where it was made
+    if (step.op == Op::append || step.op == Op::keep)  // what joins the cache may be read where it was made
       for (int j = 0; j < 2; ++j)
         values_[step.values[j]].last = std::max(values_[step.values[j]].last, values_[step.results[j]].last);
   }
   values_[program_.result].last = count;
   writes_out_ = count > 0 && may_write_out(program_.steps.back());
   for (int i = 0; i < count; ++i) {
-    plan_step(i);
+    if (!skipped_[i]) plan_step(i);
     release(i);
   }
 }
 
 // Who makes codes: what every reader multiplies in int8, and nobody reads otherwise.
 void Layer::plan_codes() {
+  for (const Step& step : program_.steps)
+    for (const int result : step.results)
+      values_[result].is_codes = values_[result].reads > 0 && result != program_.result;
   for (size_t i = 0; i < program_.steps.size(); ++i) {
     const Step& step = program_.steps[i];
-    const bool activates = step.op == Op::activation || (step.op == Op::linear && step.gated);
-    // A product's own epilogue makes numbers only.
-    const bool apart = step.op == Op::linear && step.activation != Activation::none && step.places.size() == 1 &&
-                       !is_native(weights_[first_weight_[i]], rows(values_[step.values[0]]));
-    const bool norm = is_norm(step) && !step.dim;
-    Value& made = values_[step.results[0]];
-    made.is_codes =
-        (activates || apart || norm) && step.residual == kNone && made.reads > 0 && step.results[0] != program_.result;
-  }
-  for (size_t i = 0; i < program_.steps.size(); ++i) {
-    const Step& step = program_.steps[i];
-    bool takes = step.op == Op::linear;
+    bool takes = step.op == Op::linear && !skipped_[i];
     for (size_t j = 0; takes && j < step.places.size(); ++j) takes = weights_[first_weight_[i] + j].w8a8;
     step.for_each_read([&](int value) {
       if (!takes || value != step.values[0] || value == step.residual) values_[value].is_codes = false;
     });
   }
-  for (const Step& step : program_.steps)
-    if (step.codes && !values_[step.results[0]].is_codes)
+  for (size_t i = 0; i < program_.steps.size(); ++i) {
+    const Step& step = program_.steps[i];
+    if (step.codes && !skipped_[i] && !values_[step.results[0]].is_codes)
       invalid(name(step.results[0]) + " is to be codes, which not all who read it take");
+    const bool makes = !skipped_[i] && makes_codes(i);
+    for (size_t j = 0; j < step.results.size(); ++j) values_[step.results[j]].is_codes &= j == 0 && makes;
+  }
+}
+
+// A product's own epilogue makes numbers only, which its reader rounds.
+bool Layer::makes_codes(size_t index) const {
+  const Step& step = program_.steps[index];
+  if (step.op != Op::linear) return step.op == Op::activation || (is_norm(step.op) && !step.dim);
+  return step.activation != Activation::none && step.residual == kNone && step.multiplier == 1 &&
+         step.results.size() == 1 && !fuses(index, 0);
+}
+
+// Does a product lie elsewhere before it becomes the step's result: codes, or a sum, which may lie where its residual
+// does?
+bool Layer::waits(size_t index) const {
+  const Step& step = program_.steps[index];
+  return values_[step.results[0]].is_codes || (step.residual != kNone && !fuses(index, 0));
 }
 
 // Does the next step, a norm, add this product to its residual?  A launcher's product does that itself.
 bool Layer::defers(size_t index) const {
   const Step& step = program_.steps[index];
-  if (step.op != Op::linear || step.residual == kNone || step.activation != Activation::none ||
-      is_native(weights_[first_weight_[index]], rows(values_[step.values[0]])) || index + 1 == program_.steps.size())
+  if (step.op != Op::linear || step.residual == kNone || step.activation != Activation::none || step.multiplier != 1 ||
+      index + 1 == program_.steps.size())
     return false;
+  const Weight& weight = weights_[first_weight_[index]];
+  if (weight.period || is_native(weight, rows(values_[step.values[0]]))) return false;
   const Step& next = program_.steps[index + 1];
-  return is_norm(next) && !next.adds && !next.dim && next.values[0] == step.results[0];
+  return is_norm(next.op) && !next.adds && !next.dim && next.values[0] == step.results[0];
 }
 
 // Is the last step's result made where the layer's is to be, which may be where hidden lies?
 bool Layer::may_write_out(const Step& step) const {
   if (std::find(step.results.begin(), step.results.end(), program_.result) == step.results.end()) return false;
   const bool reads_hidden = std::find(step.values.begin(), step.values.end(), 0) != step.values.end();
-  return !reads_hidden || (is_norm(step) && !step.adds) || step.op == Op::add || step.op == Op::mul ||
-         step.op == Op::activation;
+  return !reads_hidden || (is_norm(step.op) && !step.adds) || step.op == Op::add || step.op == Op::mul ||
+         step.op == Op::scale || step.op == Op::clamp || step.op == Op::activation;
+}
+
+// Of the workspace that the launchers need for these products.
+int64_t Layer::linear_bytes(std::span<const Weight> weights, int64_t count) const {
+  int64_t bytes = 0;
+  for (const Weight& w : weights)
+    if (is_native(w, count)) bytes = std::max(bytes, linear_workspace_bytes(count, w.k, w.w8a8));
+  return bytes;
+}
+
+// Of whole products, of which only rows of a period are taken.
+int64_t Layer::whole_bytes(std::span<const Weight> weights, int64_t count) const {
+  int64_t bytes = 0;
+  for (size_t j = 0; j < weights.size(); ++j)
+    if (weights[j].period && first_of_whole(weights, j) == j) bytes += padded_bytes(count * weights[j].n);
+  return bytes;
 }
 
 void Layer::place(int value, int64_t bytes) {
@@ -107,17 +130,15 @@ void Layer::plan_step(size_t index) {
   };
   switch (step.op) {
     case Op::linear: {
-      const Weight* const weights = &weights_[first_weight_[index]];
+      const std::span<const Weight> weights = weights_of(index);
       const int64_t count = rows(values_[step.values[0]]);
-      for (size_t j = 0; j < step.places.size(); ++j)
-        if (is_native(weights[j], count))
-          scratch.linear_bytes =
-              std::max(scratch.linear_bytes, linear_workspace_bytes(count, weights[j].k, weights[j].w8a8));
+      scratch.linear_bytes = linear_bytes(weights, count);
       scratch.linear = arena_.take(scratch.linear_bytes);
       for (const int value : step.results) place_result(value);
-      // What is activated into another place than its own.
-      if (values_[step.results[0]].is_codes) scratch.gate = arena_.take(count * weights[0].n * element_bytes());
-      if (step.gated) scratch.up = arena_.take(count * weights[0].n * element_bytes());
+      scratch.whole_bytes = whole_bytes(weights, count);
+      scratch.whole = arena_.take(scratch.whole_bytes);
+      if (waits(index)) scratch.gate = arena_.take(count * weights[0].columns() * element_bytes());
+      if (step.gated) scratch.up = arena_.take(count * weights[0].columns() * element_bytes());
       break;
     }
     case Op::rope:
@@ -126,7 +147,13 @@ void Layer::plan_step(size_t index) {
         if (!steal(step.results[j], step.values[j], i)) place_result(step.results[j]);
       }
       break;
+    case Op::route:
+    case Op::experts:
+      plan_experts(index);
+      place_result(step.results[0]);
+      break;
     case Op::append:
+    case Op::keep:
       break;
     case Op::attention:
       if (reads_codes(step)) {
@@ -150,13 +177,16 @@ void Layer::plan_step(size_t index) {
 void Layer::release(int step) {
   StepScratch& scratch = scratch_[step];
   const Step& of = program_.steps[step];
+  const bool multiplies = of.op == Op::linear && !skipped_[step];
   const auto give = [&](int64_t at, int64_t bytes) {
     if (at >= 0) arena_.give_back(at, bytes);
   };
   give(scratch.linear, scratch.linear_bytes);
+  give(scratch.whole, scratch.whole_bytes);
+  give(scratch.experts, scratch.experts_bytes);
   give(scratch.attention, scratch.attention_bytes);
-  if (of.op == Op::linear) {
-    const int64_t bytes = rows(values_[of.values[0]]) * weights_[first_weight_[step]].n * element_bytes();
+  if (multiplies) {
+    const int64_t bytes = rows(values_[of.values[0]]) * weights_[first_weight_[step]].columns() * element_bytes();
     give(scratch.gate, bytes);
     give(scratch.up, bytes);
   }

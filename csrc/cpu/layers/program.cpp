@@ -31,10 +31,14 @@ constexpr Option kRopeOptions[] = {{"dim", Kind::whole}, {"rotary", Kind::whole}
 constexpr Option kAttentionOptions[] = {{"dim", Kind::whole},    {"scale", Kind::number},   {"causal", Kind::flag},
                                         {"window", Kind::whole}, {"softcap", Kind::number}, {"sinks", Kind::place},
                                         {"slopes", Kind::place}, {"bias", Kind::value}};
+constexpr Option kRouteOptions[] = {
+    {"top", Kind::whole}, {"sigmoid", Kind::flag}, {"normalized", Kind::flag}, {"scale", Kind::number}};
+constexpr Option kExpertsOptions[] = {{"activation", Kind::word}, {"limit", Kind::number}, {"offset", Kind::number}};
 constexpr Option kScaleOptions[] = {{"by", Kind::number_or_place}};
 constexpr Option kClampOptions[] = {{"low", Kind::number}, {"high", Kind::number}};
 constexpr std::string_view kNormRequired[] = {"eps"}, kRopeRequired[] = {"dim"},
-                           kAttentionRequired[] = {"dim", "scale"}, kScaleRequired[] = {"by"};
+                           kAttentionRequired[] = {"dim", "scale"}, kScaleRequired[] = {"by"},
+                           kRouteRequired[] = {"top"}, kExpertsRequired[] = {"activation"};
 
 enum class Results { one, two, places, turned };
 
@@ -55,6 +59,8 @@ constexpr Operator kOperators[] = {
     {"add_rms_norm", Op::rms_norm, 2, 2, 1, 1, Results::two, kNormOptions, kNormRequired, {}, true},
     {"add_layer_norm", Op::layer_norm, 2, 2, 1, 1, Results::two, kNormOptions, kNormRequired, {}, true},
     {"linear", Op::linear, 1, 1, 1, kMany, Results::places, kLinearOptions, {}},
+    {"route", Op::route, 1, 1, 1, 1, Results::one, kRouteOptions, kRouteRequired},
+    {"experts", Op::experts, 2, 2, 2, 3, Results::one, kExpertsOptions, kExpertsRequired},
     {"rope", Op::rope, 3, 4, 0, 0, Results::turned, kRopeOptions, kRopeRequired},
     {"append", Op::append, 2, 2, 0, 0, Results::two, {}, {}},
     {"keep", Op::keep, 2, 2, 0, 0, Results::two, {}, {}},
@@ -67,6 +73,8 @@ constexpr Operator kOperators[] = {
     {"gelu_tanh", Op::activation, 1, 1, 0, 0, Results::one, {}, {}, Activation::gelu_tanh},
     {"silu", Op::activation, 1, 1, 0, 0, Results::one, {}, {}, Activation::silu},
     {"relu", Op::activation, 1, 1, 0, 0, Results::one, {}, {}, Activation::relu},
+    {"quick_gelu", Op::activation, 1, 1, 0, 0, Results::one, {}, {}, Activation::quick_gelu},
+    {"relu2", Op::activation, 1, 1, 0, 0, Results::one, {}, {}, Activation::relu2},
 };
 
 struct Gate {
@@ -77,7 +85,8 @@ struct Gate {
 constexpr Gate kGates[] = {{"swiglu", Activation::silu},
                            {"geglu", Activation::gelu},
                            {"geglu_tanh", Activation::gelu_tanh},
-                           {"reglu", Activation::relu}};
+                           {"reglu", Activation::relu},
+                           {"quick_geglu", Activation::quick_gelu}};
 
 template <class Table>
 auto find(const Table& table, std::string_view name) {
@@ -237,7 +246,7 @@ class Parser {
                  static_cast<int>(step.values.size()) < op->most_values) {
         step.values.push_back(known_[argument]);
       } else {
-        step.places.push_back(place(argument, step.op == Op::linear ? Parameter::linear : Parameter::norm));
+        step.places.push_back(place(argument, is_norm(step.op) ? Parameter::norm : Parameter::linear));
       }
     }
     check(*op, step, results.size(), given);
@@ -247,6 +256,7 @@ class Parser {
       known_[results[i]] = step.results[i];
     }
     program_.appends |= step.op == Op::append;
+    program_.keeps |= step.op == Op::keep;
     program_.steps.push_back(std::move(step));
   }
 
@@ -259,7 +269,10 @@ class Parser {
     within("places", step.places.size(), op.least_places, op.most_places);
     for (const std::string_view name : op.required)
       if (std::find(given.begin(), given.end(), name) == given.end()) fail(name, " is not given");
-    if (step.gated && step.places.size() != 2) fail("a gate takes 2 places, not ", std::to_string(step.places.size()));
+    const size_t gated = step.op == Op::experts ? 3 : 2;
+    if (step.gated ? step.places.size() != gated : step.op == Op::experts && step.places.size() != 2)
+      fail(step.gated ? "a gate" : "an activation", " takes ", std::to_string(step.gated ? gated : 2), " places, not ",
+           std::to_string(step.places.size()));
     if (step.residual != kNone && results != 1) fail("a residual is for one result");
     size_t expected = op.results == Results::one ? 1 : 2;
     if (op.results == Results::places) expected = step.gated ? 1 : step.places.size();
@@ -275,14 +288,21 @@ class Parser {
     };
     if (option.kind == Kind::flag) {
       if (text) wrong("nothing, as it is a flag");
-      (name == "codes" ? step.codes : name == "interleaved" ? step.interleaved : step.causal) = true;
+      if (name == "codes") step.codes = true;
+      if (name == "interleaved") step.interleaved = true;
+      if (name == "causal") step.causal = true;
+      if (name == "sigmoid") step.sigmoid = true;
+      if (name == "normalized") step.normalized = true;
       return;
     }
     const bool whole = std::all_of(text->begin() + (text->starts_with('-') ? 1 : 0), text->end(), is_digit);
     if (option.kind == Kind::whole) {
       const std::optional<int64_t> value = number<int64_t>(*text);
       if (!value || *value < 0) wrong("a whole number");
-      (name == "dim" ? step.dim : name == "rotary" ? step.rotary : step.window) = *value;
+      if (name == "dim") step.dim = *value;
+      if (name == "rotary") step.rotary = *value;
+      if (name == "window") step.window = *value;
+      if (name == "top") step.top = *value;
     } else if (text->starts_with('@') && (option.kind == Kind::place || option.kind == Kind::number_or_place)) {
       const Place at = place(*text, Parameter::tensor);
       (name == "sinks" ? step.sinks : name == "slopes" ? step.slopes : step.by) = static_cast<int>(at.parameter);
@@ -314,6 +334,7 @@ class Parser {
     if (name == "multiplier") step.multiplier = value;
     if (name == "scale" || name == "by") step.scale = value;
     if (name == "softcap") step.softcap = value;
+    if (name == "limit") step.limit = value;
     if (name == "low") step.low = value, step.has_low = true;
     if (name == "high") step.high = value, step.has_high = true;
   }
@@ -371,6 +392,10 @@ Program parse(std::string_view text) {
 
 bool appends(const Program& program) {
   return program.appends;
+}
+
+bool keeps(const Program& program) {
+  return program.keeps;
 }
 
 size_t tensors_of(const Program& program) {

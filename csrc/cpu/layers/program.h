@@ -16,6 +16,8 @@ enum class Op : int8_t {
   layer_norm,
   linear,
   rope,
+  route,
+  experts,
   append,
   keep,
   attention,
@@ -25,6 +27,10 @@ enum class Op : int8_t {
   clamp,
   activation
 };
+
+constexpr bool is_norm(Op op) {
+  return op == Op::rms_norm || op == Op::layer_norm;
+}
 
 // The tensors that a program mentions under one path, in the order of the first mention.
 struct Parameter {
@@ -55,11 +61,12 @@ struct Step {
   std::string text;  // as written, for sentences
 
   // Options, in the form that the kernels take them.
-  double eps = 0, offset = 0, multiplier = 1, scale = 1, softcap = 0, low = 0, high = 0;
-  int64_t dim = 0, rotary = 0, window = -1;
+  double eps = 0, offset = 0, multiplier = 1, scale = 1, softcap = 0, low = 0, high = 0, limit = 0;
+  int64_t dim = 0, rotary = 0, window = -1, top = 0;
   Activation activation = Activation::none;
   bool gated = false;  // the activation of the first of two results, times the second
   bool adds = false;   // a norm of a sum, which is the second result
+  bool sigmoid = false, normalized = false;
   bool codes = false, interleaved = false, causal = false, has_low = false, has_high = false;
   int residual = kNone, bias = kNone;             // values
   int sinks = kNone, slopes = kNone, by = kNone;  // parameters
@@ -81,6 +88,7 @@ struct Program {
   size_t tensors = 0;    // of all parameters
   size_t linears = 0;    // parameters that are linear layers
   bool appends = false;  // keys and values join those of a cache
+  bool keeps = false;    // keys and values of other tokens are kept in a cache
 
   size_t values() const { return names.size(); }
 };

@@ -33,7 +33,8 @@ void Layer::run(size_t index, std::span<const Array> parameters, char* scratch, 
   threads_ = &threads;
   for (Weight& weight : weights_) point(weight);
   point_values(in, out);
-  for (size_t i = 0; i < program_.steps.size(); ++i) run_step(i);
+  for (size_t i = 0; i < program_.steps.size(); ++i)
+    if (!skipped_[i]) run_step(i);
   const Matrix& result = values_[program_.result].at;
   if (result.data != out) std::memcpy(out, result.data, batch_ * length_ * size_ * element_bytes());
   call_.library.release(call_.library.context);
@@ -67,10 +68,16 @@ void Layer::run_step(size_t index) {
       return run_norm(step);
     case Op::linear:
       return run_linear(index);
+    case Op::route:
+      return run_route(index);
+    case Op::experts:
+      return run_experts(index);
     case Op::rope:
       return run_rope(step);
     case Op::append:
       return run_append(step);
+    case Op::keep:
+      return run_keep(step);
     case Op::attention:
       return run_attention(index);
     default:
@@ -110,12 +117,11 @@ void Layer::run_norm(const Step& step) {
   launch_norm(p, *threads_);
 }
 
-// outs[j] = activation(x · weights[j]ᵀ + bias) + residual.  What the library multiplies has neither activation nor
-// residual, and lies where the library has put it.
-void Layer::run_products(size_t index, std::span<Matrix*> outs, Activation activation) {
-  const Step& step = program_.steps[index];
-  const Value& x = values_[step.values[0]];
-  const Weight* const weights = &weights_[first_weight_[index]];
+// outs[j] = x · weights[j]ᵀ + bias, and its epilogue, of `count` rows.  What the library multiplies lies where the
+// library has put it.
+void Layer::multiply(const Matrix& x, int64_t count, std::span<const Weight> weights, std::span<Matrix> outs,
+                     const Epilogue* epilogues, char* workspace, char* whole) {
+  std::vector<Matrix> wholes(outs.size());
   LinearParams p;
   p.segments = 0;
   const auto launch = [&] {
@@ -124,83 +130,109 @@ void Layer::run_products(size_t index, std::span<Matrix*> outs, Activation activ
   };
   for (size_t j = 0; j < outs.size(); ++j) {
     const Weight& w = weights[j];
-    if (!is_native(w, rows(x))) {
-      const Product product{x.at.data, w.w, w.bias, rows(x), w.n, w.k, x.at.stride, w.stride, dtype_};
-      *outs[j] = {.data = call_.library.multiply(call_.library.context, product), .stride = w.n};
+    if (w.period) {
+      if (first_of_whole(weights, j) != j) continue;
+      wholes[j] = {.data = whole, .stride = w.n};
+      whole += padded_bytes(count * w.n);
+    }
+    Matrix& out = w.period ? wholes[j] : outs[j];
+    if (!is_native(w, count)) {
+      const int64_t row = w.turned ? 1 : w.stride, column = w.turned ? w.stride : 1;
+      const Product product{x.data, w.w, w.bias, count, w.n, w.k, x.stride, row, column, dtype_};
+      out = {.data = call_.library.multiply(call_.library.context, product), .stride = w.n};
       continue;
     }
     if (p.segments == 3 || (p.segments && (p.weight_type != w.type || p.w8a8 != w.w8a8))) launch();
     if (p.segments == 0) {
-      p.x = x.at.codes ? nullptr : x.at.data;
-      p.x_q = x.at.codes;
-      p.x_scale = x.at.scale;
-      p.workspace = at(scratch_[index].linear);
-      p.rows = {.count = rows(x), .stride0 = x.at.codes ? w.k : x.at.stride};
+      p.x = x.codes ? nullptr : x.data;
+      p.x_q = x.codes;
+      p.x_scale = x.scale;
+      p.workspace = workspace;
+      p.rows = {.count = count, .stride0 = x.codes ? w.k : x.stride};
       p.k = w.k;
       p.weight_type = w.type;
       p.dtype = p.out_dtype = p.bias_dtype = p.residual_dtype = dtype_;
       p.w8a8 = w.w8a8;
     }
-    LinearSegment& segment = p.segment[p.segments++];
-    segment = {
+    p.segment[p.segments++] = {
         .w = w.w,
         .w_scale = w.scale,
         .bias = w.bias,
-        .out = outs[j]->data,
+        .residual = epilogues[j].residual.data,
+        .out = out.data,
         .n = w.n,
         .w_stride = w.stride,
-        .out_stride = outs[j]->stride,
-        .activation = activation,
+        .residual_stride = epilogues[j].residual.stride,
+        .out_stride = out.stride,
+        .activation = epilogues[j].activation,
+        .multiplier = epilogues[j].multiplier,
     };
-    if (step.residual != kNone && !step.gated) {
-      segment.residual = values_[step.residual].at.data;
-      segment.residual_stride = values_[step.residual].at.stride;
-    }
   }
   launch();
+  for (size_t j = 0; j < outs.size(); ++j)
+    if (weights[j].period) take_rows(weights[j], wholes[first_of_whole(weights, j)], outs[j], count);
+}
+
+// What the launcher of a product does with it.
+Layer::Epilogue Layer::epilogue(size_t index, size_t place) const {
+  if (!fuses(index, place)) return {};
+  const Step& step = program_.steps[index];
+  if (step.residual == kNone) return {.activation = step.activation};
+  return {step.activation, values_[step.residual].at, static_cast<float>(step.multiplier)};
+}
+
+// The rows of a period, as the columns of `count` rows that they have made.
+void Layer::take_rows(const Weight& weight, const Matrix& whole, const Matrix& out, int64_t count) {
+  launch_kv_append(
+      {
+          .x = static_cast<char*>(whole.data) + weight.from * element_bytes(),
+          .cache = out.data,
+          .scale = nullptr,
+          .x_strides = {0, weight.period, whole.stride},
+          .cache_strides = {0, weight.width, out.stride},
+          .scale_strides = {},
+          .batch = 1,
+          .heads = weight.n / weight.period,
+          .length = count,
+          .dim = weight.width,
+          .dtype = dtype_,
+      },
+      *threads_);
 }
 
 void Layer::run_linear(size_t index) {
   const Step& step = program_.steps[index];
   const StepScratch& scratch = scratch_[index];
-  Value& made = values_[step.results[0]];
-  const int64_t count = rows(made);
-  if (!step.gated && step.places.size() > 1) {
-    std::vector<Matrix*> outs;
-    for (const int result : step.results) outs.push_back(&values_[result].at);
-    run_products(index, outs, step.activation);
-    if (step.activation == Activation::none) return;
-    for (size_t j = 0; j < outs.size(); ++j)
-      if (!is_native(weights_[first_weight_[index] + j], count))
-        activate(step.activation, *outs[j], nullptr, *outs[j], values_[step.results[j]]);
-    return;
-  }
-  const bool native = is_native(weights_[first_weight_[index]], count);
-  Matrix out = made.at;  // before it is activated
-  if (made.is_codes) out = {.data = at(scratch.gate), .stride = made.columns};
-  if (step.gated) {
-    Matrix up{.data = at(scratch.up), .stride = made.columns};
-    Matrix* outs[] = {&out, &up};
-    run_products(index, outs, Activation::none);
-    if (!made.is_codes && !is_out(step.results[0])) made.at = out;
-    activate(step.activation, out, &up, made.at, made);
-    if (step.residual != kNone) add(made.at, values_[step.residual].at, made.at, made);
-    return;
-  }
-  Matrix* outs[] = {&out};
-  run_products(index, outs, step.activation);
-  if (native) return;
+  std::vector<Matrix> products;
+  for (const int result : step.results) products.push_back(values_[result].at);
+  const Value& made = values_[step.results[0]];
+  if (waits(index)) products[0] = {.data = at(scratch.gate), .stride = made.columns};
+  if (step.gated) products.push_back({.data = at(scratch.up), .stride = made.columns});
+  std::vector<Epilogue> epilogues;
+  for (size_t j = 0; j < products.size(); ++j) epilogues.push_back(epilogue(index, j));
+  const Value& x = values_[step.values[0]];
+  multiply(x.at, rows(x), weights_of(index), products, epilogues.data(), at(scratch.linear), at(scratch.whole));
+  for (size_t j = 0; j < step.results.size(); ++j)
+    if (!fuses(index, j)) finish(index, j, products[j], step.gated ? &products[1] : nullptr);
+}
+
+// What follows a product apart from it.
+void Layer::finish(size_t index, size_t result, const Matrix& product, const Matrix* up) {
+  const Step& step = program_.steps[index];
+  Value& made = values_[step.results[result]];
+  const bool adds = step.residual != kNone || step.multiplier != 1;
+  Matrix last = product;
   if (step.activation != Activation::none) {
-    if (!made.is_codes && !is_out(step.results[0])) made.at = out;
-    activate(step.activation, out, nullptr, made.at, made);
-    out = made.at;
+    if (made.is_codes || (is_out(step.results[result]) && !adds)) last = made.at;
+    activate(step.activation, product, up, last, made);
   }
   if (defers(index)) {
-    made.product = out;
-  } else if (step.residual != kNone) {
-    add(out, values_[step.residual].at, made.at, made);
-  } else if (step.activation == Activation::none) {
-    made.at = out;
+    made.product = last;
+  } else if (adds) {
+    const Matrix* const residual = step.residual == kNone ? nullptr : &values_[step.residual].at;
+    add(last, residual, made.at, made, static_cast<float>(step.multiplier));
+  } else {
+    made.at = last;
   }
 }
 
@@ -223,8 +255,9 @@ void Layer::activate(Activation activation, const Matrix& x, const Matrix* up, c
       *threads_);
 }
 
-void Layer::add(const Matrix& a, const Matrix& b, const Matrix& out, const Value& like) {
-  launch_add({a.data, b.data, out.data, rows(like) * like.columns, dtype_}, *threads_);
+// out = a · multiplier + b; all of them contiguous.
+void Layer::add(const Matrix& a, const Matrix* b, const Matrix& out, const Value& like, float multiplier) {
+  launch_add({a.data, b ? b->data : nullptr, out.data, rows(like) * like.columns, dtype_, multiplier}, *threads_);
 }
 
 void Layer::run_rope(const Step& step) {
@@ -256,24 +289,37 @@ void Layer::run_append(const Step& step) {
   for (int i = 0; i < 2; ++i) {
     const Value& x = values_[step.values[i]];
     values_[step.results[i]].at = x.at;
-    if (!cached() || x.in_cache) continue;
-    const Array &cache = caches_[i], &scale = caches_[2 + i];
-    launch_kv_append(
-        {
-            .x = x.at.data,
-            .cache = at_token(cache, call_.past, scale ? 1 : element_bytes()),
-            .scale = scale ? static_cast<float*>(at_token(scale, call_.past, sizeof(float))) : nullptr,
-            .x_strides = heads_of(x, x.at, cache.size[3]),
-            .cache_strides = strides_of(cache),
-            .scale_strides = scale ? strides_of(scale) : HeadStrides{},
-            .batch = batch_,
-            .heads = cache.size[1],
-            .length = length_,
-            .dim = cache.size[3],
-            .dtype = dtype_,
-        },
-        *threads_);
+    if (cached() && !x.in_cache) append(x, caches_[i], caches_[2 + i], call_.past);
   }
+}
+
+// Keys and values of other tokens, into their cache; where they are not made, that is where they are.
+void Layer::run_keep(const Step& step) {
+  for (int i = 0; i < 2; ++i) {
+    const Value& x = values_[step.values[i]];
+    if (x.absent != kNone) continue;
+    values_[step.results[i]].at = x.at;
+    if (has_kept_cache()) append(x, caches_[kKeptCache + i], {}, 0);
+  }
+}
+
+// Keys or values, or their codes and scales, into a cache from `position` on.
+void Layer::append(const Value& x, const Array& cache, const Array& scale, int64_t position) {
+  launch_kv_append(
+      {
+          .x = x.at.data,
+          .cache = at_token(cache, position, scale ? 1 : element_bytes()),
+          .scale = scale ? static_cast<float*>(at_token(scale, position, sizeof(float))) : nullptr,
+          .x_strides = heads_of(x, x.at, cache.size[3]),
+          .cache_strides = strides_of(cache),
+          .scale_strides = scale ? strides_of(scale) : HeadStrides{},
+          .batch = batch_,
+          .heads = cache.size[1],
+          .length = x.length,
+          .dim = cache.size[3],
+          .dtype = dtype_,
+      },
+      *threads_);
 }
 
 // The cache's codes as numbers, [batch, heads, keys, dim].
@@ -297,15 +343,30 @@ void Layer::read(int which, char* to) {
       *threads_);
 }
 
-// A few queries and no mask: the kernel that splits the keys among the threads and reads int8 caches as they are.
+// A few queries whose scores nothing changes, each up to its own position (a single one sees everything anyway): the
+// kernel that splits the keys among the threads and reads int8 caches as they are.
 bool Layer::decodes(const Step& step) const {
-  return cached() && values_[step.values[1]].appended && call_.past > 0 && step.causal && !mask_of(step) &&
+  const Value& k = values_[step.values[1]];
+  const bool changed = mask_of(step) || bias_of(step) || step.slopes != kNone;
+  return cache_of(k, 0) && keys_of(k) > length_ && !changed && (step.causal || length_ == 1) &&
          length_ <= kDecodeQueries;
+}
+
+// Where attention finds keys (0) or values (1) that were made earlier: null where there is no cache of them.
+const Array* Layer::cache_of(const Value& keys, size_t which) const {
+  if (keys.held == Held::appended && cached()) return &caches_[which];
+  if (keys.held == Held::kept && has_kept_cache()) return &caches_[kKeptCache + which];
+  return nullptr;
+}
+
+const Array* Layer::bias_of(const Step& step) const {
+  const Array* const bias = step.bias == kNone ? nullptr : values_[step.bias].array;
+  return bias && *bias ? bias : nullptr;
 }
 
 // Without a past the tokens see one another as they were projected, rounded by no int8 cache.
 bool Layer::reads_codes(const Step& step) const {
-  return int8_cache() && values_[step.values[1]].appended && call_.past > 0 && !decodes(step);
+  return int8_cache() && values_[step.values[1]].held == Held::appended && call_.past > 0 && !decodes(step);
 }
 
 void Layer::run_attention(size_t index) {
@@ -326,12 +387,12 @@ void Layer::run_attention(size_t index) {
 }
 
 AttentionDecodeParams Layer::decode_params(const Step& step) const {
-  const Value &q = values_[step.values[0]], &out = values_[step.results[0]];
-  const Array &k = caches_[0], &v = caches_[1];
+  const Value &q = values_[step.values[0]], &keys = values_[step.values[1]], &out = values_[step.results[0]];
+  const Array &k = *cache_of(keys, 0), &v = *cache_of(keys, 1);
   AttentionDecodeParams p{};
   p.q = q.at.data;
   p.k_cache = k.data, p.v_cache = v.data;
-  if (int8_cache()) {
+  if (keys.held == Held::appended && int8_cache()) {
     p.k_scale = static_cast<const float*>(caches_[2].data), p.v_scale = static_cast<const float*>(caches_[3].data);
     p.k_scale_strides = strides_of(caches_[2]), p.v_scale_strides = strides_of(caches_[3]);
   }
@@ -341,8 +402,8 @@ AttentionDecodeParams Layer::decode_params(const Step& step) const {
   p.out_strides = heads_of(out, out.at, v.size[3]);
   p.batch = batch_, p.heads = q.columns / step.dim, p.kv_heads = k.size[1], p.queries = length_;
   p.dim = step.dim, p.value_dim = v.size[3];
-  p.slots = call_.past + length_;
-  p.window_left = step.window < 0 ? -1 : step.window - 1;
+  p.slots = keys_of(keys);
+  p.window_left = step.window < 0 || !step.causal ? -1 : step.window - 1;
   p.dtype = dtype_;
   p.sm_scale = static_cast<float>(step.scale);
   p.softcap = static_cast<float>(step.softcap);
@@ -354,8 +415,9 @@ AttentionParams Layer::attention_params(const Step& step, const StepScratch& scr
   const Value &q = values_[step.values[0]], &k = values_[step.values[1]], &v = values_[step.values[2]];
   const Value& out = values_[step.results[0]];
   const int64_t kv_heads = k.columns / step.dim, value_dim = v.columns / kv_heads;
-  const bool from_cache = cached() && k.appended;
-  const int64_t keys = k.length + (k.appended ? call_.past : 0);
+  const Array* const cache = cache_of(k, 0);
+  const bool codes = cache && cache->type == Element::s8;
+  const int64_t keys = keys_of(k);
   AttentionParams p{};
   p.q = q.at.data, p.k = k.at.data, p.v = v.at.data, p.out = out.at.data;
   p.q_strides = heads_of(q, q.at, step.dim), p.out_strides = heads_of(out, out.at, value_dim);
@@ -364,22 +426,32 @@ AttentionParams Layer::attention_params(const Step& step, const StepScratch& scr
     p.k = at(scratch.read_k), p.v = at(scratch.read_v);
     p.k_strides = {kv_heads * keys * step.dim, keys * step.dim, step.dim};
     p.v_strides = {kv_heads * keys * value_dim, keys * value_dim, value_dim};
-  } else if (from_cache && !int8_cache()) {
-    p.k = caches_[0].data, p.v = caches_[1].data;
-    p.k_strides = strides_of(caches_[0]), p.v_strides = strides_of(caches_[1]);
+  } else if (cache && !codes) {
+    p.k = cache->data, p.v = cache_of(k, 1)->data;
+    p.k_strides = strides_of(*cache), p.v_strides = strides_of(*cache_of(k, 1));
   }
+  const auto stride = [](const Array& of, int d) { return of.size[d] == 1 ? 0 : of.stride[d]; };
   if (const Array* const mask = mask_of(step)) {
-    const auto stride = [mask](int d) { return mask->size[d] == 1 ? 0 : mask->stride[d]; };
     p.mask = mask->data;
-    p.mask_strides = {stride(0), stride(1), stride(2), stride(3)};
+    p.mask_strides = {stride(*mask, 0), stride(*mask, 1), stride(*mask, 2), stride(*mask, 3)};
     p.mask_is_bool = mask->type == Element::boolean;
     p.mask_dtype = p.mask_is_bool ? DType::f32 : mask->dtype();
   }
+  if (const Array* const bias = bias_of(step)) {
+    const int64_t heads = q.columns / step.dim, head = bias->dims == 3 ? stride(*bias, 0) : stride(*bias, 1);
+    p.bias = bias->data, p.bias_dtype = bias->dtype();
+    p.bias_strides = {bias->dims == 3 ? heads * head : stride(*bias, 0), head, stride(*bias, bias->dims - 2),
+                      stride(*bias, bias->dims - 1)};
+  }
+  if (step.slopes != kNone) {
+    const Array& slopes = tensor_of(step.slopes);
+    p.slopes = slopes.data, p.slopes_dtype = slopes.dtype();
+  }
   p.batch = batch_, p.heads = q.columns / step.dim, p.kv_heads = kv_heads, p.queries = length_, p.keys = keys;
   p.dim = step.dim, p.value_dim = value_dim;
-  p.window_left = step.window < 0 || p.mask ? -1 : step.window - 1;
-  p.window_right = -1;
   p.causal = step.causal && !p.mask;
+  p.window_left = step.window < 0 || !p.causal ? -1 : step.window - 1;
+  p.window_right = -1;
   p.dtype = dtype_;
   p.sm_scale = static_cast<float>(step.scale);
   p.softcap = static_cast<float>(step.softcap);
@@ -390,16 +462,23 @@ AttentionParams Layer::attention_params(const Step& step, const StepScratch& scr
 template <class Params>
 void Layer::set_sinks(Params& p, const Step& step) const {
   if (step.sinks == kNone) return;
-  const Array& sinks = parameters_[program_.parameters[step.sinks].first];
+  const Array& sinks = tensor_of(step.sinks);
   p.sinks = sinks.data, p.sinks_dtype = sinks.dtype();
 }
 
 void Layer::run_elementwise(const Step& step) {
   const Value &a = values_[step.values[0]], &made = values_[step.results[0]];
   if (step.op == Op::activation) return activate(step.activation, a.at, nullptr, made.at, made);
-  const Value& b = values_[step.values[1]];
-  if (step.op == Op::add) return add(a.at, b.at, made.at, made);
-  activate(Activation::none, a.at, &b.at, made.at, made);
+  if (step.op == Op::add) return add(a.at, &values_[step.values[1]].at, made.at, made);
+  if (step.op == Op::mul) return activate(Activation::none, a.at, &values_[step.values[1]].at, made.at, made);
+  if (step.by != kNone) {  // the same row for all
+    const Matrix by{.data = tensor_of(step.by).data, .stride = 0};
+    return activate(Activation::none, a.at, &by, made.at, made);
+  }
+  AddParams p{a.at.data, nullptr, made.at.data, rows(made) * made.columns, dtype_, static_cast<float>(step.scale)};
+  if (step.has_low) p.low = static_cast<float>(step.low);
+  if (step.has_high) p.high = static_cast<float>(step.high);
+  launch_add(p, *threads_);
 }
 
 void run(const Call& call, const Pool& pool) {

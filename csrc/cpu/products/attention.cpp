@@ -181,11 +181,10 @@ inline F32 weigh<Bf16>(float* scores, int count, F32 factor, F32 shift) {
 
 // scores → weights of keys [j0, j0 + count); keep is what the rows' sums so far are to be multiplied with.
 template <class Scheme>
-void softmax(const Call& c, Rows<Scheme>& rows, int64_t j0, int count, bool by_key, F32 (&keep)[kC]) {
+void softmax(const Call& c, Rows<Scheme>& rows, int64_t j0, int count, F32 (&keep)[kC]) {
   const AttentionParams& p = c.p;
-  const bool by_row = p.mask && !c.mask_by_key;
   const bool all_see = j0 >= rows.every_first && j0 + count - 1 <= rows.every_last;
-  const bool simple = !by_row && p.softcap <= 0.0f;
+  const bool simple = !c.by_row && p.softcap <= 0.0f;
   const F32 scale = broadcast(p.sm_scale), one = broadcast(1.0f);
   if (p.softcap > 0.0f) {
     const F32 cap = broadcast(p.softcap);
@@ -195,9 +194,9 @@ void softmax(const Call& c, Rows<Scheme>& rows, int64_t j0, int count, bool by_k
         store(s, tanh(load(s) * scale / cap) * cap);
       }
   }
-  if (by_row) add_mask(c, rows, rows.scores, j0, count, p.softcap > 0.0f ? one : scale);
+  if (c.by_row) add_by_row(c, rows, rows.scores, j0, count, p.softcap > 0.0f ? one : scale);
   // Scores that nothing but the scale changes are left as they are: the largest stays it.
-  const bool as_they_are = simple && !by_key && all_see && p.sm_scale > 0.0f;
+  const bool as_they_are = simple && !c.by_key && all_see && p.sm_scale > 0.0f;
   const F32 factor = as_they_are ? scale : one;
   for (int i = 0; i < rows.registers(); ++i) {
     float* s = rows.scores + i * kLanes;
@@ -208,7 +207,7 @@ void softmax(const Call& c, Rows<Scheme>& rows, int64_t j0, int count, bool by_k
       for (int j = 0; j < count; ++j) {
         F32 score = load(s + j * kM);
         if (simple) score *= scale;
-        if (by_key) score += broadcast(rows.key_bias[j]);
+        if (c.by_key) score += broadcast(rows.key_bias[j]);
         if (!all_see) {
           const S32 key = S32{} + static_cast<int32_t>(j0 + j);
           score = (key >= first) & (key <= last) ? score : broadcast(-kInfinity);
@@ -246,16 +245,15 @@ template <class T, class Scheme>
 void run(const Call& c, Rows<Scheme>& rows) {
   const AttentionParams& p = c.p;
   start<T>(c, rows);
-  const bool by_key = p.key_padding || c.mask_by_key;
   const T* k = static_cast<const T*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
   const T* v = static_cast<const T*>(p.v) + p.v_strides.offset(rows.batch, rows.head, 0);
   for (int64_t j = rows.some_first; j <= rows.some_last; j += kN) {
     const int count = rows.some_last - j + 1 < kN ? rows.some_last - j + 1 : kN;
     if (j + count <= rows.some_last) fetch_keys<T>(p, rows, j + count);
-    if (by_key && !set_key_bias(c, rows, j, count)) continue;
+    if (c.by_key && !set_key_bias(c, rows, j, count)) continue;
     multiply_keys(rows, k + j * p.k_strides.position, p.k_strides.position, count, p.dim);
     F32 keep[kC];
-    softmax(c, rows, j, count, by_key, keep);
+    softmax(c, rows, j, count, keep);
     add_values(rows, v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, keep);
   }
   finish<T>(c, rows);

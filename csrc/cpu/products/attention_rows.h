@@ -29,7 +29,8 @@ struct Task {
 struct Seen : Task {
   int64_t of_head[kM], of_query[kM];      // what its rows are; beyond the last the last one again, not to be used
   int32_t first[kM], last[kM];            // keys that each sees; none where first > last
-  int64_t mask_at[kM];                    // where their rows of the mask begin, in elements
+  int64_t mask_at[kM], bias_at[kM];       // where their rows of the mask and of the bias begin, in elements
+  float slope[kM];                        // their heads'
   int32_t some_first, some_last;          // that some row sees
   int32_t every_first, every_last;        // that every row sees
   alignas(64) float top[kM], total[kM];   // of the online softmax
@@ -41,7 +42,14 @@ struct Call {
   int64_t group = p.heads / p.kv_heads;
   int64_t rows = group * p.queries;
   int64_t blocks = (rows + kM - 1) / kM;
-  bool mask_by_key = p.mask && p.mask_strides.head == 0 && p.mask_strides.query == 0;
+  // What is added to scores: alike for all rows of a task, or by row.
+  bool mask_by_key = p.mask && is_by_key(p.mask_strides), mask_by_row = p.mask && !mask_by_key;
+  bool bias_by_key = p.bias && is_by_key(p.bias_strides), bias_by_row = p.bias && !bias_by_key;
+  bool slopes_by_key = p.slopes && group == 1, slopes_by_row = p.slopes && group > 1;
+  bool by_key = p.key_padding || mask_by_key || bias_by_key || slopes_by_key;
+  bool by_row = mask_by_row || bias_by_row || slopes_by_row;
+
+  bool is_by_key(const ScoreStrides& strides) const { return strides.query == 0 && (strides.head == 0 || group == 1); }
 
   // f(r, head, query) for a task's rows; a division for each would take longer than some tasks.
   template <class F>
@@ -106,6 +114,10 @@ inline void set_limits(const Call& c, Seen& rows) {
   }
 }
 
+inline float number_at(DType dtype, const void* p, int64_t i) {
+  return with_type(dtype, [&]<class T>() { return load_first(static_cast<const T*>(p) + i, 1)[0]; });
+}
+
 // What the rows are and see, and the softmax of no keys yet but a sink.
 inline void start_softmax(const Call& c, Seen& rows) {
   const AttentionParams& p = c.p;
@@ -114,13 +126,15 @@ inline void start_softmax(const Call& c, Seen& rows) {
     rows.of_head[r] = rows.of_head[rows.count - 1], rows.of_query[r] = rows.of_query[rows.count - 1];
   set_limits(c, rows);
   for (int r = 0; r < kM; ++r) {
-    rows.mask_at[r] = rows.batch * p.mask_strides.batch + rows.of_head[r] * p.mask_strides.head +
-                      rows.of_query[r] * p.mask_strides.query;
+    const auto row_of = [&](const ScoreStrides& s) {
+      return rows.batch * s.batch + rows.of_head[r] * s.head + rows.of_query[r] * s.query;
+    };
+    rows.mask_at[r] = row_of(p.mask_strides), rows.bias_at[r] = row_of(p.bias_strides);
+    rows.slope[r] = p.slopes ? number_at(p.slopes_dtype, p.slopes, rows.of_head[r]) : 0.0f;
     rows.top[r] = -kInfinity;
     rows.total[r] = 0.0f;
     if (!p.sinks || r >= rows.count) continue;
-    const float sink = with_type(
-        p.sinks_dtype, [&]<class S>() { return load_first(static_cast<const S*>(p.sinks) + rows.of_head[r], 1)[0]; });
+    const float sink = number_at(p.sinks_dtype, p.sinks, rows.of_head[r]);
     if (sink > -kInfinity) rows.top[r] = sink;  // not NaN
     rows.total[r] = exp(broadcast(sink == -kInfinity ? sink : sink - rows.top[r]))[0];
   }
@@ -136,30 +150,51 @@ inline T* out_at(const AttentionParams& p, const Seen& rows, int r) {
   return static_cast<T*>(p.out) + p.out_strides.offset(rows.batch, rows.of_head[r], rows.of_query[r]);
 }
 
-// What the mask's row at element `at` adds to n <= kLanes scores from key j on: 0 or −infinity where it is bool.
-inline F32 bias(const AttentionParams& p, int64_t at, int64_t j, int n) {
-  const int64_t step = p.mask_strides.key;
-  const auto numbers = [&]<class M>(const M* mask) {
-    if (step == 1) return load_at_most(mask + j, n);
-    M few[kLanes] = {};
-    for (int l = 0; l < n; ++l) few[l] = mask[(j + l) * step];
-    return load(few);
-  };
-  if (p.mask_is_bool) {
-    const F32 seen = numbers(static_cast<const int8_t*>(p.mask) + at);
-    return seen != 0.0f ? F32{} : broadcast(-kInfinity);
-  }
-  return with_type(p.mask_dtype, [&]<class M>() { return numbers(static_cast<const M*>(p.mask) + at); });
+// n <= kLanes numbers, `step` elements apart.
+template <class M>
+inline F32 numbers_at(const M* p, int64_t step, int n) {
+  if (step == 1) return load_at_most(p, n);
+  M few[kLanes] = {};
+  for (int l = 0; l < n; ++l) few[l] = p[l * step];
+  return load(few);
 }
 
-// Scales the scores, [key][row], and adds a mask that differs between rows: squares of kLanes rows and keys, read along
-// the keys.
-inline void add_mask(const Call& c, Seen& rows, float* scores, int64_t j0, int count, F32 scale) {
+// What the mask's row r adds to n <= kLanes scores from key j on: 0 or −infinity where it is bool.
+inline F32 mask_of(const AttentionParams& p, const Seen& rows, int r, int64_t j, int n) {
+  const int64_t step = p.mask_strides.key, at = rows.mask_at[r] + j * step;
+  if (p.mask_is_bool) {
+    const F32 seen = numbers_at(static_cast<const int8_t*>(p.mask) + at, step, n);
+    return seen != 0.0f ? F32{} : broadcast(-kInfinity);
+  }
+  return with_type(p.mask_dtype, [&]<class M>() { return numbers_at(static_cast<const M*>(p.mask) + at, step, n); });
+}
+
+inline F32 bias_of(const AttentionParams& p, const Seen& rows, int r, int64_t j, int n) {
+  const int64_t step = p.bias_strides.key, at = rows.bias_at[r] + j * step;
+  return with_type(p.bias_dtype, [&]<class B>() { return numbers_at(static_cast<const B*>(p.bias) + at, step, n); });
+}
+
+inline F32 slope_of(const AttentionParams& p, const Seen& rows, int r, int64_t j) {
+  const S32 distance = lane_numbers() + static_cast<int32_t>(j + 1 - p.keys);
+  return __builtin_convertvector(distance, F32) * rows.slope[r];
+}
+
+// What is added to row r's scores alone, of n <= kLanes keys from j on.
+inline F32 added_by_row(const Call& c, const Seen& rows, int r, int64_t j, int n) {
+  F32 added = c.mask_by_row ? mask_of(c.p, rows, r, j, n) : F32{};
+  if (c.bias_by_row) added += bias_of(c.p, rows, r, j, n);
+  if (c.slopes_by_row) added += slope_of(c.p, rows, r, j);
+  return added;
+}
+
+// Scales the scores, [key][row], and adds what differs between rows: squares of kLanes rows and keys, read along the
+// keys.
+inline void add_by_row(const Call& c, Seen& rows, float* scores, int64_t j0, int count, F32 scale) {
   for (int r0 = 0; r0 < rows.count; r0 += kLanes)
     for (int j = 0; j < count; j += kLanes) {
       const int n = count - j < kLanes ? count - j : kLanes;
       F32 square[kLanes];
-      for (int r = 0; r < kLanes; ++r) square[r] = bias(c.p, rows.mask_at[r0 + r], j0 + j, n);
+      for (int r = 0; r < kLanes; ++r) square[r] = added_by_row(c, rows, r0 + r, j0 + j, n);
       transpose(square);
       for (int l = 0; l < n; ++l) {
         float* s = scores + (j + l) * kM + r0;
@@ -174,11 +209,13 @@ inline bool set_key_bias(const Call& c, Seen& rows, int64_t j0, int count) {
   bool any = false;
   for (int j = 0; j < count; j += kLanes) {
     const int n = count - j < kLanes ? count - j : kLanes;
-    const F32 mask = c.mask_by_key ? bias(p, rows.mask_at[0], j0 + j, n) : F32{};
+    F32 added = c.mask_by_key ? mask_of(p, rows, 0, j0 + j, n) : F32{};
+    if (c.bias_by_key) added += bias_of(p, rows, 0, j0 + j, n);
+    if (c.slopes_by_key) added += slope_of(p, rows, 0, j0 + j);
     for (int l = 0; l < n; ++l) {
       const bool real =
           !p.key_padding || p.key_padding[rows.batch * p.padding_strides.batch + (j0 + j + l) * p.padding_strides.key];
-      rows.key_bias[j + l] = real ? mask[l] : -kInfinity;
+      rows.key_bias[j + l] = real ? added[l] : -kInfinity;
       any |= rows.key_bias[j + l] != -kInfinity;
     }
   }

@@ -86,9 +86,8 @@ inline void turn_keys(const BFloat16* k, int64_t stride, int count, int64_t dim,
 }
 
 // The scale, softcap, masks and limits of keys [j0, j0 + count); beyond them -infinity to the end of their register.
-inline void bias_scores(const Call& c, TileRows& rows, int64_t j0, int count, bool by_key, bool all_see) {
+inline void bias_scores(const Call& c, TileRows& rows, int64_t j0, int count, bool all_see) {
   const AttentionParams& p = c.p;
-  const bool by_row = p.mask && !c.mask_by_key;
   const F32 scale = broadcast(p.sm_scale), cap = broadcast(p.softcap);
   for (int r = 0; r < rows.count; ++r)
     for (int j = 0; j < count; j += kLanes) {
@@ -96,8 +95,8 @@ inline void bias_scores(const Call& c, TileRows& rows, int64_t j0, int count, bo
       float* const s = rows.scores + r * kMostKeys + j;
       F32 score = load(s) * scale;
       if (p.softcap > 0.0f) score = tanh(score / cap) * cap;
-      if (by_row) score += bias(p, rows.mask_at[r], j0 + j, n);
-      if (by_key) score += load(rows.key_bias + j);
+      if (c.by_row) score += added_by_row(c, rows, r, j0 + j, n);
+      if (c.by_key) score += load(rows.key_bias + j);
       if (!all_see) {
         const S32 key = lane_numbers() + static_cast<int32_t>(j0 + j);
         score = (key >= rows.first[r]) & (key <= rows.last[r]) ? score : broadcast(-kInfinity);
@@ -118,13 +117,13 @@ inline F32 across(F32 (&v)[kLanes], const F& f) {
 }
 
 // scores → weights of keys [j0, j0 + count).
-inline void softmax(const Call& c, TileRows& rows, int64_t j0, int count, bool by_key) {
+inline void softmax(const Call& c, TileRows& rows, int64_t j0, int count) {
   const AttentionParams& p = c.p;
   const bool all_see = j0 >= rows.every_first && j0 + count - 1 <= rows.every_last;
   // Scores that nothing but the scale changes are left as they are: the largest stays it.
-  const bool as_they_are = !(p.mask && !c.mask_by_key) && p.softcap <= 0.0f && !by_key && all_see &&
-                           p.sm_scale > 0.0f && count % kLanes == 0;
-  if (!as_they_are) bias_scores(c, rows, j0, count, by_key, all_see);
+  const bool as_they_are =
+      !c.by_row && p.softcap <= 0.0f && !c.by_key && all_see && p.sm_scale > 0.0f && count % kLanes == 0;
+  if (!as_they_are) bias_scores(c, rows, j0, count, all_see);
   const F32 factor = broadcast(as_they_are ? p.sm_scale : 1.0f);
   const int registers = (count + kLanes - 1) / kLanes;
   for (int r0 = 0; r0 < rows.count; r0 += kLanes) {
@@ -203,14 +202,13 @@ template <class T>
 void run(const Call& c, TileRows& rows) {
   const AttentionParams& p = c.p;
   start(c, rows);
-  const bool by_key = p.key_padding || c.mask_by_key;
   const int64_t dim = padded_to_pairs(p.dim);
   const auto* const k = static_cast<const BFloat16*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
   const auto* const v = static_cast<const BFloat16*>(p.v) + p.v_strides.offset(rows.batch, rows.head, 0);
   for (int64_t j = rows.some_first; j <= rows.some_last; j += kMostKeys) {
     const int count = rows.some_last - j + 1 < kMostKeys ? rows.some_last - j + 1 : kMostKeys;
     if (j + count <= rows.some_last) fetch_keys<BFloat16>(p, rows, j + count);
-    if (by_key && !set_key_bias(c, rows, j, count)) continue;
+    if (c.by_key && !set_key_bias(c, rows, j, count)) continue;
     turn_keys(k + j * p.k_strides.position, p.k_strides.position, count, p.dim, rows.keys);
     // (A tile that is loaded from what was stored a moment ago waits for the stores to reach the cache.)
     pair_vectors(v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, padded_to_pairs(count) / 2,
@@ -219,7 +217,7 @@ void run(const Call& c, TileRows& rows) {
       for (int i = 0; i < count; i += 32)
         multiply_tiles(rows.q + r * dim, dim * 2, rows.keys + i * 2, kMostKeys * 4, dim / 32, false,
                        rows.scores + r * kMostKeys + i, kMostKeys * 4);
-    softmax(c, rows, j, count, by_key);
+    softmax(c, rows, j, count);
     add_values(p, rows, count);
   }
   finish(c, rows);

@@ -123,6 +123,7 @@ void finish_rows(const Columns<Scheme>& columns, int c, T* out, const R* residua
   const int left = columns.count - c;
   const F32 scale[2] = {load(columns.scale + c), load(columns.scale + c + kLanes)};
   const F32 bias[2] = {load(columns.bias + c), load(columns.bias + c + kLanes)};
+  const F32 multiplier = broadcast(s.multiplier);
   for (int r = 0; r < rows; ++r, ++header, sums += Scheme::kSums * stride, out += s.out_stride) {
     const auto value = [&](int half, int n) {
       const F32 product = Scheme::finish(sums + half * kLanes, stride, *header);
@@ -130,7 +131,7 @@ void finish_rows(const Columns<Scheme>& columns, int c, T* out, const R* residua
       if constexpr (std::is_same_v<R, Nothing>)
         return y;
       else
-        return apart(y) + load_at_most(residual + r * s.residual_stride + half * kLanes, n);
+        return apart(y) * multiplier + load_at_most(residual + r * s.residual_stride + half * kLanes, n);
     };
     if (left >= 2 * kLanes) {
       store_two(out, value(0, kLanes), value(1, kLanes));

@@ -44,7 +44,8 @@ __device__ __forceinline__ Activated activate_with_slope(float z) {
   }
 }
 
-// f.template operator()<activation>(), by a branch that is uniform; not called for none.
+// f.template operator()<activation>(), by a branch that is uniform; not called for none, nor for what is not in
+// epilogues.
 template <class F>
 __device__ __forceinline__ void with_activation(Activation activation, const F& f) {
   switch (activation) {
@@ -57,6 +58,8 @@ __device__ __forceinline__ void with_activation(Activation activation, const F& 
     case Activation::relu:
       return f.template operator()<Activation::relu>();
     case Activation::none:
+    case Activation::quick_gelu:
+    case Activation::relu2:
       return;
   }
 }

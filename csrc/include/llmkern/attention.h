@@ -1,4 +1,4 @@
-// attention: out = softmax(mask(softcap · tanh(q·kᵀ · sm_scale / softcap))) · v, softmax and sums in fp32.
+// attention: out = softmax(mask(softcap · tanh(q·kᵀ · sm_scale / softcap)) + bias) · v, softmax and sums in fp32.
 // Query i stands at key position i + keys − queries; query head h reads key head h / (heads / kv_heads).
 #pragma once
 
@@ -13,6 +13,11 @@ namespace llmkern {
 
 constexpr int64_t kMaxHeadDim = 256;
 
+// Where a tensor that broadcasts to [batch, heads, queries, keys] keeps its elements; 0 where it is broadcast.
+struct ScoreStrides {
+  int64_t batch, head, query, key;  // elements
+};
+
 struct AttentionParams {
   const void* q;            // [batch, heads, queries, dim], dtype
   const void* k;            // [batch, kv_heads, keys, dim], dtype
@@ -24,9 +29,7 @@ struct AttentionParams {
   const void* sinks;        // [heads], sinks_dtype; null for none
   char* workspace;          // attention_workspace_bytes(p) bytes, 64-byte aligned
   HeadStrides q_strides, k_strides, v_strides, out_strides;
-  struct {
-    int64_t batch, head, query, key;  // elements; 0 where the mask is broadcast
-  } mask_strides;
+  ScoreStrides mask_strides;
   struct {
     int64_t batch, key;  // elements
   } padding_strides;
@@ -38,6 +41,12 @@ struct AttentionParams {
   bool causal;        // besides window_right: a query sees keys up to its own position
   float sm_scale;
   float softcap;  // 0 for none
+
+  // On the CPU only.
+  const void* bias = nullptr;    // [batch, heads, queries, keys] by bias_strides, added to the scores besides the mask
+  const void* slopes = nullptr;  // [heads]: a head's times (key + 1 - keys) is added (ALiBi, arXiv:2108.12409)
+  ScoreStrides bias_strides = {};
+  DType bias_dtype = DType::f32, slopes_dtype = DType::f32;
 };
 
 int64_t attention_workspace_bytes(const AttentionParams& p);

@@ -83,16 +83,18 @@ std::shared_ptr<const Program> parsed(const std::string& text);
 // The tensors that it takes of a layer: of a linear layer weight, scale and bias, of a norm weight and bias.
 size_t tensors_of(const Program& program);
 
-// Whether keys and values join those of a cache.
+// Whether keys and values join those of a cache, and whether those of other tokens are kept in one.
 bool appends(const Program& program);
+bool keeps(const Program& program);
 
-inline constexpr size_t kCaches = 4;  // of a layer: keys, values, and their scales where they are int8 codes
+// Of a layer: keys, values, and their scales where they are int8 codes; then keys and values that are kept.
+inline constexpr size_t kCaches = 6, kKeptCache = 4;
 
 // A product that another library makes: x [rows, k], rows x_stride elements apart, times weight [n, k], rows w_stride
-// apart, plus bias [n] or null; all in dtype.
+// and columns w_column_stride apart, plus bias [n] or null; all in dtype.
 struct Product {
   const void *x, *weight, *bias;
-  int64_t rows, n, k, x_stride, w_stride;
+  int64_t rows, n, k, x_stride, w_stride, w_column_stride;
   DType dtype;
 };
 

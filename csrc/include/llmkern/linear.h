@@ -1,5 +1,5 @@
-// linear: out[r, j] = act(Σ_k x[r, k] · w[j, k] · w_scale[j] + bias[j]) + residual[r, j], for up to three weights that
-// share x, such as q, k, v or gate, up: x is prepared once and the threads are woken once.
+// linear: out[r, j] = act(Σ_k x[r, k] · w[j, k] · w_scale[j] + bias[j]) · multiplier + residual[r, j], for up to three
+// weights that share x, such as q, k, v or gate, up: x is prepared once and the threads are woken once.
 //
 // Weights are read as they are stored, fp32, bf16, fp16 or int8.  Floating x is multiplied in fp32, or as precisely:
 // bf16 with bf16 or int8, and the three bf16 that an fp32 is the sum of with int8, by instructions that multiply bf16
@@ -30,8 +30,9 @@ struct LinearSegment {
   int64_t w_stride;  // all strides in elements
   int64_t residual_stride = 0;
   int64_t out_stride;
-  Activation activation = Activation::none;
-  PackedWeight packed = {};  // of WeightType::packed; segments may differ in everything
+  Activation activation = Activation::none;  // one of those in epilogues
+  float multiplier = 1.0f;                   // with a residual only
+  PackedWeight packed = {};                  // of WeightType::packed; segments may differ in everything
 };
 
 // So many products of two int8 sum up in an int32 without overflow, whatever their values.

@@ -11,8 +11,8 @@ from llmkern.backends.reference import REFERENCE, accumulate
 from llmkern.backends.reference.int8_linear import int8_linear
 from llmkern.backends.reference.quantize_int8 import quantize_int8
 from llmkern.dispatch import implements
+from llmkern.ops._layer_held import Held, caches_of
 from llmkern.ops._layer_plan import layers_of
-from llmkern.ops._layer_sizes import caches_of
 from llmkern.programs.program import Program
 from llmkern.programs.run import run
 
@@ -32,7 +32,7 @@ def layers_(
     held = caches_of([layer.program for layer in layers], caches)
     for i, (_, program, tensors) in enumerate(layers):
         weights = Tensors(program, tensors, each_scheme[i if len(each_scheme) > 1 else 0].split(","))
-        cache = Buffers(held[i], past) if held[i] else None
+        cache = Buffers(held[i], past) if caches else None
         values = dict(zip(program.inputs, (hidden, *inputs), strict=True))
         hidden = run(program, values, weights, cache)
     return hidden.clone(memory_format=torch.contiguous_format)
@@ -58,7 +58,14 @@ class Tensors:
                 self._others["@" + parameter.path] = (next(rest),)
 
     def linear(self, path: str, x: Tensor, call: Callable[..., Any]) -> Tensor:
-        weight, scale, bias, scheme = self._linears[path]
+        return self._linear(x, *self._linears[path])
+
+    def expert(self, path: str, number: int, x: Tensor, call: Callable[..., Any]) -> Tensor:
+        *tensors, scheme = self._linears[path]
+        weight, scale, bias = [None if tensor is None else tensor[number] for tensor in tensors]
+        return self._linear(x, weight, scale, bias, scheme)
+
+    def _linear(self, x: Tensor, weight: Any, scale: Tensor | None, bias: Tensor | None, scheme: str) -> Tensor:
         if scale is not None:
             return int8_linear(x, weight, scale, bias, "none", scheme)
         xf = accumulate(x)
@@ -74,20 +81,27 @@ class Tensors:
 
 
 class Buffers:
-    """A layer's keys and values in buffers that have room for more."""
+    """A layer's keys and values in buffers that have room for more, and those of other tokens in their own."""
 
-    def __init__(self, buffers: Sequence[Tensor], past: int) -> None:
-        self._buffers, self._past = buffers, past
+    def __init__(self, held: Held, past: int) -> None:
+        self._held, self._past = held, past
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values, [B, heads, tokens, D], the new ones last."""
-        keys, values, *scales = self._buffers
+        keys, values, *scales = self._held.appended
         k_scale, v_scale = scales or (None, None)
         return self._append(keys, k_scale, k), self._append(values, v_scale, v)
 
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of an encoder's tokens, which these buffers have no room for."""
+        """Those of an encoder's tokens, written to their buffers."""
+        for buffer, new in zip(self._held.kept, (k, v), strict=True):
+            buffer.copy_(new)
         return k, v
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Those that an earlier call has written."""
+        keys, values = self._held.kept
+        return keys, values
 
     def _append(self, cache: Tensor, scale: Tensor | None, new: Tensor) -> Tensor:
         past, end = self._past, self._past + new.shape[2]

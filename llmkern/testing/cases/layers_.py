@@ -10,7 +10,9 @@ from torch import Tensor
 
 from llmkern.programs.program import Program, parse
 from llmkern.testing.case import Call, Make, each_dtype
+from llmkern.testing.cases._families import FAMILIES
 from llmkern.testing.cases._layer import left_padding, linear
+from llmkern.testing.cases._programs import call_of
 
 _OP = "layers_"
 _ALL = ("q", "k", "v", "o", "gate", "up", "down")
@@ -354,4 +356,33 @@ _ENCODERS = [
     *each_dtype(_OP, "bert-0-batch", partial(encoder, batch=0, length=3), dtypes=(torch.float32,)),
 ]
 
-CASES = [*_DECODERS, *_ENCODERS]
+_TURNED = {"gpt2": ("c_attn", "c_proj", "c_fc", "c_out"), "gpt-oss": ("gate_up", "down")}
+
+
+def family(make: Make, name: str, queries: int, past: int = 0, **options: Any) -> Call:
+    return call_of(make, FAMILIES[name], queries, past, turned=_TURNED.get(name, ()), **options)
+
+
+_FAMILIES = [
+    *[
+        case
+        for name in FAMILIES
+        for case in (
+            *each_dtype(
+                _OP, f"{name}-masked", partial(family, name=name, queries=3, past=2, masked=True), dtypes=_SMALL
+            ),
+            *each_dtype(_OP, f"{name}-decode", partial(family, name=name, queries=1, past=7), dtypes=(torch.float32,)),
+        )
+    ],
+    *each_dtype(_OP, "gpt-neox-19-tokens", partial(family, name="gpt-neox", queries=19), dtypes=_SMALL),
+    *each_dtype(_OP, "bart-kept", partial(family, name="bart", queries=1, past=4, kept=True, layers=2), dtypes=_SMALL),
+    *each_dtype(_OP, "t5-kept", partial(family, name="t5", queries=2, past=4, kept=True, masked=True), dtypes=_SMALL),
+    *each_dtype(_OP, "t5-no-cache", partial(family, name="t5", queries=4, cached=False), dtypes=(torch.float32,)),
+    *each_dtype(_OP, "bloom-int8", partial(family, name="bloom", queries=2, past=3, int8=True), dtypes=_SMALL),
+    *each_dtype(_OP, "persimmon-int8", partial(family, name="persimmon", queries=2, past=3, int8=True), dtypes=_SMALL),
+    *each_dtype(_OP, "mixtral-19-tokens", partial(family, name="mixtral", queries=19), dtypes=(torch.float32,)),
+    *each_dtype(_OP, "mixtral-int8", partial(family, name="mixtral", queries=2, past=3, int8=True), dtypes=_SMALL),
+    *each_dtype(_OP, "dinov2-int8", partial(family, name="dinov2", queries=4, int8=True), dtypes=_SMALL),
+]
+
+CASES = [*_DECODERS, *_ENCODERS, *_FAMILIES]
