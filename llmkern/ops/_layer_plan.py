@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _native
+from llmkern.ops._layer_packed import form_of
 from llmkern.ops._layer_sizes import TENSORS, Needs
 from llmkern.programs.program import Program, ProgramError, parse
 
@@ -97,7 +98,7 @@ def layers_of(programs: Sequence[str], parameters: Sequence[Tensor | None]) -> L
     different: dict[tuple[Any, ...], tuple[int, Layer]] = {}
     for text, size in zip(texts, sizes, strict=True):
         layer = Layer(text, _parsed(text)[0], list(parameters[first : first + size]))
-        form = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in layer.tensors]
+        form = map(form_of, layer.tensors)
         each.append(layer)
         kinds.append(different.setdefault((text, *form), (len(different), layer))[0])
         first += size

@@ -18,6 +18,8 @@ from llmkern.checks import (
     given,
     shape_text,
 )
+from llmkern.ops._layer_packed import packed_behind
+from llmkern.packed import PackedWeight
 from llmkern.programs.program import GATES, Place, Program, Step
 
 __all__ = ["TENSORS", "Needs", "needs_of", "rows_inputs"]
@@ -247,6 +249,9 @@ class _Walk:
         weight, scale, bias = self.tensors("linear", place.path)
         if weight is None:
             raise self.wrong(f"{place.path}: weight is None, expected a Tensor")
+        packed = packed_behind(weight)
+        if packed is not None:
+            return self.packed(place, packed, columns, scale, bias)
         if experts is not None:
             for part, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
                 if tensor is not None and (tensor.dim() == 0 or tensor.shape[0] != experts):
@@ -270,6 +275,24 @@ class _Walk:
         check_shape(_OP, f"{place.path}: bias", bias, (rows,), "one per row of the weight")
         for part, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
             check_same_device(_OP, "hidden", self.hidden, **{f"{place.path}: {part}": tensor})
+        return self.taken(place, rows)
+
+    def packed(
+        self, place: Place, weight: PackedWeight, columns: int, scale: Tensor | None, bias: Tensor | None
+    ) -> int:
+        """The same of a packed weight, whose scales are its own."""
+        if scale is not None:
+            raise self.wrong(f"{place.path}: a packed weight has a scale besides its own")
+        if weight.k != columns:
+            raise self.wrong(f"{place.path}: weight has shape [{weight.n}, {weight.k}], expected [N, {columns}]")
+        check_floating(_OP, **given(**{f"{place.path}: bias": bias}))
+        check_shape(_OP, f"{place.path}: bias", bias, (weight.n,), "one per row of the weight")
+        for part, tensor in (("weight", weight.codes), ("bias", bias)):
+            check_same_device(_OP, "hidden", self.hidden, **{f"{place.path}: {part}": tensor})
+        return self.taken(place, weight.n)
+
+    def taken(self, place: Place, rows: int) -> int:
+        """How many of a weight's rows a place takes."""
         if place.rows is None:
             return rows
         begin, end, period = place.rows

@@ -37,8 +37,10 @@ def layers_(
     programs: one for all layers, or one for each; llmkern/programs/program.py has their form and meaning.
     parameters: of each layer what its program mentions, in the order of the first mention (`Program.parameters`): of a
         linear layer weight [N, K] in hidden's dtype, or int8 with a scale, fp32 [N, 1], as for `int8_linear`, scale and
-        bias [N]; of a norm weight and bias; or one tensor.  None where there is none.  Or a single tensor that
-        `plan_layers` (llmkern/ops/_layer_plan.py) made; `programs` is then empty, or those that it was made with.
+        bias [N], of experts the same with a dimension of experts before the others; of a norm weight and bias; or one
+        tensor.  None where there is none.  A packed weight is what `handle_of` (llmkern/ops/_layer_packed.py) makes of
+        it, and reads x as `quantized_linear` does under "a8".  Or a single tensor that `plan_layers`
+        (llmkern/ops/_layer_plan.py) made; `programs` is then empty, or those that it was made with.
     inputs: what the programs' heads name behind hidden, one for all layers, None for an absent one.  cos, sin:
         [B or 1, S, W]; masks: 4 dimensions that broadcast to [B, heads, S, keys], bool (True: attend), or hidden's
         dtype or fp32 (added); biases of scores: the same, floating, with that many keys or more, or [B*heads, 1, keys];

@@ -67,14 +67,14 @@ def test_every_layer_has_a_program_or_is_left() -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_family(name: str, natively: Any) -> None:
-    """A prompt with padding, and a token after it, with the keys of an encoder's tokens kept."""
+    """Two layers: a prompt with padding, and a token after it, with the keys of an encoder's tokens kept."""
     make = Make(torch.float32, "cpu", 0)
     turned = TURNED if name == "gpt2 h.0" else ()
     for how in (
         {"queries": 3, "past": 2, "masked": True},
         {"queries": 1, "past": 5, "kept": "append" in PROGRAMS[name]},
     ):
-        call = call_of(make, PROGRAMS[name], turned=turned, **how)
+        call = call_of(make, PROGRAMS[name], turned=turned, layers=2, **how)
         assert dispatch.implementation("layers_", "cpu").why_not(**call) is None
         exact = reference("layers_", upcast(call))
         for out, expected in zip(natively(call), exact, strict=True):

@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "../common.h"
+#include "packed.h"
 #include "threads.h"
 
 namespace llmkern {
@@ -40,11 +41,76 @@ layers::Element element_of(ScalarType type) {
   }
 }
 
+// Objects that tensors of one byte stand for, by address: no other tensor is taken for one.
+template <class T>
+class Behind {
+ public:
+  Tensor add(std::shared_ptr<const T> object) {
+    void* const address = const_cast<T*>(object.get());
+    {
+      const std::lock_guard lock(mutex_);
+      objects_[address] = std::move(object);
+    }
+    constexpr int64_t one = 1;
+    return torch::stable::from_blob(address, {&one, 1}, {&one, 1},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+                                    [](void* data) { instance().remove(data); });
+  }
+
+  std::shared_ptr<const T> find(const Tensor& t) {
+    if (t.scalar_type() != ScalarType::Byte) return nullptr;
+    const std::lock_guard lock(mutex_);
+    const auto found = objects_.find(const_cast<void*>(t.const_data_ptr()));
+    return found == objects_.end() ? nullptr : found->second;
+  }
+
+  static Behind& instance() {
+    static Behind& all = *new Behind;  // tensors may outlive static objects
+    return all;
+  }
+
+ private:
+  void remove(void* address) {
+    std::shared_ptr<const T> last;  // whose tensors may be freed here, which is not to happen under the lock
+    const std::lock_guard lock(mutex_);
+    if (const auto found = objects_.find(address); found != objects_.end()) {
+      last = std::move(found->second);
+      objects_.erase(found);
+    }
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<void*, std::shared_ptr<const T>> objects_;
+};
+
+// A packed weight and its tensors.
+struct Packed {
+  Tensor codes, scale;
+  Optional zero, offset, super_scale, super_offset;
+  std::string code;
+  int64_t n, k;
+  PackedWeight weight;
+};
+
+Tensor layers_packed(Tensor codes, Tensor scale, Optional zero, Optional offset, Optional super_scale,
+                     Optional super_offset, std::string code, int64_t n) {
+  const PackedTensors tensors{codes, scale, zero, offset, super_scale, super_offset, code, n};
+  STD_TORCH_CHECK(kernels_take(tensors), "layers_packed: the kernels have no such types");
+  const PackedWeight weight = packed_weight("layers_packed", tensors);
+  const int64_t k = tensors.k();
+  return Behind<Packed>::instance().add(
+      std::make_shared<const Packed>(codes, scale, zero, offset, super_scale, super_offset, code, n, k, weight));
+}
+
 Array array_of(const Tensor& t) {
   Array a{.data = const_cast<void*>(t.const_data_ptr()), .type = element_of(t.scalar_type()), .on_cpu = t.is_cpu()};
   const auto sizes = t.sizes(), strides = t.strides();
   a.dims = static_cast<int>(sizes.size());
   for (int d = 0; d < a.dims && d < Array::kMostDims; ++d) a.size[d] = sizes[d], a.stride[d] = strides[d];
+  if (const auto packed = Behind<Packed>::instance().find(t)) {  // which the tensor keeps
+    a.packed = &packed->weight;
+    a.dims = 2, a.size[0] = packed->n, a.size[1] = packed->k, a.stride[0] = packed->k, a.stride[1] = 1;
+  }
   return a;
 }
 
@@ -94,51 +160,14 @@ struct Plan {
   Programs programs;
 };
 
-// Plans by address: no other tensor is taken for one.
-class Plans {
- public:
-  Tensor add(std::vector<std::string> texts, std::vector<Optional> parameters) {
-    Programs programs = programs_of(texts, parameters.size());
-    auto plan = std::make_shared<const Plan>(std::move(texts), std::move(parameters), std::move(programs));
-    void* const address = const_cast<Plan*>(plan.get());
-    {
-      const std::lock_guard lock(mutex_);
-      plans_[address] = std::move(plan);
-    }
-    constexpr int64_t one = 1;
-    return torch::stable::from_blob(address, {&one, 1}, {&one, 1},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
-                                    [](void* data) { instance().remove(data); });
-  }
+Tensor layers_plan(std::vector<std::string> texts, std::vector<Optional> parameters) {
+  Programs programs = programs_of(texts, parameters.size());
+  return Behind<Plan>::instance().add(
+      std::make_shared<const Plan>(std::move(texts), std::move(parameters), std::move(programs)));
+}
 
-  std::shared_ptr<const Plan> find(const std::vector<Optional>& parameters) {
-    if (parameters.size() != 1 || !parameters[0] || parameters[0]->scalar_type() != ScalarType::Byte) return nullptr;
-    const std::lock_guard lock(mutex_);
-    const auto found = plans_.find(const_cast<void*>(parameters[0]->const_data_ptr()));
-    return found == plans_.end() ? nullptr : found->second;
-  }
-
-  static Plans& instance() {
-    static Plans& plans = *new Plans;  // tensors may outlive static objects
-    return plans;
-  }
-
- private:
-  void remove(void* address) {
-    std::shared_ptr<const Plan> last;  // whose tensors may be freed here, which is not to happen under the lock
-    const std::lock_guard lock(mutex_);
-    if (const auto found = plans_.find(address); found != plans_.end()) {
-      last = std::move(found->second);
-      plans_.erase(found);
-    }
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<void*, std::shared_ptr<const Plan>> plans_;
-};
-
-Tensor layers_plan(std::vector<std::string> programs, std::vector<Optional> parameters) {
-  return Plans::instance().add(std::move(programs), std::move(parameters));
+std::shared_ptr<const Plan> plan_of(const std::vector<Optional>& parameters) {
+  return parameters.size() == 1 && parameters[0] ? Behind<Plan>::instance().find(*parameters[0]) : nullptr;
 }
 
 // torch's operator, whose results are kept until the layer is done.
@@ -171,7 +200,7 @@ struct Torch {
 Tensor layers_(const Tensor& hidden, const std::vector<std::string>& programs, const std::vector<Optional>& parameters,
                const std::vector<Optional>& inputs, const std::vector<Tensor>& caches, int64_t past,
                const std::string& schemes) {
-  const std::shared_ptr<const Plan> plan = Plans::instance().find(parameters);
+  const std::shared_ptr<const Plan> plan = plan_of(parameters);
   STD_TORCH_CHECK(!plan || programs.empty() || programs == plan->texts, kOp,
                   ": programs are other ones than those of the plan");
   STD_TORCH_CHECK(hidden.dim() == 3 && hidden.is_cpu(), kOp, ": hidden must have shape [B, S, H], on the CPU");
@@ -207,10 +236,15 @@ Tensor layers_(const Tensor& hidden, const std::vector<std::string>& programs, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("layers_plan(str[] programs, Tensor?[] parameters) -> Tensor");
+  m.def(
+      "layers_packed(Tensor codes, Tensor scale, Tensor? zero, Tensor? offset, Tensor? super_scale, Tensor? "
+      "super_offset,"
+      " str code, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
   m.impl("layers_plan", TORCH_BOX(&llmkern::layers_plan));
+  m.impl("layers_packed", TORCH_BOX(&llmkern::layers_packed));
 }
 
 LLMKERN_BINDINGS(m) {

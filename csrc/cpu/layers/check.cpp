@@ -19,6 +19,19 @@ std::pair<std::string_view, size_t> part_of(std::string_view list, char separato
   return {list.substr(0, list.find(separator)), parts};
 }
 
+// A packed weight [n, k] from row `first` on, the first of a panel.
+PackedWeight rows_from(PackedWeight weight, int64_t first, int64_t k) {
+  const int64_t panels = first / kPanelRows;
+  weight.codes += panels * (k / kPackedBlock) * bits_of(weight.code) * 64;
+  for (PackedGroups* const groups :
+       {&weight.scale, &weight.zero, &weight.offset, &weight.super_scale, &weight.super_offset}) {
+    if (!groups->data) continue;
+    const int64_t bytes = groups->type == GroupType::f32 ? 4 : groups->type >= GroupType::s8 ? 1 : 2;
+    groups->data = static_cast<const char*>(groups->data) + panels * (k / groups->size) * kPanelRows * bytes;
+  }
+  return weight;
+}
+
 bool are_alike(std::span<const Array> a, std::span<const Array> b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(),
                     [](const Array& x, const Array& y) { return x.is_like(y); });
@@ -232,12 +245,13 @@ Weight Layer::weight_of(const Place& place, int64_t k, bool of_experts) const {
       invalid(place.text + ": a scale or bias has shape " + t->shape() + ", expected one of each of " + text(experts) +
               " experts, contiguous");
   if (!w) invalid(place.text + ": weight is not given");
+  if (w.packed && of_experts) not_served(place.text + ": packed weights of experts");
   const bool int8 = w.type == Element::s8;
-  if (w.type != (int8 ? Element::s8 : call_.hidden.type))
+  if (!w.packed && w.type != (int8 ? Element::s8 : call_.hidden.type))
     not_served(place.text + ": weight has another dtype than hidden");
   if (int8 != static_cast<bool>(scale)) invalid(place.text + ": scale goes with a weight of int8, and with no other");
   if (w.dims != 2 || w.size[1] != k || !w.on_cpu) wrong("weight", w, "[N, " + text(k) + "]");
-  const bool turned = !w.has_contiguous_rows();
+  const bool turned = !w.packed && !w.has_contiguous_rows();
   if (turned && (int8 || (w.size[0] > 1 && w.stride[0] != 1)))
     not_served(place.text + ": neither rows of the weight are contiguous, nor its columns in floating point");
   if (place.period && w.size[0] % place.period)
@@ -248,6 +262,8 @@ Weight Layer::weight_of(const Place& place, int64_t k, bool of_experts) const {
     wrong("scale", scale, "fp32 [" + text(all) + ", 1], contiguous");
   if (bias && (!bias.is_vector(all) || !bias.on_cpu)) wrong("bias", bias, "[" + text(all) + "], contiguous");
   if (bias && bias.type != call_.hidden.type) not_served(place.text + ": bias has another dtype than hidden");
+  if (w.packed && !place.period && place.begin % kPanelRows)
+    not_served(place.text + ": rows of a packed weight that do not begin at a multiple of " + text(kPanelRows));
   const int64_t begin = place.period ? 0 : place.begin, end = place.end && !place.period ? place.end : all;
   size_t linear = 0;
   for (size_t i = 0; i < place.parameter; ++i) linear += program_.parameters[i].kind == Parameter::linear;
@@ -260,7 +276,9 @@ Weight Layer::weight_of(const Place& place, int64_t k, bool of_experts) const {
       .period = place.period,
       .from = place.begin,
       .width = place.end - place.begin,
-      .type = int8 ? WeightType::s8 : static_cast<WeightType>(w.type),
+      .type = w.packed ? WeightType::packed
+              : int8   ? WeightType::s8
+                       : static_cast<WeightType>(w.type),
       .turned = turned,
       .w8a8 = int8 && w8a8_[linear],
       .experts = experts,
@@ -277,7 +295,10 @@ void Layer::point(Weight& weight) const {
   const auto at = [&weight](const Array& t, int64_t stride) {
     return static_cast<const char*>(t.data) + weight.begin * stride * size_of(t.type);
   };
-  weight.w = at(tensors[0], weight.turned ? 1 : weight.stride);
+  if (tensors[0].packed)
+    weight.packed = rows_from(*tensors[0].packed, weight.begin, weight.k);
+  else
+    weight.w = at(tensors[0], weight.turned ? 1 : weight.stride);
   if (tensors[1]) weight.scale = static_cast<const float*>(tensors[1].data) + weight.begin;
   if (tensors[2]) weight.bias = at(tensors[2], 1);
 }
@@ -473,8 +494,8 @@ void Layer::check_elementwise(const Step& step) {
 }
 
 bool Layer::is_native(const Weight& weight, int64_t rows) const {
-  return !weight.turned && (weight.type == WeightType::s8 || rows <= kFewRows || linear_takes_many_rows(weight.type) ||
-                            linear_keeps_rows_alone());
+  return !weight.turned && (weight.type == WeightType::s8 || weight.type == WeightType::packed || rows <= kFewRows ||
+                            linear_takes_many_rows(weight.type) || linear_keeps_rows_alone());
 }
 
 // Does a launcher's product do all that the step does with it?

@@ -41,6 +41,7 @@ struct Weight {
   int64_t n = 0, k = 0, stride = 0;
   int64_t period = 0, from = 0, width = 0;  // rows from … from + width of every `period`; period 0: all n
   WeightType type = WeightType::f32;
+  PackedWeight packed = {};                                 // of its type
   bool turned = false;                                      // rows are neighbours, and columns `stride` apart
   bool w8a8 = false;                                        // of s8: the input is rounded to int8 as well
   int64_t experts = 0, expert_stride = 0, expert_rows = 0;  // of a weight [experts, n, k]; 0: of one [n, k]

@@ -89,7 +89,8 @@ bool Layer::may_write_out(const Step& step) const {
 int64_t Layer::linear_bytes(std::span<const Weight> weights, int64_t count) const {
   int64_t bytes = 0;
   for (const Weight& w : weights)
-    if (is_native(w, count)) bytes = std::max(bytes, linear_workspace_bytes(count, w.k, w.w8a8));
+    if (is_native(w, count))
+      bytes = std::max(bytes, linear_workspace_bytes(count, w.k, w.w8a8 || w.type == WeightType::packed));
   return bytes;
 }
 

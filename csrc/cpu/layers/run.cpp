@@ -166,6 +166,7 @@ void Layer::multiply(const Matrix& x, int64_t count, std::span<const Weight> wei
         .out_stride = out.stride,
         .activation = epilogues[j].activation,
         .multiplier = epilogues[j].multiplier,
+        .packed = w.packed,
     };
   }
   launch();

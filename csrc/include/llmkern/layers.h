@@ -13,6 +13,7 @@
 #include <string>
 
 #include "llmkern/dtype.h"
+#include "llmkern/packed.h"
 #include "llmkern/threads.h"
 
 namespace llmkern::layers {
@@ -32,6 +33,8 @@ struct Array {
   Element type = Element::other;
   bool on_cpu = true;
   int64_t size[kMostDims] = {}, stride[kMostDims] = {};  // strides in elements
+  // A packed weight [size[0], size[1]]; the tensor stands for it, and nothing else of it counts.
+  const PackedWeight* packed = nullptr;
 
   explicit operator bool() const { return dims >= 0; }
   bool is_floating() const { return type <= Element::f16; }
@@ -40,8 +43,18 @@ struct Array {
 
   // Whether both are there and differ in their memory only, or neither is there.
   bool is_like(const Array& other) const {
-    return dims == other.dims && type == other.type && on_cpu == other.on_cpu &&
+    return dims == other.dims && type == other.type && on_cpu == other.on_cpu && is_packed_like(other) &&
            std::equal(size, size + kMostDims, other.size) && std::equal(stride, stride + kMostDims, other.stride);
+  }
+
+  bool is_packed_like(const Array& other) const {
+    if (!packed || !other.packed) return packed == other.packed;
+    const auto alike = [](const PackedGroups& a, const PackedGroups& b) {
+      return !a.data == !b.data && a.size == b.size && a.type == b.type;
+    };
+    const PackedWeight &a = *packed, &b = *other.packed;
+    return a.code == b.code && alike(a.scale, b.scale) && alike(a.zero, b.zero) && alike(a.offset, b.offset) &&
+           alike(a.super_scale, b.super_scale) && alike(a.super_offset, b.super_offset);
   }
 
   // A vector of n elements in one piece, whatever its dimensions of size 1 are.

@@ -11,6 +11,7 @@ from llmkern.backends.cpu._layer import MAX_HEAD_DIM
 from llmkern.backends.cpu._rows import DTYPES
 from llmkern.dispatch import implements
 from llmkern.library import native
+from llmkern.ops._layer_packed import packed_behind, unserved
 from llmkern.ops._layer_plan import Layer, layers_of
 from llmkern.ops._layer_sizes import rows_inputs
 from llmkern.programs.program import Place, parse
@@ -73,6 +74,10 @@ def _refuse_parameters(layer: Layer, dtype: torch.dtype) -> str | None:
         for part in _PARTS[parameter.kind]:
             tensor, name = next(rest), f"{parameter.path}: {part}"
             if tensor is None:
+                continue
+            if (packed := packed_behind(tensor)) is not None:
+                if (reason := unserved(packed)) is not None:
+                    return f"{name}: its {reason}; float32, bfloat16, float16, int8 and uint8 are taken"
                 continue
             matrix = parameter.kind == "linear" and part == "weight"
             if matrix and _strided(tensor) and (tensor.dtype == torch.int8 or _strided(tensor.mT)):

@@ -10,11 +10,15 @@ from torch import Tensor
 from llmkern.backends.reference import REFERENCE, accumulate
 from llmkern.backends.reference.int8_linear import int8_linear
 from llmkern.backends.reference.quantize_int8 import quantize_int8
+from llmkern.backends.reference.quantized_linear import quantized_linear
 from llmkern.dispatch import implements
 from llmkern.ops._layer_held import Held, caches_of
+from llmkern.ops._layer_packed import packed_behind
 from llmkern.ops._layer_plan import layers_of
 from llmkern.programs.program import Program
 from llmkern.programs.run import run
+
+_PACKED = ("codes", "scale", "zero", "offset", "super_scale", "super_offset", "code", "n")
 
 
 @implements("layers_", REFERENCE)
@@ -66,6 +70,9 @@ class Tensors:
         return self._linear(x, weight, scale, bias, scheme)
 
     def _linear(self, x: Tensor, weight: Any, scale: Tensor | None, bias: Tensor | None, scheme: str) -> Tensor:
+        if (packed := packed_behind(weight)) is not None:
+            fields = {name: getattr(packed, name) for name in _PACKED}
+            return quantized_linear(x, **fields, bias=bias, residual=None, activation="none", scheme="a8")
         if scale is not None:
             return int8_linear(x, weight, scale, bias, "none", scheme)
         xf = accumulate(x)
