@@ -8,23 +8,25 @@ from llmkern.dispatch import implements, register, use_backend
 from llmkern.explain import explain
 from llmkern.info import Info, info
 from llmkern.integrations.transformers.by_name import register_when_imported as _register_when_imported
-from llmkern.quantization import Int8, QuantReport, dequantize_, load, quantize_
+from llmkern.quantization import Int4, Int8, QuantReport, dequantize_, load, quantize_
 from llmkern.report import Report, is_optimized, report
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
 from llmkern.verify import Accuracy, verify
 
 if TYPE_CHECKING:
     from llmkern.integrations.transformers.cache import KVCache
-    from llmkern.quantization.transformers_quantizer import Int8Config
+    from llmkern.quantization.transformers_quantizer import Int8Config, QuantConfig
 
     __version__: str
 
 __all__ = [
     "Accuracy",
     "Info",
+    "Int4",
     "Int8",
     "Int8Config",
     "KVCache",
+    "QuantConfig",
     "QuantReport",
     "Report",
     "SwapReport",
@@ -56,10 +58,10 @@ def __getattr__(name: str) -> Any:
         from llmkern.integrations.transformers import kv_cache
 
         return kv_cache()
-    if name == "Int8Config":
-        from llmkern.integrations.transformers import int8_config
+    if name in ("Int8Config", "QuantConfig"):
+        from llmkern.integrations.transformers import quantization_config
 
-        return int8_config()
+        return quantization_config(name)
     if name == "__version__":
         from llmkern.info import package_version
 

@@ -88,10 +88,10 @@ def to_panels(codes: Tensor, code: str) -> Tensor:
     return torch.cat(parts, 2).flatten(2)
 
 
-def from_panels(panels: Tensor, code: str, n: int) -> Tensor:
-    """The unsigned codes [n, K] that `to_panels` was given."""
+def from_panels(panels: Tensor, code: str, n: int, height: int = PANEL) -> Tensor:
+    """The unsigned codes [n, K] that `to_panels` was given.  height: rows of a panel."""
     bits = CODES[code].bits
-    lines = panels.unflatten(2, (bits, PANEL * 4))
+    lines = panels.unflatten(2, (bits, height * 4))
     if bits < 8:
         low, high = lines[:, :, :4], lines[:, :, 4:]
         lines = torch.cat([low & 15, low >> 4], 2)
@@ -100,8 +100,8 @@ def from_panels(panels: Tensor, code: str, n: int) -> Tensor:
         if bits == 6:
             lines = lines | torch.cat([_apart(high[:, :, :1], 2, 4), _apart(high[:, :, 1:], 2, 4)], 2) << 4
     count, blocks = panels.shape[:2]
-    rows = lines.unflatten(3, (PANEL, 4)).permute(0, 3, 1, 2, 4)
-    return rows.reshape(count * PANEL, blocks * BLOCK)[:n]
+    rows = lines.unflatten(3, (height, 4)).permute(0, 3, 1, 2, 4)
+    return rows.reshape(count * height, blocks * BLOCK)[:n]
 
 
 def _together(values: Tensor, bits: int) -> Tensor:
@@ -156,10 +156,10 @@ class PackedWeight:
         if value is None:
             return None
         if name == "codes":
-            codes = from_panels(value, self.code, self.n)
+            codes = from_panels(value, self.code, self.n, self.scale.shape[2])
             return codes.contiguous().view(torch.int8) if CODES[self.code].bits == 8 else codes
-        panels, groups = value.shape[:2]
-        return value.transpose(1, 2).reshape(panels * PANEL, groups)[: self.n].contiguous()
+        panels, groups, height = value.shape
+        return value.transpose(1, 2).reshape(panels * height, groups)[: self.n].contiguous()
 
     @property
     def k(self) -> int:
@@ -183,11 +183,23 @@ class PackedWeight:
         part: dict[str, Any] = {name: tensor[first:last] for name, tensor in self.tensors.items()}
         return replace(self, n=n, **part)
 
+    def take(self, rows: Tensor) -> Tensor:
+        """The weight's rows of these numbers, from 0 to n − 1: [*rows.shape, k], as `dequantized` gives them."""
+        which = rows.flatten().long()
+        panel, row = which // PANEL, which % PANEL
+        lines = self.codes.unflatten(2, (CODES[self.code].bits, PANEL, 4))
+        # Panels of one row each, in the same order.
+        part: dict[str, Any] = {
+            name: lines[panel, :, :, row].flatten(2) if name == "codes" else tensor[panel, :, row].unsqueeze(2)
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, n=which.numel(), **part).dequantized().view(*rows.shape, self.k)
+
     def dequantized(self) -> Tensor:
         """The weight, [n, k], in fp32; in fp64 where scales are."""
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         dtype = torch.float64 if wide else torch.float32
-        level = CODES[self.code].levels(from_panels(self.codes, self.code, self.n), dtype)
+        level = CODES[self.code].levels(from_panels(self.codes, self.code, self.n, self.scale.shape[2]), dtype)
         spread = {
             name: self.rows(name).to(dtype).repeat_interleave(self.k // max(1, tensor.shape[1]), 1)  # type: ignore[union-attr]
             for name, tensor in self.tensors.items()

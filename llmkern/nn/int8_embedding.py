@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern.checks import FLOATING
-from llmkern.nn._int8_weight import Int8Weight, quantized, with_hooks
+from llmkern.nn._int8_weight import Int8Weight, quantized
+from llmkern.nn._quantized_weight import with_hooks
+from llmkern.nn.quantized_embedding import QuantizedEmbedding
 
 __all__ = ["Int8Embedding"]
 
 
-class Int8Embedding(Int8Weight, nn.Embedding):  # type: ignore[override]
+class Int8Embedding(Int8Weight, QuantizedEmbedding):  # type: ignore[override]
     """`nn.Embedding` with int8 rows and one fp32 scale for each; a quarter of fp32's bytes.
 
     codes: [num_embeddings, embedding_dim] int8, frozen.  weight_scale: buffer [num_embeddings, 1] fp32.
@@ -31,13 +33,11 @@ class Int8Embedding(Int8Weight, nn.Embedding):  # type: ignore[override]
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Embedding's own would allocate a floating-point weight
+        self._shape(num_embeddings, embedding_dim, padding_idx)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in FLOATING:
             raise TypeError(f"Int8Embedding: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self._hold_codes(num_embeddings, embedding_dim, dtype, device)
+        self._hold_zeros(num_embeddings, embedding_dim, dtype, device)
 
     @classmethod
     def from_embedding(cls, module: nn.Embedding) -> Int8Embedding:
@@ -46,12 +46,7 @@ class Int8Embedding(Int8Weight, nn.Embedding):  # type: ignore[override]
         Raises TypeError for other modules and dtypes, ValueError for max_norm (which writes to the weight), meta
         tensors and values that are not finite.
         """
-        if not isinstance(module, nn.Embedding):
-            raise TypeError(f"Int8Embedding: module is a {type(module).__name__}, expected nn.Embedding")
-        if isinstance(module, Int8Weight):
-            raise TypeError("Int8Embedding: module is an Int8Embedding: it is quantized already")
-        if module.max_norm is not None:
-            raise ValueError(f"Int8Embedding: max_norm is {module.max_norm}, which writes to the weight; expected None")
+        cls._check(module)
         codes, scale = quantized("Int8Embedding", module.weight.detach())
         return cls._like(module, nn.Parameter(codes, requires_grad=False), scale)
 
@@ -70,21 +65,8 @@ class Int8Embedding(Int8Weight, nn.Embedding):  # type: ignore[override]
         out.hold(codes, scale)
         return with_hooks(out, module)
 
-    def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
-        """A floating-point nn.Embedding with the weight that the codes stand for, or with `weight` (tied to a head)."""
-        with torch.device("meta"):
-            out = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
-        out.weight = nn.Parameter(self.dequantized_weight(dtype)) if weight is None else weight
-        return with_hooks(out, self)
-
     def forward(self, input: Tensor) -> Tensor:
         return (F.embedding(input, self.codes) * F.embedding(input, self.weight_scale)).to(self.dtype)
 
     def _floating_class(self) -> type[nn.Module]:
         return nn.Embedding
-
-    def reset_parameters(self) -> None:
-        raise RuntimeError("an Int8Embedding has no random initialisation: use from_embedding or load a state dict")
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dtype={self.dtype}"

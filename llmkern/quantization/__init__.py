@@ -1,9 +1,9 @@
-"""int8 models: quantize_, its report, and the way back."""
+"""Models of few bits: quantize_, its report, and the way back."""
 
 from llmkern.quantization.checkpoint import load, load_
 from llmkern.quantization.dequantize import dequantize_
 from llmkern.quantization.quantize import quantize_
 from llmkern.quantization.report import QuantReport, QuantRow
-from llmkern.quantization.schemes import Int8
+from llmkern.quantization.schemes import Int4, Int8
 
-__all__ = ["Int8", "QuantReport", "QuantRow", "dequantize_", "load", "load_", "quantize_"]
+__all__ = ["Int4", "Int8", "QuantReport", "QuantRow", "dequantize_", "load", "load_", "quantize_"]

@@ -1,8 +1,8 @@
-"""int8 models on disk, in the compressed-tensors format that transformers and vLLM read.
+"""Quantized models on disk, in the compressed-tensors formats that transformers and vLLM read.
 
-`quantize_` writes the format's description into the model's transformers config, so that `save_pretrained` gives a
-complete checkpoint: `X.weight` int8 [out, in], `X.weight_scale` fp32 [out, 1].  Stock transformers loads it and
-dequantizes; `load` keeps the codes.
+`quantize_` writes the formats' description into the model's transformers config, so that `save_pretrained` gives a
+complete checkpoint, whose tensors `formats/` describes.  Stock transformers loads it and dequantizes; `load` keeps the
+codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from llmkern.nn._int8_weight import Int8Weight
+from llmkern.nn._quantized_weight import QuantizedWeight
 from llmkern.quantization.formats import format_of_group, format_of_module
 from llmkern.quantization.schemes import Scheme, scheme_to_dict
 from llmkern.quantization.undo import undoing
@@ -25,13 +25,14 @@ from llmkern.swap.derive import original_class
 __all__ = ["describe_in_config", "forget_in_config", "load", "load_", "packed_layers"]
 
 OURS = ("_extra_state", "_floating")
-"""State of an int8 module that the config has too, or that has no values: not in checkpoints."""
+"""State of a quantized module that the config has too, or that has no values: not in checkpoints."""
 
 
-def describe_in_config(model: nn.Module, scheme: Scheme | None = None) -> None:
-    """Describe the int8 layers of a transformers model, as they are now, in its config; other models have none.
+def describe_in_config(model: nn.Module, scheme: Scheme | None = None, *, to_save: bool = False) -> None:
+    """Describe the quantized layers of a transformers model, as they are now, in its config; other models have none.
 
     scheme: what was asked for, kept for whoever reads the config (default: what it has of an earlier call).
+    to_save: whether a layer that has no form in a checkpoint raises ValueError; else the config then says nothing.
     """
     config = model.__dict__.get("config")
     if not hasattr(config, "to_dict"):
@@ -43,7 +44,16 @@ def describe_in_config(model: nn.Module, scheme: Scheme | None = None) -> None:
     kept_out = []
     for path, module in model.named_modules():
         if (form := format_of_module(module)) is not None:
-            described = form.group(module)
+            assert form.group is not None  # it has modules
+            try:
+                described = form.group(module)
+            except ValueError as error:
+                forget_in_config(model)
+                if to_save:
+                    raise ValueError(
+                        f"save_pretrained: {path} is {error}; llmkern.dequantize_(model) can be saved"
+                    ) from None
+                return
             group = next((group for group in groups if described == {k: group[k] for k in described}), None)
             if group is None:
                 groups.append(group := {"targets": [], **described})
@@ -54,7 +64,7 @@ def describe_in_config(model: nn.Module, scheme: Scheme | None = None) -> None:
         return
     config.quantization_config = {  # type: ignore[union-attr]
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": written.pop() if len(written := {group["format"] for group in groups}) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": left,
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
@@ -85,10 +95,17 @@ def packed_layers(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
         names = (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}."), type(module).__name__)
         if _matches(description.get("ignore") or (), names):
             continue
-        for group in description["config_groups"].values():
+        for group in groups_of(description):
             if _matches(group["targets"], names):
                 yield path, module, group
                 break
+
+
+def groups_of(description: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config groups, each with its format: the checkpoint's where it has none of its own."""
+    whole = description.get("format")
+    own = {} if whole in (None, "mixed-precision") else {"format": whole}
+    return [{**group, **({} if group.get("format") else own)} for group in description["config_groups"].values()]
 
 
 def _matches(targets: Any, names: tuple[str, ...]) -> bool:
@@ -99,19 +116,31 @@ def _matches(targets: Any, names: tuple[str, ...]) -> bool:
 
 
 def load(directory: str | Path, *, model_class: Any = None, **options: Any) -> Any:
-    """Load a checkpoint of an int8 model with transformers, keeping the codes; returns the model, in evaluation mode.
+    """Load a checkpoint of a quantized model with transformers, keeping the codes; returns it in evaluation mode.
 
-    directory: a folder that `save_pretrained` wrote of a quantized model, or another compressed-tensors checkpoint with
-        int8 weights per channel.
+    directory: a .gguf file, whose blocks are kept as they are, embeddings and head included (`gguf_quantizer.py`); or
+        a folder that `save_pretrained` wrote of a quantized model, another compressed-tensors checkpoint with int8
+        weights per channel or packed weights of 4 or 8 bits, or one of GPTQ or AWQ (`formats/`).
     model_class: a class of transformers models (default: the one that was saved).
     options: of `from_pretrained`: device_map, attn_implementation …
     Raises FileNotFoundError where there is no checkpoint, ValueError for a corrupt one or one that does not fit.
     """
-    return _loaded("load", Path(directory), model_class, options)
+    path = Path(directory).expanduser()
+    if path.suffix == ".gguf":
+        return _load_gguf(path, model_class, options)
+    return _loaded("load", path, model_class, options)
+
+
+def _load_gguf(path: Path, model_class: Any, options: dict[str, Any]) -> Any:
+    try:
+        from llmkern.quantization.gguf_quantizer import load_gguf
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"load: {path} needs the packages gguf and transformers 5.20 or newer ({error})") from None
+    return load_gguf(path, model_class, {name: value for name, value in options.items() if value is not None})
 
 
 def load_(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Load a checkpoint of an int8 model into `model`, keeping the codes; returns the model.
+    """Load a checkpoint of a quantized model into `model`, keeping the codes; returns the model.
 
     model: a transformers model of the same architecture in floating point, whose values do not matter.  It keeps its
         identity and training flag; its modules are new.
@@ -140,13 +169,13 @@ def load_(model: nn.Module, directory: str | Path) -> nn.Module:
 def _loaded(what: str, directory: Path, model_class: Any, options: dict[str, Any]) -> Any:
     import transformers
 
-    from llmkern.quantization.transformers_quantizer import Int8Config
+    from llmkern.quantization.transformers_quantizer import QuantConfig
 
     description = _description(what, directory)
     options = {name: value for name, value in options.items() if value is not None}
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-        config.quantization_config = Int8Config(description=description).to_dict()
+        config.quantization_config = QuantConfig(description=description).to_dict()
         cls = model_class or _saved_class(transformers, config)
         with _quiet(transformers):
             model, found = cls.from_pretrained(
@@ -165,7 +194,7 @@ def _loaded(what: str, directory: Path, model_class: Any, options: dict[str, Any
     for key, given, expected in found["mismatched_keys"]:
         raise ValueError(f"{what}: {directory} has {key} of shape {list(given)}, expected {list(expected)}")
     for path, module in model.named_modules():
-        if isinstance(module, Int8Weight):
+        if isinstance(module, QuantizedWeight):
             for wrong in module.wrong_values(f"{path}."):
                 raise ValueError(f"{what}: {directory}: {wrong}")
     return model
@@ -178,17 +207,38 @@ def _description(what: str, directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{what}: {directory / 'model.safetensors'} does not exist")
     try:
         description: dict[str, Any] = json.loads((directory / "config.json").read_text())["quantization_config"]
-        if description["quant_method"] != "compressed-tensors" or not description["config_groups"]:
+        method = description["quant_method"]
+        if method in ("gptq", "awq"):
+            description = _by_names(directory, description)
+        elif method != "compressed-tensors" or not description["config_groups"]:
             raise KeyError("config_groups")
-        for group in description["config_groups"].values():
+        for group in groups_of(description):
             format_of_group(group)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{what}: {directory / 'config.json'} does not describe an int8 model ({type(error).__name__}: {error})"
+            f"{what}: {directory / 'config.json'} does not describe a quantized model ({type(error).__name__}: {error})"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{what}: {directory} is no int8 model: {error}") from None
+        raise ValueError(f"{what}: {directory} is no quantized model that llmkern reads: {error}") from None
     return description
+
+
+def _by_names(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """GPTQ's and AWQ's configs name no layers: those are quantized that have a `qweight` in the checkpoint."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    paths = [name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight")]
+    group = {
+        **{key: config.get(key) for key in ("bits", "group_size", "sym", "checkpoint_format", "version")},
+        "format": config["quant_method"],
+        "targets": paths,
+        "biased": [path for path in paths if f"{path}.bias" in names],
+    }
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 
 @contextlib.contextmanager

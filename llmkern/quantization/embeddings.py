@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from llmkern.nn._int8_weight import Int8Weight
+from llmkern.nn._quantized_weight import QuantizedWeight
 from llmkern.quantization.layers import (
     FilterFn,
     Layer,
@@ -50,7 +50,7 @@ def find_embeddings(
     places = places_of(model)
     found = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or isinstance(module, Int8Weight):
+        if not isinstance(module, nn.Embedding) or isinstance(module, QuantizedWeight):
             continue
         head = by_weight.get(stored(module))
         if head is not None or module is words:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmkern.packed import PackedWeight
 from llmkern.quantization.formats.gguf import GGUF_TYPES, GgufType
 
-__all__ = ["GgufFile", "GgufTensor"]
+__all__ = ["GgufFile", "GgufTensor", "check_scales"]
 
 PLAIN: dict[int, tuple[str, torch.dtype]] = {
     0: ("F32", torch.float32),
@@ -151,17 +151,37 @@ class GgufFile:
             )
         if len(info.shape) != 2:
             raise ValueError(f"{self.path}: tensor {_shown(name)} has shape {list(info.shape)}, expected a matrix")
-        form: GgufType = GGUF_TYPES[info.type]
-        packed = form.read(self._raw(info).view(info.shape[0], info.shape[1] // form.columns, form.nbytes))
-        for tensor in packed.tensors.values():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise ValueError(
-                    f"{self.path}: tensor {name} has scales that are NaN or infinite, expected finite ones"
-                )
+        packed = GGUF_TYPES[info.type].read(self.blocks(name))
+        check_scales(packed, f"{self.path}: tensor {name}")
         return packed
+
+    def blocks(self, name: str) -> Tensor:
+        """A copy of the blocks of a tensor in one of GGUF's block types: [rows, blocks of a row, bytes], uint8.
+
+        Dimensions but the last are rows.  Raises KeyError for other types and names.
+        """
+        info = self.tensors[name]
+        form: GgufType = GGUF_TYPES[info.type]
+        return self._raw(info).view(-1, info.shape[-1] // form.columns, form.nbytes)
+
+    def values(self, name: str) -> Tensor:
+        """The values of a tensor of any type and shape, fp32.  ValueError for scales that are NaN or infinite."""
+        info = self.tensors[name]
+        if info.type not in GGUF_TYPES:
+            return self.floating(name).float()
+        packed = GGUF_TYPES[info.type].read(self.blocks(name))
+        check_scales(packed, f"{self.path}: tensor {name}")
+        return packed.dequantized().view(info.shape)
 
     def _raw(self, info: GgufTensor) -> Tensor:
         return torch.from_numpy(np.array(self._bytes[info.begin : info.begin + info.nbytes]))
+
+
+def check_scales(packed: PackedWeight, what: str) -> None:
+    """Raise ValueError, of `what`, where scales are NaN or infinite."""
+    for tensor in packed.tensors.values():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what} has scales that are NaN or infinite, expected finite ones")
 
 
 def _shown(name: str) -> str:

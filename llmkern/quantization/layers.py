@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.checks import FLOATING
-from llmkern.nn._int8_weight import Int8Weight
-from llmkern.nn.int8_linear import LinearOfConv1D, is_conv1d, weight_out_in
+from llmkern.nn._quantized_weight import QuantizedWeight
+from llmkern.nn.quantized_linear import LinearOfConv1D, is_conv1d, weight_out_in
 from llmkern.ops.int8_matmul import MAX_K
 from llmkern.swap.derive import original_class
 
@@ -51,14 +51,14 @@ class Layer:
 
 
 def find_layers(model: nn.Module, skip: Sequence[str], filter_fn: FilterFn | None) -> list[Layer]:
-    """Every nn.Linear (subclasses too) and Conv1D that is not int8 yet, once each, in the model's order."""
+    """Every nn.Linear (subclasses too) and Conv1D that is not quantized yet, once each, in the model's order."""
     names = dict(model.named_modules())
     places = places_of(model)
     owners = _owners(names)
     return [
         Layer(path, module, tuple(places.get(module, ())), _why_leave(path, module, names, owners, skip, filter_fn))
         for path, module in names.items()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, Int8Weight)
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, QuantizedWeight)
     ]
 
 
@@ -79,7 +79,7 @@ def put(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
 
 
 def stored(module: nn.Module) -> Tensor | None:
-    """The tensor that the module holds as its weight: an int8 one's codes, None where another tensor makes it."""
+    """The tensor that the module holds as its weight: a quantized one's codes, None where another tensor makes it."""
     return module._parameters.get("weight")
 
 

@@ -1,29 +1,28 @@
-"""`quantize_`: linear layers to int8 in place, each as far as its measured error allows."""
+"""`quantize_`: linear layers to few bits in place, each as far as its measured error allows."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkern import ops
 from llmkern.memory import move_to_huge_pages_
-from llmkern.nn import Int8Embedding, Int8Linear
-from llmkern.nn._int8_weight import Int8Weight
-from llmkern.nn.int8_linear import weight_out_in
+from llmkern.nn import Int8Embedding, Int8Linear, QuantizedLinear
+from llmkern.nn._quantized_weight import QuantizedWeight
+from llmkern.nn.quantized_linear import weight_out_in
 from llmkern.quantization.checkpoint import describe_in_config
 from llmkern.quantization.embeddings import EmbeddingLayer, find_embeddings, heads_of
 from llmkern.quantization.inputs import RANDOM_SHAPE, calibration_batches, random_tokens
 from llmkern.quantization.layers import FilterFn, Layer, find_layers, put
 from llmkern.quantization.methods import give_methods
-from llmkern.quantization.observe import MAX_ROWS, Observed, observe
-from llmkern.quantization.report import Action, QuantReport, QuantRow, record_report, tensor_bytes
-from llmkern.quantization.schemes import Scheme, scheme_named
+from llmkern.quantization.observe import Observed, observe
+from llmkern.quantization.plan import Plan, plan_layer, relative_error
+from llmkern.quantization.report import QuantReport, QuantRow, record_report, tensor_bytes
+from llmkern.quantization.schemes import ByLayer, Int4, Int8, Scheme, scheme_named
 from llmkern.quantization.smooth import Fold, plan_folds
 from llmkern.quantization.undo import plainly, undoing
 
@@ -32,44 +31,48 @@ __all__ = ["quantize_"]
 Model = TypeVar("Model", bound=nn.Module)
 Found = TypeVar("Found", Layer, EmbeddingLayer)
 
-MAX_WEIGHT_ONLY_ERROR = 0.05
-"""A layer whose output error is larger even weight-only stays in floating point.  1% is what int8 weights cost."""
-
 
 @torch.inference_mode(mode=False)  # weights made within one can never be trained
 def quantize_(
     model: Model,
-    scheme: Scheme | str = "int8",
+    scheme: Scheme | str | Mapping[str, Scheme | str | None] = "int8",
     *,
     skip: Sequence[str] = (),
     filter_fn: FilterFn | None = None,
     calib: Any = None,
     tokenizer: Any = None,
 ) -> Model:
-    """Make linear layers and GPT-2's Conv1D `nn.Int8Linear`, in place; `llmkern.report(model)` has a row for each.
+    """Give linear layers and GPT-2's Conv1D weights of few bits, in place; `llmkern.report(model)` has a row for each.
 
-    Weights: int8, symmetric, one scale per output channel, amax / 127.  Each layer's output error is then measured
-    on the inputs it sees in a forward of the floating-point model, and decides (errors: root mean square over
-    tokens of ‖y − ŷ‖ / ‖y‖):
+    scheme: what is asked for, as a string, a dataclass, or a dict of these by layer (a name, a run of whole parts of
+        one, or a pattern with `*`; the first that fits counts, None and no pattern leave a layer):
+        "int8": `Int8(max_error=0.025, smooth=True)`, one scale per output channel, amax / 127, and per token;
+        "int8-block": `Int8(block=32)`, one for each 32 neighbours, on both sides: nearly lossless;
+        "int4": `Int4(group=128)`, "int4-g32": `Int4(group=32)`, weights of 16 levels, their scales found by a search,
+        activations as in "int8-block".
+        A checkpoint carries it.  max_error=0 makes every layer of "int8" weight-only.
+    Each layer's output error is measured on the inputs it sees in a forward of the floating-point model, and decides
+    (errors: root mean square over tokens of ‖y − ŷ‖ / ‖y‖).  A layer of int8 by channel:
         W8A8 error ≤ max_error                        "int8 w8a8": per-token dynamic int8 activations
         beyond it, weight-only error ≤ 5%             "int8 weight-only"
         beyond both                                   "left" in floating point, with the reason
-    An output head is at most weight-only.  With it go the embedding tied to it, which shares its codes and scales, and
-    a language model's input embedding; tables of positions and types stay in floating point.  transformers'
-    `resize_token_embeddings` keeps the codes of the tokens that stay, and `tie_weights` ties scales as well.
-    Smoothing: where a norm's output goes to quantized layers alone, its loud channels are divided by a power of two
-    and the weights multiplied by it, which leaves the floating-point model the same to the bit (SmoothQuant,
-    arXiv:2211.10438, α = 0.4; `quantization/smooth.py`).
+    One of int4 whose error is beyond `Int4.max_error` gets int8 in blocks, and is left beyond 5% of that; so is one of
+    int8 in blocks.  Columns that are no multiple of 32 have no blocks, and get int8 by channel.
+    An output head is int8 by channel and weight-only under every scheme, unless a dict names another for it.  With it
+    go the embedding tied to it, which shares its codes and scales, and a language model's input embedding; tables of
+    positions and types stay in floating point.  transformers' `resize_token_embeddings` keeps the codes of the tokens
+    that stay, and `tie_weights` ties scales as well.
+    Smoothing, of int8 by channel: where a norm's output goes to quantized layers alone, its loud channels are divided
+    by a power of two and the weights multiplied by it, which leaves the floating-point model the same to the bit
+    (SmoothQuant, arXiv:2211.10438, α = 0.4; `quantization/smooth.py`).
 
-    scheme: `Int8(max_error=0.025, smooth=True)`, for which "int8" stands; a checkpoint carries it.  max_error=0 makes
-        every layer weight-only.
     skip: module names, or runs of whole parts of them: "lm_head", "mlp.down_proj", "layers.0", "h.3.attn.c_proj".
     filter_fn: takes (module, path), as torchao's does; a layer for which it is false is left.  It warns where that
         leaves nothing.
     calib: a list of texts (then `tokenizer` too; each is cut at 512 tokens), of tensors (the model's first
         argument) or of dicts (keyword arguments).  Without it a transformers model that takes input_ids is run on
         4×128 random tokens, always the same; for others the errors are those of normal noise, nothing is smoothed,
-        and the report says so.
+        and the report says so.  Scales of int4 are searched for the least error on these inputs.
     Left alone whatever is asked: layers that share their weight with anything but plain embeddings, subclasses of
     nn.Linear and nn.Embedding (scaled embeddings, for one), embeddings with max_norm, layers with a forward of their
     own, adapters, and layers whose weight was read during that forward without the layer being called.
@@ -78,11 +81,11 @@ def quantize_(
     A transformers model's config then describes the quantization, so that `save_pretrained` gives a
     compressed-tensors checkpoint; `load_` reads it back, `dequantize_` undoes all but the rounding.
     Returns the model.  Called again it quantizes what is in floating point by then: what was left before, and layers
-    whose weight was written since (`nn.Int8Linear`), as merging an adapter does.
+    whose weight was written since (`nn.QuantizedLinear`), as merging an adapter does.
     Raises TypeError and ValueError for bad arguments, for a model on the meta device, without linear layers, or
     with nothing left to quantize.  Whatever is raised, the model is as it was.
 
-    Measured on SmolLM2-135M-Instruct, fp32, 20,480 tokens of news in windows of 512; perplexity over the
+    Measured on SmolLM2-135M-Instruct, fp32, 20,480 tokens of news in windows of 512; perplexity of "int8" over the
     floating-point model's 30.845:
         as it comes +0.83%          calib= 8 articles +0.58%      max_error=0 (weight-only) +0.40%
         the same with head and embedding in floating point +0.89% and +0.61%; they alone in int8 +0.09%
@@ -102,23 +105,39 @@ def _quantize(
     model: nn.Module, scheme: Scheme, skip: Sequence[str], filter_fn: FilterFn | None, calib: Any, tokenizer: Any
 ) -> None:
     _check(model, skip, filter_fn)
-    max_error = scheme.max_error
     asked: list[bool] = []
     layers = find_layers(model, skip, filter_fn and _noting(filter_fn, asked))
-    wanted = [layer.module for layer in layers if not layer.reason]
+    schemes = {layer.module: scheme.of(layer.path) if isinstance(scheme, ByLayer) else scheme for layer in layers}
+    wanted = [layer.module for layer in layers if not layer.reason and schemes[layer.module] is not None]
     _check_layers(model, layers, wanted)
     if asked and not any(asked):
         warnings.warn("quantize_: filter_fn is false for every layer; nothing is quantized", UserWarning, stacklevel=4)
+    if isinstance(scheme, ByLayer) and not wanted:
+        names = ", ".join(repr(pattern) for pattern, _ in scheme.patterns)
+        raise ValueError(f"quantize_: scheme names no layer that can be quantized ({names})")
     heads = heads_of(model, layers)
     before = tensor_bytes(model)
     observed, measured_on = _observe(model, wanted, calib, tokenizer)
     layers = [_unless_read(layer, observed) for layer in layers]
     embeddings = [_unless_read(table, observed) for table in find_embeddings(model, layers, skip, filter_fn)]
     # What is folded into a head would be missing from the embedding tied to it, or change what others read.
-    fixed = heads | observed.read_elsewhere
-    folds = [fold for fold in plan_folds(observed) if fixed.isdisjoint(fold.layers)] if scheme.smooth else []
+    fixed = heads | observed.read_elsewhere | {module for module, own in schemes.items() if not _smooths(own)}
+    possible = plan_folds(observed) if any(map(_smooths, schemes.values())) else []
+    folds = [fold for fold in possible if fixed.isdisjoint(fold.layers)]
     scale_of = {layer: fold.s for fold in folds for layer in fold.layers}
-    plans = [_plan(layer, observed, scale_of.get(layer.module), max_error, layer.module in heads) for layer in layers]
+    tied = {table.head.module for table in embeddings if table.head is not None}
+    plans = [
+        plan_layer(
+            layer,
+            observed,
+            scale_of.get(layer.module),
+            schemes[layer.module],
+            is_head=layer.module in heads and (not isinstance(scheme, ByLayer) or layer.module in tied),
+        )
+        for layer in layers
+    ]
+    if isinstance(scheme, ByLayer):
+        embeddings = [_unless_unnamed(table, scheme) for table in embeddings]
     made = {id(plan.layer.module): plan.replacement for plan in plans}
     tables = [_plan_embedding(found, made) for found in embeddings]
     with undoing(model) as undo:
@@ -134,16 +153,6 @@ def _quantize(
     record_report(model, QuantReport(rows, measured_on, before, tensor_bytes(model)))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of a layer: its replacement, or the scales that its weight, left as it is, must follow."""
-
-    layer: Layer
-    row: QuantRow
-    replacement: Int8Linear | None = None
-    rescale: Tensor | None = None
-
-
 def _check(model: nn.Module, skip: Sequence[str], filter_fn: Callable[..., Any] | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model is a {type(model).__name__}, expected an nn.Module")
@@ -157,9 +166,9 @@ def _check(model: nn.Module, skip: Sequence[str], filter_fn: Callable[..., Any] 
 
 
 def _check_layers(model: nn.Module, layers: list[Layer], wanted: list[nn.Module]) -> None:
-    int8 = [(path, module) for path, module in model.named_modules() if isinstance(module, Int8Weight)]
-    if int8 and not wanted:
-        path, module = int8[0]
+    packed = [(path, module) for path, module in model.named_modules() if isinstance(module, QuantizedWeight)]
+    if packed and not wanted:
+        path, module = packed[0]
         raise ValueError(f"quantize_: model is quantized already ({path or 'it'} is an {type(module).__name__})")
     if not layers:
         raise ValueError("quantize_: model has no nn.Linear and no Conv1D")
@@ -180,6 +189,18 @@ def _unless_read(found: Found, observed: Observed) -> Found:
     return replace(found, reason="its weight is read without the layer being called, which is slower from int8")
 
 
+def _unless_unnamed(found: EmbeddingLayer, scheme: ByLayer) -> EmbeddingLayer:
+    """The embedding; left where the scheme names neither it nor the head that has its weight."""
+    if found.reason or found.head is not None or scheme.of(found.path) is not None:
+        return found
+    return replace(found, reason="the scheme names no format for it")
+
+
+def _smooths(scheme: Int8 | Int4 | None) -> bool:
+    """Whether a layer's loud channels may be folded into its weight under this scheme."""
+    return isinstance(scheme, Int8) and scheme.smooth and scheme.block is None
+
+
 def _observe(model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any) -> tuple[Observed, str]:
     """What the layers see, and the words for where it comes from."""
     if calib is not None:
@@ -197,7 +218,7 @@ def _observe(model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: A
 
 
 def _plan_embedding(
-    found: EmbeddingLayer, made: dict[int, Int8Linear | None]
+    found: EmbeddingLayer, made: dict[int, QuantizedLinear | None]
 ) -> tuple[EmbeddingLayer, QuantRow, Int8Embedding | None]:
     """The int8 table, sharing codes and scales with the int8 head that has the same weight."""
     weight = found.module.weight.detach()
@@ -208,67 +229,17 @@ def _plan_embedding(
         reason = f"its weight is shared with {found.head.path}, which is left"
     if reason:
         return found, QuantRow(found.path, "Embedding", shape, "left", None, None, False, reason), None
-    table = Int8Embedding.from_embedding(found.module) if head is None else Int8Embedding.tied(found.module, head)
-    error = _relative(weight.float(), table.dequantized_weight(torch.float32))
+    if head is None:
+        table = Int8Embedding.from_embedding(found.module)
+    else:
+        assert isinstance(head, Int8Linear)  # a head with an embedding's weight is int8 by channel under every scheme
+        table = Int8Embedding.tied(found.module, head)
+    error = relative_error(weight.float(), table.dequantized_weight(torch.float32))
     why = "its rows are looked up" if found.head is None else f"it shares the weight of {found.head.path}"
     return found, QuantRow(found.path, "Embedding", shape, "int8 weight-only", error, None, False, why), table
 
 
-def _plan(layer: Layer, observed: Observed, s: Tensor | None, max_error: float, is_head: bool) -> _Plan:
-    def row(action: Action, reason: str, weight_error: float | None = None, error: float | None = None) -> QuantRow:
-        return QuantRow(layer.path, layer.kind, layer.shape, action, weight_error, error, s is not None, reason)
-
-    if layer.reason:
-        return _Plan(layer, row("left", layer.reason))
-    int8 = Int8Linear.from_linear(layer.module) if s is None else _smoothed(layer.module, s)
-    weight = weight_out_in(layer.module).detach()
-    target = weight if s is None else weight * s.to(weight)
-    weight_error = _relative(target.float(), int8.dequantized_weight(torch.float32))
-    if observed.rows and layer.module not in observed.rows:
-        int8.scheme = "w8a16"
-        return _Plan(layer, row("int8 weight-only", "no input reached it", weight_error), int8)
-    rows = observed.rows.get(layer.module)
-    error = _output_error(layer.module, int8, s, rows, "w8a8")
-    if error <= max_error and not is_head:
-        return _Plan(layer, row("int8 w8a8", "", weight_error, error), int8)
-    floor = _output_error(layer.module, int8, s, rows, "w8a16")
-    if not floor <= MAX_WEIGHT_ONLY_ERROR:
-        why = f"even weight-only its error is {100 * floor:.1f}%, beyond {100 * MAX_WEIGHT_ONLY_ERROR:g}%"
-        return _Plan(layer, row("left", why, weight_error, error), rescale=s)
-    int8.scheme = "w8a16"
-    why = "it is the output head" if is_head else f"its W8A8 error is beyond {100 * max_error:g}%"
-    return _Plan(layer, row("int8 weight-only", why, weight_error, error), int8)
-
-
-def _smoothed(module: nn.Module, s: Tensor) -> Int8Linear:
-    """The int8 layer of the weight times `s`."""
-    int8 = Int8Linear.from_linear(module)
-    weight = weight_out_in(module).detach()
-    codes, scale = ops.quantize_int8(weight * s.to(weight))
-    int8.hold(nn.Parameter(codes, requires_grad=False), scale)
-    return int8
-
-
-def _relative(wanted: Tensor, got: Tensor) -> float:
-    size = wanted.norm()
-    return float((got - wanted).norm() / size) if size > 0 else 0.0
-
-
-def _output_error(module: nn.Module, int8: Int8Linear, s: Tensor | None, rows: Tensor | None, scheme: str) -> float:
-    """Root mean square over the rows of ‖y − ŷ‖ / ‖y‖, before the bias; of normal noise where no rows were seen."""
-    weight = weight_out_in(module).detach().float()
-    if rows is None:
-        rows = torch.randn(MAX_ROWS // 4, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
-    rows = rows.float().to(weight.device)
-    wanted = F.linear(rows, weight)
-    smooth_rows = rows if s is None else rows / s.to(rows)
-    got = ops.int8_linear(smooth_rows, int8.codes, int8.weight_scale, scheme=scheme)
-    size = wanted.norm(dim=-1)
-    relative = ((got - wanted).norm(dim=-1) / size)[size > 0]
-    return float(relative.square().mean().sqrt()) if relative.numel() else 0.0
-
-
-def _install(plans: list[_Plan], folds: list[Fold], save: Callable[[Tensor], None]) -> None:
+def _install(plans: list[Plan], folds: list[Fold], save: Callable[[Tensor], None]) -> None:
     for fold in folds:
         for name in fold.parameters:
             save(fold.norm._parameters[name])  # type: ignore[arg-type]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from llmkern.nn import Int8Embedding, Int8Linear
-from llmkern.nn._int8_weight import Int8Weight
+from llmkern.nn import Int8Linear, QuantizedEmbedding
+from llmkern.nn._quantized_weight import QuantizedWeight
 from llmkern.table import collapse, render
 
-__all__ = ["Action", "QuantReport", "QuantRow", "current", "forget_report", "record_report", "tensor_bytes"]
-
-Action = Literal["int8 w8a8", "int8 weight-only", "left"]
+__all__ = ["QuantReport", "QuantRow", "current", "forget_report", "record_report", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +21,17 @@ class QuantRow:
     """One linear layer, or an embedding.
 
     path: the module's name within the model.  kind: Linear, Conv1D or Embedding.  shape: (out, in), (rows, columns).
-    action: "int8 w8a8", "int8 weight-only" or "left" in floating point.
-    weight_error: ‖W − Ŵ‖ / ‖W‖ of the int8 weight.  output_error: of W8A8, the root mean square over tokens of
-    ‖y − ŷ‖ / ‖y‖.  None where nothing was measured.
-    smoothed: its input was smoothed into the norm before it.  reason: why it is not W8A8; "" if it is.
+    action: "int8 w8a8", "int8 weight-only", the format of a packed weight ("int8-block", "int4 g64", "Q4_K" …, which
+        round activations in blocks), or "left" in floating point.
+    weight_error: ‖W − Ŵ‖ / ‖W‖ of the quantized weight.  output_error: with rounded activations, the root mean square
+    over tokens of ‖y − ŷ‖ / ‖y‖.  None where nothing was measured.
+    smoothed: its input was smoothed into the norm before it.  reason: why it is not as narrow as was asked for.
     """
 
     path: str
     kind: str
     shape: tuple[int, int]
-    action: Action
+    action: str
     weight_error: float | None
     output_error: float | None
     smoothed: bool
@@ -64,6 +63,10 @@ class QuantReport:
         """`{"rows": [{"path", "kind", "shape", "action", …}], "measured_on", "bytes_before", "bytes_after"}`."""
         return asdict(self)
 
+    def _formats(self) -> str:
+        """`int4 and int8`."""
+        return " and ".join(sorted({row.action.split()[0] for row in self.quantized})) or "quantized"
+
     def __iter__(self) -> Iterator[QuantRow]:
         return iter(self.rows)
 
@@ -91,10 +94,10 @@ class QuantReport:
         ]
         before, after = self.bytes_before / 2**20, self.bytes_after / 2**20
         title = (
-            f"{len(self.quantized)} of {len(self.rows)} layers int8, {before:.1f} → {after:.1f} MiB; "
+            f"{len(self.quantized)} of {len(self.rows)} layers {self._formats()}, {before:.1f} → {after:.1f} MiB; "
             f"errors measured on {self.measured_on}"
         )
-        headers = ("module", "×", "kind", "out×in", "action", "weight error", "W8A8 error", "smoothed", "because")
+        headers = ("module", "×", "kind", "out×in", "action", "weight error", "output error", "smoothed", "because")
         return render(title, headers, cells)
 
 
@@ -132,13 +135,13 @@ def current(model: nn.Module) -> QuantReport | None:
     Errors are those that `quantize_` measured; a model that was loaded has none.
     """
     modules = dict(model.named_modules())
-    int8 = {path: module for path, module in modules.items() if isinstance(module, Int8Weight)}
+    packed = {path: module for path, module in modules.items() if isinstance(module, QuantizedWeight)}
     recorded = [(path, module.__dict__[_RECORD]) for path, module in modules.items() if _RECORD in module.__dict__]
-    if not recorded and not int8:
+    if not recorded and not packed:
         return None
     now = tensor_bytes(model)
     if not recorded:
-        return QuantReport(tuple(_unmeasured(path, module) for path, module in int8.items()), "nothing", now, now)
+        return QuantReport(tuple(_unmeasured(path, module) for path, module in packed.items()), "nothing", now, now)
     prefix, report = recorded[0]
     rows = tuple(_now(row, prefix, modules) for row in report.rows)
     return replace(report, rows=rows, bytes_after=now)
@@ -148,18 +151,19 @@ def _now(row: QuantRow, prefix: str, modules: dict[str, nn.Module]) -> QuantRow:
     path = f"{prefix}.{row.path}".strip(".")
     if f"{path}.base_layer" in modules:  # peft has wrapped it since
         path = f"{path}.base_layer"
-    if row.action != "left" and not isinstance(modules.get(path), Int8Weight):
-        why = "it was written or replaced since (a merged adapter, for one); quantize_ makes it int8 again"
+    if row.action != "left" and not isinstance(modules.get(path), QuantizedWeight):
+        why = "it was written or replaced since (a merged adapter, for one); quantize_ packs it again"
         return replace(row, path=path, action="left", reason=why)
     return replace(row, path=path)
 
 
-def _unmeasured(path: str, module: Int8Weight) -> QuantRow:
-    rows, columns = module.codes.shape
-    kind = "Embedding" if isinstance(module, Int8Embedding) else "Conv1D" if module.from_conv1d else "Linear"
-    w8a8 = isinstance(module, Int8Linear) and module.scheme != "w8a16"
-    action: Action = "int8 w8a8" if w8a8 else "int8 weight-only"
-    return QuantRow(path, kind, (rows, columns), action, None, None, False, "" if w8a8 else "the checkpoint says so")
+def _unmeasured(path: str, module: QuantizedWeight) -> QuantRow:
+    kind = "Embedding" if isinstance(module, QuantizedEmbedding) else "Conv1D" if module.from_conv1d else "Linear"
+    action, reason = module.format_name, ""
+    if action == "int8":
+        w8a8 = isinstance(module, Int8Linear) and module.scheme != "w8a16"
+        action, reason = ("int8 w8a8", "") if w8a8 else ("int8 weight-only", "the checkpoint says so")
+    return QuantRow(path, kind, module.weight_size, action, None, None, False, reason)
 
 
 def tensor_bytes(model: nn.Module) -> int:

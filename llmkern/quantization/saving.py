@@ -5,26 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from llmkern.quantization.checkpoint import describe_in_config, load
+from llmkern.quantization.formats import format_of_module
 from llmkern.swap.derive import original_class
 
 __all__ = ["save_pretrained"]
 
 
 def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers'; raises RuntimeError where the checkpoint cannot be read back into a model of this class.
+    """As transformers'; raises ValueError where a layer has no form in a checkpoint, and RuntimeError where the
+    checkpoint cannot be read back into a model of this class.
 
     Tensors are called what they are called in the original checkpoints of the architecture.  Where those hold other
     tensors than the model, as of experts one by one, the model's own names are written instead: transformers' reader of
     compressed-tensors checkpoints drops floating-point tensors that it would have to merge.
     """
-    describe_in_config(model)  # layers may have become floating point since, as merging an adapter makes them
+    describe_in_config(
+        model, to_save=True
+    )  # layers may have become floating point since, as merging an adapter makes them
     if _merges(model):
         kwargs.setdefault("save_original_format", False)
     cls = original_class(model)
+    whole = not getattr(model, "_hf_peft_config_loaded", False) and kwargs.get("state_dict") is None
+    if whole and len(args) < 2:  # the second is state_dict
+        kwargs["state_dict"] = _written(model)
     result = cls.save_pretrained(model, save_directory, *args, **kwargs)
     if not hasattr(model.config, "quantization_config"):
         return result
-    whole = not getattr(model, "_hf_peft_config_loaded", False) and kwargs.get("state_dict") is None
     if whole and kwargs.get("is_main_process", True) and not kwargs.get("distributed_checkpoint", False):
         try:
             load(save_directory, model_class=cls, device_map={"": "meta"}, variant=kwargs.get("variant"))
@@ -35,6 +41,18 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
                 "llmkern.dequantize_(model) can be saved"
             ) from error
     return result
+
+
+def _written(model: Any) -> dict[str, Any]:
+    """The state as the checkpoint's formats have it."""
+    state = dict(model.state_dict())
+    for path, module in model.named_modules():
+        form = format_of_module(module)
+        if form is not None and form.write is not None:
+            for name in [name for name in state if name.rpartition(".")[0] == path and name != f"{path}.bias"]:
+                del state[name]
+            state |= {f"{path}.{name}": tensor for name, tensor in form.write(module).items()}
+    return state
 
 
 def _merges(model: Any) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmkern.nn.int8_linear import weight_out_in
+from llmkern.nn.quantized_linear import weight_out_in
 from llmkern.quantization.observe import Observed
 
 __all__ = ["Fold", "plan_folds"]

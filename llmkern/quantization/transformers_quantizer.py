@@ -1,7 +1,7 @@
 """llmkern as one of transformers' quantizers; importing this registers it.
 
-`from_pretrained(..., quantization_config=llmkern.Int8Config())` quantizes while loading.  A quantized checkpoint calls
-itself compressed-tensors, so that everybody reads it; `llmkern.load` has it read by this quantizer instead.
+`from_pretrained(..., quantization_config=llmkern.QuantConfig("int4"))` quantizes while loading.  A quantized checkpoint
+calls itself compressed-tensors, so that everybody reads it; `llmkern.load` has it read by this quantizer instead.
 """
 
 from __future__ import annotations
@@ -15,51 +15,60 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmkern.quantization.checkpoint import OURS, describe_in_config, packed_layers
 from llmkern.quantization.formats import format_of_group
+from llmkern.quantization.formats._awaiting import Awaiting
 from llmkern.quantization.layers import places_of, put
 from llmkern.quantization.methods import give_methods
 from llmkern.quantization.quantize import quantize_
-from llmkern.quantization.schemes import Int8, scheme_from_dict
+from llmkern.quantization.schemes import Int8, Scheme, scheme_from_dict, scheme_named, scheme_to_dict
 
-__all__ = ["Int8Config", "Int8Quantizer"]
+__all__ = ["Int8Config", "QuantConfig", "Quantizer", "finish_loading"]
 
 METHOD = "llmkern"
 
 
 @register_quantization_config(METHOD)
-class Int8Config(QuantizationConfigMixin):
-    """Have `from_pretrained` quantize the model that it loads, as `quantize_(model, Int8(…), skip=skip)` does.
+class QuantConfig(QuantizationConfigMixin):
+    """Have `from_pretrained` quantize the model that it loads, as `quantize_(model, scheme, skip=skip)` does.
 
-    max_error, smooth: as of `llmkern.Int8`.  skip: as of `llmkern.quantize_`.
-    description: of a checkpoint that is int8 already, by `llmkern.load`.
+    scheme, skip: as of `llmkern.quantize_`; a scheme may also be what `scheme_to_dict` makes of it.
+    description: of a checkpoint that is quantized already, by `llmkern.load`.
     """
 
     def __init__(
         self,
-        max_error: float = Int8.max_error,
-        smooth: bool = Int8.smooth,
+        scheme: Any = "int8",
         skip: Sequence[str] = (),
         description: dict[str, Any] | None = None,
         quant_method: str = METHOD,
     ) -> None:
-        Int8(max_error, smooth)  # raises where they are not accepted
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own are an enum
-        self.max_error, self.smooth, self.skip = max_error, smooth, list(skip)
+        is_written = isinstance(scheme, dict) and bool({"scheme", "layers"} & scheme.keys())
+        asked = scheme_from_dict(scheme) if is_written else scheme_named(scheme, type(self).__name__)
+        self.scheme = scheme_to_dict(asked)
+        self.skip = list(skip)
         self.description = description
 
     @property
-    def scheme(self) -> Int8:
+    def asked(self) -> Scheme:
         """The scheme that `quantize_` is asked for."""
-        return scheme_from_dict({"max_error": self.max_error, "smooth": self.smooth})
+        return scheme_from_dict(self.scheme)
+
+
+class Int8Config(QuantConfig):
+    """`QuantConfig` of `Int8(max_error, smooth)`."""
+
+    def __init__(self, max_error: float = Int8.max_error, smooth: bool = Int8.smooth, skip: Sequence[str] = ()) -> None:
+        super().__init__(Int8(max_error, smooth), skip)
 
 
 @register_quantizer(METHOD)
-class Int8Quantizer(HfQuantizer):
-    """Puts int8 modules where the checkpoint has int8 layers, or quantizes what was loaded.
+class Quantizer(HfQuantizer):
+    """Puts quantized modules where the checkpoint has quantized layers, or quantizes what was loaded.
 
     It takes itself away afterwards: a model that was loaded is the same as one that `quantize_` made.
     """
 
-    quantization_config: Int8Config
+    quantization_config: QuantConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         description = self.quantization_config.description
@@ -73,16 +82,12 @@ class Int8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config, description = self.quantization_config, self.quantization_config.description
-        self.remove_quantization_config(model)
-        for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_is_quantized"):
-                del module.config._is_quantized  # type: ignore[union-attr]
+        finish_loading(self, model)
         if description is None:
-            quantize_(model, config.scheme, skip=config.skip)
+            quantize_(model, config.asked, skip=config.skip)
             return
         model.config.quantization_config = description  # type: ignore[union-attr]
         describe_in_config(model)
-        give_methods(model)
 
     def is_serializable(self) -> bool:
         """Whether save_pretrained may be called."""
@@ -97,3 +102,21 @@ class Int8Quantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether torch.compile takes it."""
         return True
+
+
+def finish_loading(quantizer: HfQuantizer, model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Put the layers in place that have waited for their tensors, and take the quantizer away.
+
+    Returns the layers by what stood for them.  Where a checkpoint is only looked at, on the meta device, they wait on.
+    """
+    quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_is_quantized"):
+            del module.config._is_quantized  # type: ignore[union-attr]
+    places = places_of(model)
+    made: dict[nn.Module, nn.Module] = {}
+    for module in [each for each in model.modules() if isinstance(each, Awaiting) and each.is_filled]:
+        made[module] = module.finish()
+        put(places[module], made[module])
+    give_methods(model)
+    return made

@@ -9,6 +9,8 @@ from torch import nn
 
 from llmkern.nn import Int8Embedding, Int8Linear
 from llmkern.nn._int8_weight import Int8Weight
+from llmkern.nn._packed_module import PackedModule
+from llmkern.nn._quantized_weight import QuantizedWeight
 from llmkern.nn._weight_view import WeightView
 from llmkern.quantization.layers import places_of, put, said
 from llmkern.quantization.undo import undoing
@@ -20,6 +22,12 @@ __all__ = ["resize_token_embeddings", "tie_weights"]
 def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As transformers', whose tokens keep their codes and scales; new ones are quantized as `quantize_` would."""
     table, head = (said(model, f"get_{which}_embeddings") for which in ("input", "output"))
+    for module in (table, head):
+        if isinstance(module, PackedModule):
+            raise ValueError(
+                f"resize_token_embeddings: the vocabulary's weight is {module.kind}, to which no rows can be added; "
+                "llmkern.dequantize_(model) can be resized"
+            )
     int8 = [module for module in dict.fromkeys((table, head)) if isinstance(module, Int8Weight)]
     configs = _sizes(model)
     try:
@@ -81,18 +89,18 @@ def _quantized_again(before: Any, now: Any, made: dict[nn.Module, Any]) -> nn.Mo
 
 def tie_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As transformers'; codes that come from another layer come with its scales.  ValueError where only one of two
-    layers is int8."""
+    layers is quantized."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-    codes = {module: module.codes for _, module in layers if isinstance(module, Int8Weight)}
+    codes = {module: module.codes for _, module in layers if isinstance(module, QuantizedWeight)}
     with undoing(model):
         result = original_class(model).tie_weights(model, *args, **kwargs)
         for path, module in layers:
-            # A plain layer that was given the weight of an int8 one, or an int8 layer that has become a plain one.
+            # A plain layer that was given the weight of a quantized one, or one that has become a plain layer.
             if isinstance(module._parameters["weight"], WeightView) or (module in codes) != isinstance(
-                module, Int8Weight
+                module, QuantizedWeight
             ):
                 raise ValueError(
-                    f"tie_weights: {path} and the layer that it would be tied to are not both int8; quantize both "
+                    f"tie_weights: {path} and the layer that it would be tied to are not both quantized; quantize both "
                     "layers, or neither"
                 )
     return result

@@ -125,14 +125,14 @@ def _sizes(config: Any, dropped: set[str]) -> Iterator[tuple[str, Any]]:
             yield key, min(SIZES[key], value)
 
 
-def round_trip(name: str) -> str:
+def round_trip(name: str, scheme: str = "int8") -> str:
     """Quantize, save and load a tiny model of this type: "bit for bit", "is not built", "is not quantized", or what
     went wrong."""
     model = tiny(name)
     if model is None:
         return "is not built"
     try:
-        quantize_(model)
+        quantize_(model, scheme)
     except ValueError as error:
         return f"is not quantized: {error}"
     with tempfile.TemporaryDirectory() as folder:

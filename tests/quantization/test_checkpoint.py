@@ -88,8 +88,8 @@ UP = "model.layers.0.mlp.up_proj"
     [
         (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors does not exist"),
         (truncate, ValueError, "is corrupt"),
-        (no_config, ValueError, "config.json does not describe an int8 model"),
-        (without_quantization, ValueError, "config.json does not describe an int8 model"),
+        (no_config, ValueError, "config.json does not describe a quantized model"),
+        (without_quantization, ValueError, "config.json does not describe a quantized model"),
         (edit(lambda t: t.pop(f"{UP}.weight")), ValueError, f"lacks {UP}.weight"),
         (edit(lambda t: t[f"{UP}.weight_scale"].fill_(float("nan"))), ValueError, f"{UP}.weight_scale has NaN"),
         (edit(lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:3]})), ValueError, "expected"),

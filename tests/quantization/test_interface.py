@@ -34,9 +34,9 @@ def test_schemes_are_values_that_json_carries() -> None:
     assert scheme == Int8(0.5, False) != Int8()
     assert hash(scheme) == hash(Int8(0.5, False))
     assert scheme_from_dict(json.loads(json.dumps(scheme_to_dict(scheme)))) == scheme
-    with pytest.raises(ValueError, match="quantization_config: .*unexpected keyword argument 'block'"):
-        scheme_from_dict({"scheme": "int8", "block": 32})
-    with pytest.raises(ValueError, match="quantization_config: scheme is 'int3', expected llmkern.Int8"):
+    with pytest.raises(ValueError, match="quantization_config: .*unexpected keyword argument 'bits'"):
+        scheme_from_dict({"scheme": "int8", "bits": 7})
+    with pytest.raises(ValueError, match="quantization_config: scheme is 'int3', expected 'int8' or 'int4'"):
         scheme_from_dict({"scheme": "int3"})
     for wrong in (-1, float("nan"), "much"):
         with pytest.raises(ValueError, match="Int8: max_error is .*, expected a number that is 0 or more"):

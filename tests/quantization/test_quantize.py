@@ -295,10 +295,10 @@ def test_a_calibration_that_fails_changes_nothing(tiny_llama, unchanged) -> None
 def test_bad_input(tiny_llama, unchanged) -> None:
     check = unchanged(tiny_llama)
     for exception, message, arguments in [
-        (ValueError, "scheme is 'int4', expected llmkern.Int8", {"scheme": "int4"}),
+        (ValueError, "scheme is 'int3', expected 'int8', 'int8-block', 'int4'", {"scheme": "int3"}),
         (TypeError, "skip is 'lm_head', expected a sequence", {"skip": "lm_head"}),
         (TypeError, "filter_fn is a int, expected a function", {"filter_fn": 3}),
-        (TypeError, "scheme is a float, expected llmkern.Int8", {"scheme": 8.0}),
+        (TypeError, "scheme is a float, expected 'int8', ", {"scheme": 8.0}),
         (TypeError, "calib is a str, expected a list", {"calib": "text"}),
         (TypeError, "calib has a int, expected texts", {"calib": [3]}),
         (ValueError, "calib is empty", {"calib": []}),
@@ -311,7 +311,7 @@ def test_bad_input(tiny_llama, unchanged) -> None:
         quantize_(nn.ReLU())
     with pytest.raises(ValueError, match="weight is on the meta device"):
         quantize_(nn.Sequential(nn.Linear(2, 2, device="meta")))
-    with pytest.raises(ValueError, match="model has no Int8Linear in it"):
+    with pytest.raises(ValueError, match="model has no quantized layer in it"):
         dequantize_(tiny_llama)
     check()
     quantize_(tiny_llama)

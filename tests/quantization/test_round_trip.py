@@ -116,7 +116,9 @@ def test_load_refuses_what_it_does_not_read(tmp_path) -> None:
     for group in config["quantization_config"]["config_groups"].values():
         group["weights"]["num_bits"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="^load: .* is no int8 model: .*weights have num_bits 4, expected 8"):
+    with pytest.raises(
+        ValueError, match="^load: .* is no quantized model that llmkern reads: .*weights have num_bits 4, expected 8"
+    ):
         llmkern.load(tmp_path)
     with pytest.raises(TypeError, match="load_: model is a Linear, expected a transformers model"):
         load_(torch.nn.Linear(2, 2), tmp_path)

@@ -12,7 +12,12 @@ from torch import Tensor
 from llmkern.packed import BLOCK, CODES, PANEL, from_panels, to_panels
 from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks
 from llmkern.quantization.formats.gguf import GGUF_TYPES
-from llmkern.quantization.formats.packed_int32 import read_awq, read_gptq, read_pack_quantized
+from llmkern.quantization.formats.packed_int32 import (
+    read_awq,
+    read_gptq,
+    read_pack_quantized,
+    write_pack_quantized,
+)
 from llmkern.testing.case import Make
 from llmkern.testing.cases.quantized_linear import KINDS, random_packed
 from llmkern.testing.compare import assert_same_bits
@@ -84,6 +89,11 @@ def test_pack_quantized_means_what_compressed_tensors_says(bits: int, symmetric:
     packed, permutation = read_pack_quantized(tensors, bits)
     assert permutation is None if not actorder else torch.equal(permutation, order)
     assert_same_bits(packed.dequantized(), expected.float())
+    if not actorder:  # what we write is what they wrote
+        again = write_pack_quantized(packed)
+        assert again.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(again[name], tensor), name
 
 
 def test_awq_means_what_compressed_tensors_says() -> None:

@@ -187,7 +187,7 @@ def test_one_in_floating_point_is_not_tied_to_one_in_int8(skip: str, tiny_llama,
     model.config.tie_word_embeddings = True
     check, before = unchanged(model), model(ids).logits
     with pytest.raises(
-        ValueError, match=r"tie_weights: lm_head and the layer that it would be tied to are not both int8"
+        ValueError, match=r"tie_weights: lm_head and the layer that it would be tied to are not both quantized"
     ):
         model.tie_weights()
     check()

@@ -18,13 +18,13 @@ def kv_cache() -> Any:
 
 
 @functools.cache
-def int8_config() -> Any:
-    """The class `Int8Config`; without transformers, one that says so when it is called."""
+def quantization_config(name: str) -> Any:
+    """The class `QuantConfig` or `Int8Config`; without transformers, one that says so when it is called."""
     if importlib.util.find_spec("transformers") is not None:
-        from llmkern.quantization.transformers_quantizer import Int8Config
+        from llmkern.quantization import transformers_quantizer
 
-        return Int8Config
-    return _missing("Int8Config", "a config")
+        return getattr(transformers_quantizer, name)
+    return _missing(name, "a config")
 
 
 def _missing(name: str, kind: str) -> Any:

@@ -18,25 +18,28 @@ __all__ = ["Format", "format_of_group", "format_of_module", "formats"]
 
 @dataclass(frozen=True)
 class Format:
-    """name: as schemes call it.
+    """name: as compressed-tensors calls it, or we do.
 
-    pack: a floating-point weight [rows, columns] to the tensors that kernels read and checkpoints hold, by their names
-        in a module's state dict.
-    unpack: those tensors to the weight that they stand for, [rows, columns] fp32; the definition of the format.
-    modules: the classes of modules whose weight is in it.
-    group: what a compressed-tensors config says of such a module: a config group without its targets.
     refuse: why a config group of a checkpoint is not in this format, or None.
     empty: given a path, a floating-point module and a config group, the module without values in its place, on the
-        meta device.  Raises ValueError where there is none.
+        meta device, which a loader fills.  Raises ValueError where there is none.
+    Of formats that are written too:
+    modules: the classes of modules whose weight is in it.
+    group: what a compressed-tensors config says of such a module: a config group without its targets.  Raises
+        ValueError for a module that cannot be written.
+    pack: a floating-point weight [rows, columns] to the tensors that checkpoints hold, by their names.
+    unpack: those tensors to the weight that they stand for, [rows, columns] fp32; the definition of the format.
+    write: a module's tensors as checkpoints hold them; None where its state dict has them so.
     """
 
     name: str
-    pack: Callable[[Tensor], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor]], Tensor]
-    modules: tuple[type[nn.Module], ...]
-    group: Callable[[Any], dict[str, Any]]
     refuse: Callable[[Mapping[str, Any]], str | None]
     empty: Callable[[str, nn.Module, Mapping[str, Any]], nn.Module]
+    modules: tuple[type[nn.Module], ...] = ()
+    group: Callable[[Any], dict[str, Any]] | None = None
+    pack: Callable[[Tensor], dict[str, Tensor]] | None = None
+    unpack: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    write: Callable[[Any], dict[str, Tensor]] | None = None
 
 
 def formats() -> list[Format]:

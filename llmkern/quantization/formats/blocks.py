@@ -18,6 +18,9 @@ __all__ = ["pack_int4", "pack_int8_blocks", "why_not_in_blocks"]
 RANGES = tuple(0.70 + 0.05 * i for i in range(8))
 """Of the largest magnitude in a group, the ranges that are tried; what is beyond is clipped."""
 
+LEAST_IMPORTANCE = 0.01
+"""Of a column in units of the mean one, added to what was measured."""
+
 SMALLEST, LARGEST = 2.0**-12, 65504.0
 """Scales are kept in fp16 where the weight's largest is between these, so that those of smaller groups lose nothing
 that counts beside it; else in fp32."""
@@ -41,25 +44,36 @@ def pack_int8_blocks(weight: Tensor) -> PackedWeight:
     return PackedWeight.from_rows("s8", codes.to(torch.int8).flatten(1), scale.squeeze(-1))
 
 
-def pack_int4(weight: Tensor, group: int = 32, *, symmetric: bool = True) -> PackedWeight:
+def pack_int4(
+    weight: Tensor, group: int = 32, *, symmetric: bool = True, importance: Tensor | None = None
+) -> PackedWeight:
     """Round a weight [n, k] to 16 levels with a scale for each `group` columns, and an integer zero point where asked.
 
     group: 32, 64 or 128.  symmetric: levels −8 … 7 times a scale of either sign, so that the larger end of a group has
     the further level; else scale · (q − zero), q and zero from 0 to 15.
+    importance: [k], what an error in each column counts, squared; the mean square of the input that the column is
+        multiplied with makes it the error of the product (llama.cpp's importance matrix).
     Raises as `pack_int8_blocks` does.
     """
     if group not in (32, 64, 128):
         raise ValueError(f"int4: group is {group!r}, expected 32, 64 or 128")
     groups, kept = _groups("int4", weight, group, 8)
+    counts = torch.ones(1, device=weight.device) if importance is None else _counts(importance, group)
     if symmetric:
-        scale = _symmetric_scale(groups, kept)
+        scale = _symmetric_scale(groups, counts, kept)
         codes = _rounded(groups, scale, -8, 7) + 8
         return PackedWeight.from_rows("s4", codes.to(torch.uint8).flatten(1), scale.squeeze(-1))
-    scale, zero = _asymmetric(groups, kept)
+    scale, zero = _asymmetric(groups, counts, kept)
     codes = (_quotient(groups, scale) + zero).round().clamp(0, 15)
     return PackedWeight.from_rows(
         "u4", codes.to(torch.uint8).flatten(1), scale.squeeze(-1), zero=zero.squeeze(-1).to(torch.uint8)
     )
+
+
+def _counts(importance: Tensor, group: int) -> Tensor:
+    """[groups, group], with a mean of 1; columns that were never seen count a little."""
+    mean = importance.float().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return (importance.float() / mean + LEAST_IMPORTANCE).unflatten(0, (-1, group))
 
 
 def _groups(what: str, weight: Tensor, group: int, levels: int) -> tuple[Tensor, torch.dtype]:
@@ -82,7 +96,7 @@ def _rounded(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return _quotient(groups, scale).round().clamp(low, high)
 
 
-def _symmetric_scale(groups: Tensor, kept: torch.dtype) -> Tensor:
+def _symmetric_scale(groups: Tensor, counts: Tensor, kept: torch.dtype) -> Tensor:
     """The scale of each group with the least squared error that was found."""
     at = groups.abs().argmax(-1, keepdim=True)
     extreme = groups.gather(-1, at)
@@ -91,21 +105,25 @@ def _symmetric_scale(groups: Tensor, kept: torch.dtype) -> Tensor:
     for size in RANGES:
         for levels in (-8, 7):  # which end has the extreme value
             codes = _rounded(groups, extreme * (size / levels), -8, 7)
-            square = codes.square().sum(-1, keepdim=True)
-            scale = (groups * codes).sum(-1, keepdim=True) / square.clamp(min=1)
-            best, least = _better(groups, scale, best, least)
+            best, least = _better(groups, counts, _fitted(groups, counts, codes), best, least)
     for levels in (-8, 7):
-        best, least = _better(groups, extreme / levels, best, least)
+        best, least = _better(groups, counts, extreme / levels, best, least)
     return best
 
 
-def _better(groups: Tensor, scale: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+def _fitted(groups: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
+    """The scale of least squares for these codes."""
+    square = (counts * codes.square()).sum(-1, keepdim=True)
+    return (counts * groups * codes).sum(-1, keepdim=True) / square.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _better(groups: Tensor, counts: Tensor, scale: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     scale = scale.to(best.dtype)
-    error = (_rounded(groups, scale, -8, 7) * scale - groups).square().sum(-1, keepdim=True)
+    error = (counts * (_rounded(groups, scale, -8, 7) * scale - groups).square()).sum(-1, keepdim=True)
     return torch.where(error < least, scale, best), torch.minimum(error, least)
 
 
-def _asymmetric(groups: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
+def _asymmetric(groups: Tensor, counts: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group, of several ranges; 0 is among the values that have a code of their own."""
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     best, best_zero = torch.zeros_like(low, dtype=kept), torch.zeros_like(low)
@@ -114,10 +132,9 @@ def _asymmetric(groups: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = ((high - low) * (size / 15)).to(kept)
         zero = _quotient(-low * size, scale).round().clamp(0, 15)
         codes = (_quotient(groups, scale) + zero).round().clamp(0, 15) - zero
-        square = codes.square().sum(-1, keepdim=True)
-        for tried in (scale, ((groups * codes).sum(-1, keepdim=True) / square.clamp(min=1)).to(kept)):
+        for tried in (scale, _fitted(groups, counts, codes).to(kept)):
             shown = ((_quotient(groups, tried) + zero).round().clamp(0, 15) - zero) * tried
-            error = (shown - groups).square().sum(-1, keepdim=True)
+            error = (counts * (shown - groups).square()).sum(-1, keepdim=True)
             best, best_zero = torch.where(error < least, tried, best), torch.where(error < least, zero, best_zero)
             least = torch.minimum(error, least)
     return best, best_zero

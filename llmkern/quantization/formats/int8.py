@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkern.nn import Int8Embedding, Int8Linear
-from llmkern.nn._int8_weight import Int8Weight, quantized, with_hooks
-from llmkern.nn.int8_linear import is_conv1d, weight_out_in
+from llmkern.nn._int8_weight import Int8Weight, quantized
+from llmkern.nn._quantized_weight import with_hooks
+from llmkern.nn.quantized_linear import is_conv1d, weight_out_in
 from llmkern.quantization.formats import Format
 
 __all__ = ["FORMAT"]
@@ -35,6 +36,8 @@ def _group(module: Int8Weight) -> dict[str, Any]:
 
 
 def _refuse(group: Mapping[str, Any]) -> str | None:
+    if group.get("format") not in (None, "int-quantized", "naive-quantized"):
+        return f"its format is {group['format']!r}, expected 'int-quantized'"
     for what, wanted in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):
         given: Mapping[str, Any] | None = group.get(what)
         if given is None and what == "input_activations":  # weight-only
@@ -61,4 +64,4 @@ def _empty(path: str, module: nn.Module, group: Mapping[str, Any]) -> nn.Module:
     return with_hooks(linear, module)
 
 
-FORMAT = Format("int8", _pack, _unpack, (Int8Linear, Int8Embedding), _group, _refuse, _empty)
+FORMAT = Format("int8", _refuse, _empty, (Int8Linear, Int8Embedding), _group, _pack, _unpack)

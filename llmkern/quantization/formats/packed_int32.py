@@ -1,8 +1,8 @@
 """Weights packed into int32 words by compressed-tensors (`pack-quantized`), GPTQ and AWQ.
 
-Each function takes a layer's tensors under the names that checkpoints have, and returns the packed weight and, where
-activations were ordered (`g_idx`), the permutation of the columns of x that it is to be multiplied with.  All raise
-ValueError, with the name of the tensor, for what does not fit.
+Each function that reads takes a layer's tensors under the names that checkpoints have, and returns the packed weight
+and, where activations were ordered (`g_idx`), the permutation of the columns of x that it is to be multiplied with.
+All raise ValueError, with the name of the tensor, for what does not fit.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llmkern.packed import BLOCK, PackedWeight
-from llmkern.quantization.formats._bits import fields_of
+from llmkern.quantization.formats._bits import fields_of, words_of
 
-__all__ = ["read_awq", "read_gptq", "read_pack_quantized"]
+__all__ = ["read_awq", "read_gptq", "read_pack_quantized", "why_not_pack_quantized", "write_pack_quantized"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -42,6 +42,35 @@ def read_pack_quantized(tensors: Tensors, bits: int) -> tuple[PackedWeight, Tens
         _check(zero.shape == expected, "weight_zero_point", zero, expected)
         zeros = fields_of(zero.T, bits).T[:n]
     return _packed(codes, scale, zeros, bits, tensors.get("weight_g_idx"), "weight_g_idx")
+
+
+def why_not_pack_quantized(packed: PackedWeight) -> str | None:
+    """The sentence why `write_pack_quantized` does not take a weight, or None."""
+    if packed.code not in ("s4", "s8", "u4"):
+        return f"codes {packed.code!r} have no place in compressed-tensors' format"
+    if packed.offset is not None or packed.super_scale is not None:
+        return "its blocks have offsets or scales of scales, for which compressed-tensors' format has no place"
+    if packed.zero is not None and int(packed.zero.max()) > 15:
+        return "it has a zero point of 16, and compressed-tensors' have four bits"
+    return None
+
+
+def write_pack_quantized(packed: PackedWeight) -> dict[str, Tensor]:
+    """The tensors that `read_pack_quantized` reads.  Raises ValueError with the reason where there are none."""
+    if reason := why_not_pack_quantized(packed):
+        raise ValueError(reason)
+    bits = 8 if packed.code == "s8" else 4
+    codes, scale, zero = (packed.rows(name) for name in ("codes", "scale", "zero"))
+    assert codes is not None
+    assert scale is not None
+    codes = codes.view(torch.uint8) ^ 128 if bits == 8 else codes
+    groups = scale.shape[1]
+    tensors = {"weight_scale": scale, "weight_shape": torch.tensor([packed.n, packed.k])}
+    if zero is not None:
+        rows = zero.new_zeros(-(-packed.n // 8) * 8, groups)
+        rows[: packed.n] = zero
+        tensors["weight_zero_point"] = words_of(rows.T.contiguous(), 4).T.contiguous()
+    return {"weight_packed": words_of(codes, bits), **tensors}
 
 
 def read_gptq(tensors: Tensors, bits: int, *, version: int) -> tuple[PackedWeight, Tensor | None]:

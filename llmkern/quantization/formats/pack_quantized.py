@@ -1,0 +1,119 @@
+"""compressed-tensors' `pack-quantized`: codes of 4 or 8 bits in int32 words, with a scale for each group of columns.
+
+`weight_packed` int32 [rows, columns · bits / 32], `weight_scale` [rows, groups], `weight_shape` int64 [2], and of
+asymmetric schemes `weight_zero_point` int32 [rows · bits / 32, groups].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.nn import PackedEmbedding, PackedLinear
+from llmkern.nn._packed_module import PackedModule
+from llmkern.nn.quantized_linear import is_conv1d, weight_out_in
+from llmkern.packed import BLOCK, PackedWeight
+from llmkern.quantization.formats import Format
+from llmkern.quantization.formats._awaiting import awaiting_linear, group_size_of, narrowest
+from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.formats.packed_int32 import (
+    read_pack_quantized,
+    why_not_pack_quantized,
+    write_pack_quantized,
+)
+
+__all__ = ["FORMAT"]
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:
+    packed, permutation = read_pack_quantized(tensors, _bits(tensors))
+    weight = packed.dequantized()
+    return weight if permutation is None else torch.empty_like(weight).index_copy_(1, permutation, weight)
+
+
+def _bits(tensors: Mapping[str, Tensor]) -> int:
+    return 32 * tensors["weight_packed"].shape[1] // int(tensors["weight_shape"][1])
+
+
+def _group(module: PackedModule) -> dict[str, Any]:
+    packed = module.packed
+    if isinstance(module, PackedEmbedding):
+        raise ValueError(f"{module.kind}: an embedding in blocks has no place in a compressed-tensors checkpoint")
+    if reason := why_not_pack_quantized(packed):
+        raise ValueError(f"{module.kind}: {reason}")
+    if module.permutation is not None:
+        raise ValueError(f"{module.kind}: its groups are not of neighbouring columns, as compressed-tensors' are")
+    weights = {
+        "num_bits": 8 if packed.code == "s8" else 4,
+        "type": "int",
+        "symmetric": packed.zero is None,
+        "strategy": "group",
+        "group_size": packed.k // packed.scale.shape[1],
+        "dynamic": False,
+    }
+    return {"weights": weights, "input_activations": None, "format": "pack-quantized"}
+
+
+def _refuse(group: Mapping[str, Any]) -> str | None:
+    weights: Mapping[str, Any] = group.get("weights") or {}
+    accepted: dict[str, tuple[Any, ...]] = {
+        "num_bits": (4, 8),
+        "type": ("int",),
+        "strategy": ("group", "channel"),
+        "dynamic": (False, None),
+    }
+    for key, values in accepted.items():
+        if weights.get(key) not in values:
+            wanted = " or ".join(repr(value) for value in values if value is not None)
+            return f"its weights have {key} {weights.get(key)!r}, expected {wanted}"
+    if weights["strategy"] == "channel" and weights["num_bits"] == 8 and group.get("format") != "pack-quantized":
+        return "its codes are one to an int8"
+    if weights["strategy"] == "group":
+        size = weights.get("group_size")
+        if not isinstance(size, int) or size < BLOCK or size % BLOCK:
+            return f"its weights have group_size {size!r}, expected a multiple of {BLOCK}"
+    if group.get("format") not in (None, "pack-quantized"):
+        return f"its format is {group['format']!r}, expected 'pack-quantized'"
+    if group.get("input_activations"):
+        return "its input_activations are quantized, expected those of a weight-only scheme: none"
+    return None
+
+
+def _empty(path: str, module: nn.Module, group: Mapping[str, Any]) -> nn.Module:
+    weights = group["weights"]
+    bits = weights["num_bits"]
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        raise ValueError(f"{path} is int{bits} in the checkpoint, and a {type(module).__name__} in the model")
+    n, k = weight_out_in(module).shape
+    size = group_size_of(path, k, weights["group_size"] if weights["strategy"] == "group" else -1)
+    tensors = {
+        "weight_packed": ((n, -(-k * bits // 32)), torch.int32),
+        "weight_scale": ((n, k // size), torch.float32),
+        "weight_shape": ((2,), torch.int64),
+    }
+    if not weights.get("symmetric", True):
+        tensors["weight_zero_point"] = ((-(-n * bits // 32), k // size), torch.int32)
+    if weights.get("actorder") in ("group", True):
+        tensors["weight_g_idx"] = ((k,), torch.int32)
+
+    def read(given: dict[str, Tensor]) -> tuple[PackedWeight, Tensor | None]:
+        given["weight_scale"] = narrowest(given["weight_scale"])
+        return read_pack_quantized(given, bits)
+
+    return awaiting_linear(path, module, tensors, read)
+
+
+def _write(module: PackedModule) -> dict[str, Tensor]:
+    return write_pack_quantized(module.packed)
+
+
+def _pack(weight: Tensor) -> dict[str, Tensor]:
+    return write_pack_quantized(pack_int4(weight, BLOCK))
+
+
+FORMAT = Format(
+    "pack-quantized", _refuse, _empty, (PackedLinear, PackedEmbedding), _group, _pack, _unpack, write=_write
+)

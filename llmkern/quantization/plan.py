@@ -1,0 +1,187 @@
+"""What becomes of a linear layer under a scheme: each candidate's output error is measured, and decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkern import ops
+from llmkern.nn import Int8Linear, PackedLinear, QuantizedLinear
+from llmkern.nn.quantized_linear import weight_out_in
+from llmkern.packed import BLOCK, PackedWeight
+from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks, why_not_in_blocks
+from llmkern.quantization.layers import Layer
+from llmkern.quantization.observe import MAX_ROWS, Observed
+from llmkern.quantization.report import QuantRow
+from llmkern.quantization.schemes import GROUPS, Int4, Int8
+
+__all__ = ["Plan", "plan_layer", "relative_error"]
+
+MAX_WEIGHT_ONLY_ERROR = 0.05
+"""A layer whose output error is larger even with int8 weights stays in floating point.  1% is what those cost."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a layer: its replacement, or the scales that its weight, left as it is, must follow."""
+
+    layer: Layer
+    row: QuantRow
+    replacement: QuantizedLinear | None = None
+    rescale: Tensor | None = None
+
+
+def plan_layer(
+    layer: Layer, observed: Observed, s: Tensor | None, scheme: Int8 | Int4 | None, *, is_head: bool
+) -> Plan:
+    """Choose the layer's form.
+
+    s: what its input channels are multiplied by (`smooth.py`); None for nothing.  scheme: None leaves it.
+    is_head: whether it gives the logits, which are too many to lose anything: weight-only int8 at most.
+    """
+    if layer.reason or scheme is None:
+        return Plan(layer, _row(layer, "left", layer.reason or "the scheme names no format for it"))
+    if is_head or (isinstance(scheme, Int8) and scheme.block is None):
+        max_error = scheme.max_error if isinstance(scheme, Int8) else 0.0
+        return _plan_int8(layer, observed, s, max_error, is_head=is_head)
+    columns = layer.shape[1]
+    if reason := why_not_in_blocks(*layer.shape, BLOCK):
+        max_error = scheme.max_error if isinstance(scheme, Int8) else Int8.max_error
+        return _plan_int8(layer, observed, s, max_error, because=reason)
+    return _plan_packed(layer, observed, _candidates(scheme, columns))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A form that a packed layer may have: pack takes weight and importance.  reason: why no narrower one, or ""."""
+
+    pack: Callable[[Tensor, Tensor | None], PackedWeight]
+    max_error: float
+    reason: str = ""
+
+
+def _candidates(scheme: Int8 | Int4, columns: int) -> Iterator[_Candidate]:
+    """The narrowest first."""
+    if isinstance(scheme, Int4):
+        group = max(size for size in GROUPS if size <= scheme.group and columns % size == 0)
+        yield _Candidate(
+            lambda weight, counts: pack_int4(weight, group, symmetric=scheme.symmetric, importance=counts),
+            scheme.max_error,
+            "" if group == scheme.group else f"its {columns} columns are no multiple of {scheme.group}",
+        )
+    yield _Candidate(lambda weight, _: pack_int8_blocks(weight), MAX_WEIGHT_ONLY_ERROR)
+
+
+def _plan_packed(layer: Layer, observed: Observed, candidates: Iterator[_Candidate]) -> Plan:
+    module = layer.module
+    weight = weight_out_in(module).detach()
+    rows = observed.rows.get(module)
+    importance = None if rows is None else rows.float().square().mean(0).to(weight.device)
+    unseen = bool(observed.rows) and rows is None
+    failed = ""
+    for candidate in candidates:
+        packed = PackedLinear.from_linear(module, candidate.pack(weight, importance))
+        weight_error = relative_error(weight.float(), packed.dequantized_weight(torch.float32))
+        error = None if unseen else _output_error(module, None, rows, _without_bias(packed))
+        reason = failed or candidate.reason or ("no input reached it" if unseen else "")
+        if error is None or error <= candidate.max_error:
+            return Plan(layer, _row(layer, packed.kind, reason, weight_error, error), packed)
+        failed = f"its {packed.kind} error is {100 * error:.1f}%, beyond {100 * candidate.max_error:g}%"
+    return Plan(layer, _row(layer, "left", failed, weight_error, error))
+
+
+def _without_bias(packed: PackedLinear) -> Callable[[Tensor], Tensor]:
+    w = packed.packed
+    arguments = {name: getattr(w, name) for name in ("zero", "offset", "super_scale", "super_offset")}
+    return lambda rows: ops.quantized_linear(rows, w.codes, w.scale, **arguments, code=w.code, n=w.n)
+
+
+def _plan_int8(
+    layer: Layer,
+    observed: Observed,
+    s: Tensor | None,
+    max_error: float,
+    *,
+    is_head: bool = False,
+    because: str = "",
+) -> Plan:
+    """int8 by channel; weight-only for a head, and where the error is beyond `max_error`.
+
+    because: why it is not in blocks, where those were asked for.
+    """
+    module = layer.module
+    int8 = Int8Linear.from_linear(module) if s is None else _smoothed(module, s)
+    weight = weight_out_in(module).detach()
+    target = weight if s is None else weight * s.to(weight)
+    weight_error = relative_error(target.float(), int8.dequantized_weight(torch.float32))
+
+    def row(action: str, why: str, error: float | None) -> QuantRow:
+        return _row(layer, action, why, weight_error, error, smoothed=s is not None)
+
+    if observed.rows and module not in observed.rows:
+        int8.scheme = "w8a16"
+        return Plan(layer, row("int8 weight-only", "no input reached it", None), int8)
+    rows = observed.rows.get(module)
+
+    def multiply(scheme: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: ops.int8_linear(x, int8.codes, int8.weight_scale, scheme=scheme)
+
+    error = _output_error(module, s, rows, multiply("w8a8"))
+    if error <= max_error and not is_head:
+        return Plan(layer, row("int8 w8a8", because, error), int8)
+    floor = _output_error(module, s, rows, multiply("w8a16"))
+    if not floor <= MAX_WEIGHT_ONLY_ERROR:
+        why = f"even weight-only its error is {100 * floor:.1f}%, beyond {100 * MAX_WEIGHT_ONLY_ERROR:g}%"
+        return Plan(layer, row("left", why, error), rescale=s)
+    int8.scheme = "w8a16"
+    why = "it is the output head" if is_head else f"its W8A8 error is beyond {100 * max_error:g}%"
+    return Plan(layer, row("int8 weight-only", why, error), int8)
+
+
+def _row(
+    layer: Layer,
+    action: str,
+    reason: str,
+    weight_error: float | None = None,
+    error: float | None = None,
+    *,
+    smoothed: bool = False,
+) -> QuantRow:
+    return QuantRow(layer.path, layer.kind, layer.shape, action, weight_error, error, smoothed, reason)
+
+
+def _smoothed(module: nn.Module, s: Tensor) -> Int8Linear:
+    """The int8 layer of the weight times `s`."""
+    int8 = Int8Linear.from_linear(module)
+    weight = weight_out_in(module).detach()
+    codes, scale = ops.quantize_int8(weight * s.to(weight))
+    int8.hold(nn.Parameter(codes, requires_grad=False), scale)
+    return int8
+
+
+def relative_error(wanted: Tensor, got: Tensor) -> float:
+    """‖got − wanted‖ / ‖wanted‖; 0 where nothing is wanted."""
+    size = wanted.norm()
+    return float((got - wanted).norm() / size) if size > 0 else 0.0
+
+
+def _output_error(
+    module: nn.Module, s: Tensor | None, rows: Tensor | None, multiply: Callable[[Tensor], Tensor]
+) -> float:
+    """Root mean square over the rows of ‖y − ŷ‖ / ‖y‖, before the bias; of normal noise where no rows were seen.
+
+    multiply: the quantized product of rows, which are divided by `s` before.
+    """
+    weight = weight_out_in(module).detach().float()
+    if rows is None:
+        rows = torch.randn(MAX_ROWS // 4, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    rows = rows.float().to(weight.device)
+    wanted = F.linear(rows, weight)
+    got = multiply(rows if s is None else rows / s.to(rows))
+    size = wanted.norm(dim=-1)
+    relative = ((got - wanted).norm(dim=-1) / size)[size > 0]
+    return float(relative.square().mean().sqrt()) if relative.numel() else 0.0

@@ -1,0 +1,225 @@
+"""`quantize_` to int4 and to int8 in blocks: which layers become what, checkpoints, and the way back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import llmkern
+from llmkern.nn import Int8Embedding, Int8Linear, PackedLinear
+from llmkern.quantization import Int4, Int8, load_, quantize_
+from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.schemes import scheme_from_dict, scheme_named, scheme_to_dict
+from llmkern.testing.compare import assert_same_bits
+
+transformers = pytest.importorskip("transformers")
+
+from architectures import round_trip  # noqa: E402  (imports transformers)
+
+IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(1))
+SCHEMES = ("int4", "int4-g32", "int8-block")
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **changes})).eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def actions(model) -> dict[str, str]:
+    return {row.path: row.action for row in llmkern.report(model).quantization}
+
+
+@pytest.mark.parametrize(("scheme", "error"), [("int4", 0.25), ("int4-g32", 0.2), ("int8-block", 0.02)])
+def test_every_layer_gets_the_form_that_it_can_have(scheme: str, error: float) -> None:
+    model = llama()
+    expected = logits(model)
+    quantize_(model, scheme)
+    found = actions(model)
+    body = "int8-block" if scheme == "int8-block" else "int4 g32" if scheme == "int4-g32" else "int4 g64"
+    assert found["model.layers.0.self_attn.q_proj"] == body
+    assert found["model.layers.1.mlp.down_proj"] == ("int4 g128" if scheme == "int4" else body)
+    assert found["lm_head"] == found["model.embed_tokens"] == "int8 weight-only"
+    assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
+    assert (type(model.lm_head), type(model.model.embed_tokens)) == (Int8Linear, Int8Embedding)
+    assert 0 < (logits(model) - expected).norm() < error * expected.norm()
+    report = llmkern.report(model).quantization
+    assert all(row.weight_error < 0.12 and row.output_error < 0.2 for row in report if row.action == body)
+    assert body.split()[0] in str(report).splitlines()[0]
+    assert "PackedLinear(in_features=64" in str(model)
+
+
+def test_a_dict_names_a_scheme_for_each_layer() -> None:
+    model = quantize_(
+        llama(tie_word_embeddings=False),
+        {"layers.0.mlp": "int8-block", "*.q_proj": Int4(group=32, symmetric=False), "k_proj": None, "lm_head": "int4"},
+    )
+    found = actions(model)
+    assert found["model.layers.0.mlp.up_proj"] == "int8-block"
+    assert found["model.layers.1.self_attn.q_proj"] == "int4 g32"
+    assert model.model.layers[1].self_attn.q_proj.weight_zero is not None
+    assert found["lm_head"] == "int4 g64"
+    left = {path for path, action in found.items() if action == "left"}
+    assert {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens"} <= left
+    asked = model.config.quantization_config["llmkern"]["layers"]
+    assert asked["k_proj"] is None
+    assert asked["*.q_proj"] == {"scheme": "int4", "group": 32, "symmetric": False, "max_error": Int4.max_error}
+    with pytest.raises(ValueError, match=r"scheme names no layer that can be quantized \('nothing'\)"):
+        quantize_(llama(), {"nothing": "int4"})
+
+
+def test_a_layer_beyond_the_error_gets_more_bits_and_one_without_blocks_another_form() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 40), nn.Linear(40, 8))
+    quantize_(model, Int4(max_error=1e-3))
+    rows = {row.path: row for row in llmkern.report(model).quantization}
+    assert [rows[path].action for path in "012"] == ["int8-block", "int8-block", "int8 w8a8"]
+    assert "its int4 g64 error is " in rows["0"].reason
+    assert rows["2"].reason == "its 40 columns are no multiple of 32"
+
+
+def test_importance_moves_the_error_to_where_nobody_looks() -> None:
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(128)
+    importance[::4] = 100.0
+    for symmetric in (True, False):
+        plain, weighted = (
+            (pack_int4(weight, 64, symmetric=symmetric, importance=given).dequantized() - weight).square().sum(0)
+            for given in (None, importance)
+        )
+        assert (weighted * importance).sum() < 0.9 * (plain * importance).sum()
+        assert weighted.sum() > plain.sum()
+        same = pack_int4(weight, 64, symmetric=symmetric, importance=torch.full((128,), 3.0))
+        assert (same.dequantized() - weight).square().sum() <= 1.001 * plain.sum()
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, Int4(group=32, symmetric=False)], ids=str)
+def test_saved_and_loaded_is_the_same_model_to_the_bit(scheme: str, tmp_path) -> None:
+    model = quantize_(llama(), scheme)
+    model.save_pretrained(tmp_path)
+    loaded = llmkern.load(tmp_path)
+    wanted, got = model.state_dict(), loaded.state_dict()
+    assert wanted.keys() == got.keys()
+    for name, value in wanted.items():
+        assert value.dtype == got[name].dtype, name
+        assert torch.equal(value, got[name]), name
+    assert_same_bits(logits(loaded), logits(model))
+    assert actions(loaded) == {path: action for path, action in actions(model).items() if action != "left"}
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert_same_bits(logits(load_(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_stock_transformers_loads_it(scheme, dtype: torch.dtype, tmp_path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = quantize_(llama().to(dtype), scheme)
+    model.save_pretrained(tmp_path)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    wanted = logits(model).float()
+    assert (logits(stock).float() - wanted).norm() < 0.05 * wanted.norm()
+    weight = dict(stock.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    own = model.model.layers[0].mlp.up_proj.weight
+    assert (weight - own).abs().max() <= torch.finfo(dtype).eps * own.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bart"])
+def test_other_architectures_come_back(name: str) -> None:
+    assert round_trip(name, "int4-g32") == "bit for bit"
+
+
+def test_dequantized_is_what_the_codes_stand_for() -> None:
+    model = quantize_(llama(), "int4")
+    weights = {
+        name: module.weight.clone() for name, module in model.named_modules() if isinstance(module, PackedLinear)
+    }
+    llmkern.dequantize_(model)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    for name, weight in weights.items():
+        assert_same_bits(model.get_submodule(name).weight.detach(), weight)
+    assert llmkern.report(model).quantization is None
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_optimized_it_computes_the_same() -> None:
+    model = quantize_(llama(), "int4")
+    expected = logits(model)
+    llmkern.optimize_(model)
+    assert (logits(model) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_from_pretrained_quantizes(tmp_path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=llmkern.QuantConfig("int4", skip=["q_proj"]))
+    quantize_(model, "int4", skip=["q_proj"])
+    assert_same_bits(list(loaded.state_dict().values()), list(model.state_dict().values()))
+    assert loaded.config.quantization_config == model.config.quantization_config
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_are_trained_beside_it_and_merged_exactly(options) -> None:
+    peft = pytest.importorskip("peft")
+    model = quantize_(llama(), "int4")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(model, config)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    model.eval()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert type(merged.model.layers[0].self_attn.k_proj) is PackedLinear
+    assert (logits(merged) - expected).norm() < 0.05 * expected.norm()
+    quantize_(merged, "int4")
+    assert type(merged.model.layers[0].self_attn.q_proj) is PackedLinear
+
+
+def test_schemes_are_values_that_json_carries() -> None:
+    for scheme in (Int4(group=64, symmetric=False), Int8(block=32), scheme_named({"a": "int4", "b*": None})):
+        assert scheme_from_dict(json.loads(json.dumps(scheme_to_dict(scheme)))) == scheme
+    assert scheme_named("int8-block") == Int8(block=32)
+    for wrong, message in (
+        (lambda: Int4(group=48), "Int4: group is 48, expected 32 or 64 or 128"),
+        (lambda: Int4(max_error=-1), "Int4: max_error is -1, expected a number that is 0 or more"),
+        (lambda: Int8(block=64), "Int8: block is 64, expected None or 32"),
+        (lambda: scheme_named({}), "scheme is {}, expected schemes by name of a layer"),
+        (lambda: scheme_named({"a": {"b": "int4"}}), "the scheme of a layer is a dict"),
+        (lambda: scheme_named("int2"), "scheme is 'int2', expected 'int8', 'int8-block', 'int4', 'int4-g32', llmkern"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrong()
+
+
+def test_what_has_no_form_in_a_checkpoint_is_said_and_a_failure_changes_nothing(tmp_path, unchanged) -> None:
+    model = quantize_(llama(), "int4")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_buffer("weight_offset", torch.zeros_like(layer.weight_scale))
+    with pytest.raises(ValueError, match="int4 g64: its blocks have offsets"):
+        model.save_pretrained(tmp_path)
+    floating = llama()
+    with torch.no_grad():
+        floating.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+    check = unchanged(floating)
+    with pytest.raises(ValueError, match="int4: weight has NaN or infinite values"):
+        quantize_(floating, "int4")
+    check()
