@@ -192,7 +192,10 @@ def test_info(llmkern_) -> None:
 
 
 class TestCheck:
-    KEYS = ("model", "swapped", "left", "accuracy", "perplexity", "divergence", "restored_bit_equal", "verdict")
+    KEYS = (
+        *("model", "swapped", "left", "accuracy", "perplexity", "divergence", "bytes", "speed"),
+        *("restored_bit_equal", "verdict"),
+    )
 
     def test_language_model(self, llmkern_, llama, tmp_path) -> None:
         saved = tmp_path / "folder" / "check.json"
@@ -226,11 +229,19 @@ class TestCheck:
         assert content["environment"] == environment
         assert content["command"] == f"llmkern check {llama} --quantize int8 --kv-cache int8 --tokens 256 --dtype auto"
 
+    @pytest.mark.parametrize("scheme", ["int4", "int8-block"])
+    def test_fewer_bits(self, llmkern_, llama, scheme) -> None:
+        status, out, _ = llmkern_("check", llama, "--quantize", scheme, "--tokens", "64")
+        assert status == 0
+        for line in ("mean KL, nats", "same top token", "prefill, tokens/s", f"│ {scheme}"):
+            assert line in out
+        assert "int4" in out or scheme == "int8-block"
+
     def test_encoder_without_a_tokenizer(self, llmkern_, bert) -> None:
         status, out, err = llmkern_("check", bert, "--dtype", "bfloat16", "--json")
         found = json.loads(out)
         assert (status, found["verdict"]) == (0, True)
-        assert found["perplexity"] == {"original": None, "optimized": None, "int8": None}
+        assert found["perplexity"] == {"original": None, "optimized": None}
         assert "has no tokenizer" in err
 
     def test_encoder_and_decoder(self, llmkern_, others, llama) -> None:
@@ -309,7 +320,7 @@ class TestGenerate:
         (["check", "{empty}"], "has no config.json"),
         (["check", "{corrupt}"], "cannot load MODEL"),
         (["check", "{incomplete}"], "lacks 1 weights, model.norm.weight among them"),
-        (["check", "{llama}", "--quantize", "int3"], "--quantize is 'int3', expected int8"),
+        (["check", "{llama}", "--quantize", "int3"], "--quantize is 'int3', expected int8, int8-block, int4, int4-g32"),
         (["check", "{llama}", "--tokens", "1"], "--tokens is 1, expected at least 2"),
         (["check", "{llama}", "--device", "tpu"], "--device is 'tpu', expected cpu, cuda or auto"),
         (["check", "{vit}"], "takes pixel_values; check compares models of text"),

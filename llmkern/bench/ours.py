@@ -1,4 +1,4 @@
-"""llmkern's own model variants: as the dispatcher chooses, in int8, and on each backend alone."""
+"""llmkern's own model variants: as the dispatcher chooses, quantized, and on each backend alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ def _optimized(spec: Any) -> Any:
     return optimized_runner(spec)
 
 
-@OURS.variant("llmkern-int8", dtypes=("float32", "bfloat16"), int8=True)
-def _int8(spec: Any) -> Any:
-    from llmkern.bench.variants import optimized_runner
+def _quantized(scheme: str, *, int8: bool, quick: bool) -> None:
+    @OURS.variant(f"llmkern-{scheme}", dtypes=("float32", "bfloat16"), int8=int8, quick=quick)
+    def quantized(spec: Any) -> Any:
+        from llmkern.bench.variants import optimized_runner
 
-    return optimized_runner(spec, int8=True)
+        return optimized_runner(spec, scheme=scheme)
+
+
+_quantized("int8", int8=True, quick=True)
+_quantized("int8-block", int8=True, quick=False)
+_quantized("int4", int8=False, quick=False)
 
 
 def _register(backend: str) -> None:

@@ -192,14 +192,14 @@ def transformers_runner(
     return TransformersRunner(model, spec, forward, make)
 
 
-def optimized_runner(spec: Spec, *, int8: bool = False, backend: str | None = None) -> Runner:
-    """The model with kernels swapped in, quantized before where `int8`, every call forced on `backend` where given."""
+def optimized_runner(spec: Spec, *, scheme: str | None = None, backend: str | None = None) -> Runner:
+    """The model with kernels swapped in, quantized before by `scheme`, every call forced on `backend`, where given."""
     from llmkern import KVCache
     from llmkern.config import settings
 
     def change(model: nn.Module, loaded: Loaded) -> nn.Module:
-        if int8:
-            quantize(model, loaded)
+        if scheme is not None:
+            quantize(model, loaded, scheme)
         optimize_(model, on_unsupported="ignore")
         settings.backend = backend if backend is not None else settings.backend
         return model

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_scheme", "device_named", "dtype_named"]
+from llmkern.quantization.schemes import NAMES
+
+__all__ = ["SCHEMES", "check_scheme", "device_named", "dtype_named"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -25,10 +27,14 @@ def dtype_named(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+SCHEMES = ", ".join(NAMES)
+"""What `--quantize` takes, for its help."""
+
+
 def check_scheme(scheme: str | None) -> None:
     """The scheme of an option `--quantize` is known."""
-    if scheme not in (None, "int8"):
-        raise ValueError(f"--quantize is {scheme!r}, expected int8")
+    if scheme is not None and scheme not in NAMES:
+        raise ValueError(f"--quantize is {scheme!r}, expected {SCHEMES}")
 
 
 def device_named(name: str) -> torch.device:

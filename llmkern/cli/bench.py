@@ -9,7 +9,7 @@ import torch
 import typer
 
 from llmkern.cli import bench_serve
-from llmkern.cli.arguments import check_scheme, device_named, dtype_named
+from llmkern.cli.arguments import device_named, dtype_named
 from llmkern.cli.bench_results import Outputs, kept_on_interrupt, new_result, recorded
 from llmkern.cli.command import Command
 from llmkern.cli.models import DEVICE_HELP, load, token_ids
@@ -210,7 +210,8 @@ def model(
 
     if (model is None) == (config is None):
         raise ValueError("give MODEL or --config NAME, one of the two")
-    check_scheme(quantize)
+    if quantize not in (None, "int8"):
+        raise ValueError(f"--quantize is {quantize!r}, expected int8 (--variants names others, llmkern-int4 for one)")
     for option, value in (("batch", batch), ("prompt-len", prompt_len), ("new-tokens", new_tokens), ("rounds", rounds)):
         if value is not None and value < 1:
             raise ValueError(f"--{option} is {value}, expected at least 1")

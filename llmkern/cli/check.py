@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,9 +13,13 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from llmkern.cli.arguments import check_scheme
+from llmkern.cli.arguments import SCHEMES, check_scheme
 from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize, token_ids
 from llmkern.cli.output import print_json, save, say, task, working
+from llmkern.cli.speed import Speed, speeds
+from llmkern.quantization import QuantReport
+from llmkern.quantization.report import tensor_bytes
+from llmkern.report import report
 from llmkern.swap import SwapReport, optimize_, restore_
 from llmkern.swap.report import current as swap_report
 from llmkern.table import render
@@ -25,8 +29,9 @@ from llmkern.verify import Accuracy, outputs_of, verify
 __all__ = ["Check", "check", "run_check"]
 
 # Perplexity may be this many times the original's.
-OPTIMIZED_BOUND = 1.001
-INT8_BOUND = 1.02
+BOUNDS = {"optimized": 1.001, "int8": 1.02, "int8-block": 1.005, "int4": 1.06, "int4-g32": 1.06, "gguf": 1.005}
+GGUF = "gguf"
+"""The scheme of a .gguf file whose blocks are kept; the original is what they stand for, in floating point."""
 # Tokens of the two rows that are compared in float64; perplexity reads as many tokens as asked for.
 VERIFIED_LENGTH = 256
 CONTEXT = 512
@@ -36,9 +41,11 @@ CONTEXT = 512
 class Check:
     """What `llmkern check` found.
 
-    perplexity: of "original", "optimized" and "int8", None where a model has none or it was not asked for; and of the
-        optimized model with an "int8 cache", where that was.
-    divergence: of the int8 model from the original, where it was asked for and the model has a perplexity.
+    perplexity: of "original", "optimized", and what was asked for: the scheme's name, and "int8 cache" for the
+        optimized model with one; None where a model has none.
+    quantized: the report of quantizing, where that was asked for.
+    divergence: of the quantized model from the original, where the model has a perplexity.
+    speed: of the optimized and the quantized model, likewise.
     """
 
     model: str
@@ -46,7 +53,8 @@ class Check:
     accuracy: Accuracy
     perplexity: dict[str, float | None]
     divergence: Divergence | None
-    int8: Any
+    quantized: QuantReport | None
+    speed: dict[str, Speed] | None
     restored_bit_equal: bool
 
     @property
@@ -54,8 +62,8 @@ class Check:
         """What is outside the rule, one sentence each."""
         found = [] if self.accuracy.verdict else [self.accuracy.sentence]
         original = self.perplexity["original"]
-        for kind, bound in (("optimized", OPTIMIZED_BOUND), ("int8", INT8_BOUND)):
-            value = self.perplexity[kind]
+        for kind, bound in BOUNDS.items():
+            value = self.perplexity.get(kind)
             if original is not None and value is not None and not value <= bound * original:
                 found.append(f"perplexity {kind} is {value:.4f}, at most {bound} · {original:.4f} is accepted")
         if not self.restored_bit_equal:
@@ -72,21 +80,30 @@ class Check:
             "accuracy": {name: numbers[name] for name in ("max_abs", "rel", "kl", "top1")},
             "perplexity": self.perplexity,
             "divergence": None if self.divergence is None else asdict(self.divergence),
+            "bytes": None if self.quantized is None else [self.quantized.bytes_before, self.quantized.bytes_after],
+            "speed": None if self.speed is None else {name: asdict(each) for name, each in self.speed.items()},
             "restored_bit_equal": self.restored_bit_equal,
             "verdict": not self.failures,
         }
 
     def __str__(self) -> str:
         parts = [str(self.report), str(self.accuracy)]
-        if self.int8 is not None:
-            parts.append(str(self.int8))
+        if self.quantized is not None:
+            parts.append(str(self.quantized))
         rows = [(name, f"{value:.4f}") for name, value in self.perplexity.items() if value is not None]
         if rows:
             parts.append(render("perplexity", ("model", "perplexity"), rows))
         if (d := self.divergence) is not None:
             headers = ("mean KL, nats", "99.9th percentile", "same top token")
             row = (f"{d.mean:.3g}", f"{d.p999:.3g}", f"{d.same_top:.2%}")
-            parts.append(render("int8 against the original", headers, [row]))
+            parts.append(render("the quantized model against the original", headers, [row]))
+        if self.speed is not None and self.quantized is not None:
+            size = dict(zip(self.speed, (self.quantized.bytes_before, self.quantized.bytes_after), strict=True))
+            heads = ("optimized model", "MiB", "prefill, tokens/s", "decode, tokens/s")
+            lines = [
+                (n, f"{size[n] / 2**20:.1f}", f"{s.prefill:,.0f}", f"{s.decode:.1f}") for n, s in self.speed.items()
+            ]
+            parts.append(render("memory and speed", heads, lines))
         parts.append(f"restored bit-equal: {'yes' if self.restored_bit_equal else 'no'}")
         parts.append("\n".join(f"FAIL  {failure}" for failure in self.failures) or "OK    within the rule")
         return "\n".join(parts)
@@ -96,7 +113,7 @@ def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
     scheme: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
-        typer.Option("--quantize", metavar="SCHEME", help="int8: measure the perplexity of the quantized model too."),
+        typer.Option("--quantize", metavar="SCHEME", help=f"Measure the quantized model too: {SCHEMES}."),
     ] = None,
     kv_cache: Annotated[
         Optional[str],  # noqa: UP045
@@ -114,12 +131,14 @@ def check(
     """Swap kernels into a model, compare it with the original on real text, undo.  Exit status 1 outside the rule.
 
     The rule: the largest error against a float64 run is at most twice the original's own, plus one rounding;
-    perplexity grows by at most 0.1%, with int8 by at most 2%; the restored model is bit-equal.
+    perplexity grows by at most 0.1%, with int8-block by 0.5%, with int8 by 2%, with int4 by 6%; the restored model is
+    bit-equal.
 
     \b
     llmkern check demo:smollm2
     llmkern check ./my-checkpoint --dtype bfloat16 --json
     llmkern check demo:smollm2 --quantize int8 --kv-cache int8 --tokens 20480
+    llmkern check model.gguf
     """
     check_scheme(scheme)
     if kv_cache not in (None, "int8"):
@@ -127,7 +146,9 @@ def check(
     if tokens < 2:
         raise ValueError(f"--tokens is {tokens}, expected at least 2")
     loaded = load(model, dtype=dtype, device=device)
-    found = run_check(loaded, tokens=tokens, int8=scheme is not None, int8_cache=kv_cache is not None)
+    if scheme is None and model.endswith(".gguf"):
+        scheme = GGUF
+    found = run_check(loaded, tokens=tokens, scheme=scheme, int8_cache=kv_cache is not None)
     if save_to is not None:
         options = (f" --quantize {scheme}" if scheme else "") + (f" --kv-cache {kv_cache}" if kv_cache else "")
         save(save_to, f"llmkern check {model}{options} --tokens {tokens} --dtype {dtype}", found.to_dict())
@@ -139,7 +160,7 @@ def check(
         raise typer.Exit(1)
 
 
-def run_check(loaded: Loaded, *, tokens: int, int8: bool, int8_cache: bool = False) -> Check:
+def run_check(loaded: Loaded, *, tokens: int, scheme: str | None = None, int8_cache: bool = False) -> Check:
     """Everything that `llmkern check` measures; the loaded model itself stays as it is."""
     original = loaded.model
     if loaded.model.main_input_name != "input_ids":
@@ -147,11 +168,13 @@ def run_check(loaded: Loaded, *, tokens: int, int8: bool, int8_cache: bool = Fal
     ids = token_ids(loaded, tokens).to(_device_of(original))
     inputs = _inputs(loaded, ids)
     model = copy.deepcopy(original)
-    report = swap_report(optimize_(model, on_unsupported="ignore"))
-    assert report is not None
+    swapped = swap_report(optimize_(model, on_unsupported="ignore"))
+    assert swapped is not None
     with working("comparing with the original, and both with float64"):
         accuracy = verify(model, original, **inputs)
-    values: dict[str, float | None] = {"original": None, "optimized": None, "int8": None}
+    values: dict[str, float | None] = {"original": None, "optimized": None}
+    if scheme is not None:
+        values[scheme] = None
     if loaded.is_language_model:
         values["original"] = _perplexity(original, ids, "perplexity of the original")
         values["optimized"] = _perplexity(model, ids, "perplexity of the optimized model")
@@ -162,12 +185,31 @@ def run_check(loaded: Loaded, *, tokens: int, int8: bool, int8_cache: bool = Fal
             values["int8 cache"] = _perplexity(model, ids, what, lambda: KVCache(original.config, dtype="int8"))
     restore_(model)
     restored = _bit_equal(model, original, inputs)
-    del model
-    quantized, apart = None, None
-    if int8:
-        quantized, apart = _int8(loaded, ids)
-        values["int8"] = None if apart is None else apart.perplexity
-    return Check(loaded.name, report, accuracy, values, apart, quantized, restored)
+    quantized, apart, speed = None, None, None
+    if scheme is not None:
+        copied, quantized = _quantized(loaded, scheme)
+        optimize_(copied, on_unsupported="ignore")
+        if loaded.is_language_model:
+            with task(f"perplexity in {scheme}, and the divergence from the original") as progress:
+                apart = divergence(copied, original, ids, context=_context(copied), progress=progress)
+            values[scheme] = apart.perplexity
+            with working("timing both"):
+                speed = speeds({"original": optimize_(model, on_unsupported="ignore"), scheme: copied}, ids)
+        else:
+            say(f"{scheme} is judged by perplexity, which this kind of model does not have")
+    return Check(loaded.name, swapped, accuracy, values, apart, quantized, speed, restored)
+
+
+def _quantized(loaded: Loaded, scheme: str) -> tuple[nn.Module, QuantReport]:
+    """The quantized model, and the report of it."""
+    if scheme != GGUF:
+        model = copy.deepcopy(loaded.model)
+        return model, quantize(model, loaded, scheme)
+    device = _device_of(loaded.model)
+    packed = load(loaded.name, dtype="auto", device=str(device), packed=True).model
+    found = report(packed).quantization
+    assert found is not None
+    return packed, replace(found, bytes_before=tensor_bytes(loaded.model))
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -211,15 +253,3 @@ def _bit_equal(model: nn.Module, original: nn.Module, inputs: dict[str, Tensor])
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         for a, b in ((outputs, expected), states)
     )
-
-
-def _int8(loaded: Loaded, ids: Tensor) -> tuple[Any, Divergence | None]:
-    """The report of quantizing a copy, and how the copy with kernels swapped in differs from the model."""
-    model = copy.deepcopy(loaded.model)
-    report = quantize(model, loaded)
-    optimize_(model, on_unsupported="ignore")
-    if not loaded.is_language_model:
-        say("int8 is judged by perplexity, which this kind of model does not have")
-        return report, None
-    with task("perplexity in int8, and the divergence from the original") as progress:
-        return report, divergence(model, loaded.model, ids, context=_context(model), progress=progress)

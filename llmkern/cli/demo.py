@@ -52,7 +52,7 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     """
     show: Callable[[object], None] = (lambda value: None) if as_json else _show
     show("\n== SmolLM2-135M-Instruct: swap, compare on real text, undo ==")
-    language = run_check(load("demo:smollm2"), tokens=PERPLEXITY_TOKENS, int8=True)
+    language = run_check(load("demo:smollm2"), tokens=PERPLEXITY_TOKENS, scheme="int8")
     show(language)
     show(f"\n== The same question to each: {PROMPT} ==")
     answers = _answers(stream=not as_json)
@@ -128,7 +128,7 @@ def _similarities() -> tuple[Check, list[dict[str, Any]]]:
     from llmkern.testing.real_models import embed
 
     loaded = load("demo:minilm")
-    found = run_check(loaded, tokens=PERPLEXITY_TOKENS, int8=False)
+    found = run_check(loaded, tokens=PERPLEXITY_TOKENS)
     model: Any = loaded.model
     with working("embedding the sentences"):
         embeddings = {"untouched": embed(model, loaded.tokenizer, SENTENCES)}

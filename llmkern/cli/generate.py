@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
-from llmkern.cli.arguments import check_scheme
+from llmkern.cli.arguments import SCHEMES, check_scheme
 from llmkern.cli.memory import peak, reset_peak
 from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize
 from llmkern.cli.output import print_json, save, say, working
@@ -78,7 +78,7 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; chat models get their chat template.")],
     scheme: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
-        typer.Option("--quantize", metavar="SCHEME", help="int8: quantize the weights after loading."),
+        typer.Option("--quantize", metavar="SCHEME", help=f"Quantize the weights after loading: {SCHEMES}."),
     ] = None,
     optimize: Annotated[bool, typer.Option(help="Swap kernels in; --no-optimize runs the model untouched.")] = True,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 128,
@@ -102,10 +102,10 @@ def generate(
     check_scheme(scheme)
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}, expected at least 1")
-    loaded = load(model, dtype=dtype, device=device)
+    loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
     _check_generates(loaded)
     if scheme is not None:
-        quantize(loaded.model, loaded)
+        quantize(loaded.model, loaded, scheme)
     if optimize:
         optimize_(loaded.model, on_unsupported="ignore")
     variant = " + ".join([part for part in (optimize and "optimized", scheme) if part]) or "untouched"

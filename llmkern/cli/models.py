@@ -43,13 +43,16 @@ class Loaded:
         return self.model.can_generate() and not config.is_encoder_decoder  # type: ignore[operator]
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
-    """Load MODEL; ValueError with one line where it is missing, corrupt or of a kind that is not supported."""
+def load(name: str, *, dtype: str = "auto", device: str = "auto", packed: bool = False) -> Loaded:
+    """Load MODEL; ValueError with one line where it is missing, corrupt or of a kind that is not supported.
+
+    packed: whether a .gguf file's blocks are kept; else it is a floating-point model.
+    """
     wanted = None if dtype == "auto" else dtype_named(dtype)
     place = device_named(device)
     _quiet()
     with working(f"loading {name}"):
-        loaded = _load_demo(name, wanted) if name.startswith("demo:") else _load(name, wanted)
+        loaded = _load_demo(name, wanted) if name.startswith("demo:") else _load(name, wanted, packed)
         loaded.model.eval().to(place)
         _own_memory(loaded.model)
     return loaded
@@ -100,7 +103,7 @@ def _load_demo(name: str, dtype: torch.dtype | None) -> Loaded:
     raise ValueError(f"MODEL is {name!r}, expected {' or '.join(DEMOS)}, a local folder or a Hugging Face name")
 
 
-def _load(name: str, dtype: torch.dtype | None) -> Loaded:
+def _load(name: str, dtype: torch.dtype | None, packed: bool) -> Loaded:
     transformers = _transformers()
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
@@ -111,6 +114,10 @@ def _load(name: str, dtype: torch.dtype | None) -> Loaded:
         source, options = str(path.parent), {"gguf_file": path.name}
     elif path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"MODEL {name} has no config.json, expected the folder of a transformers checkpoint")
+    if packed and "gguf_file" in options:
+        from llmkern.quantization import load as load_packed
+
+        return Loaded(name, load_packed(path, dtype=dtype), _tokenizer(transformers, source, options))
     # The loaders raise whatever their file formats raise; all of it means that this checkpoint cannot be used.
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
@@ -120,13 +127,17 @@ def _load(name: str, dtype: torch.dtype | None) -> Loaded:
         raise ValueError(f"cannot load MODEL {name}: {_first_sentence(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"MODEL {name} lacks {len(missing)} weights, {missing[0]} among them: they would be random")
-    tokenizer = None
+    return Loaded(name, model, _tokenizer(transformers, source, options))
+
+
+def _tokenizer(transformers: Any, source: str, options: dict[str, str]) -> Any:
+    """The checkpoint's tokenizer; None where it has none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         # A folder without a tokenizer's files gives one to which every word is unknown.
-        if set(tokenizer("a word", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
-            tokenizer = None
-    return Loaded(name, model, tokenizer)
+        if set(tokenizer("a word", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+            return tokenizer
+    return None
 
 
 def _class_of(transformers: Any, config: Any) -> Any:
@@ -160,8 +171,8 @@ def token_ids(loaded: Loaded, count: int) -> Tensor:
     return torch.tensor(ids[:count])
 
 
-def quantize(model: nn.Module, loaded: Loaded) -> QuantReport:
-    """Quantize `model` to int8, smoothed on the last articles of the prose, which the check does not read.
+def quantize(model: nn.Module, loaded: Loaded, scheme: str = "int8") -> QuantReport:
+    """Quantize `model`, measured on the last articles of the prose, which the check does not read.
 
     Where the text or a tokenizer is missing, `quantize_` measures on inputs of its own.
     """
@@ -173,8 +184,8 @@ def quantize(model: nn.Module, loaded: Loaded) -> QuantReport:
     if loaded.tokenizer is not None:
         with contextlib.suppress(ModuleNotFoundError):
             batches = [_calibration(loaded, text) for text in prose().splitlines()[-CALIBRATION_ARTICLES:]]
-    with working("quantizing to int8"):
-        quantize_(model, "int8", calib=batches)
+    with working(f"quantizing to {scheme}"):
+        quantize_(model, scheme, calib=batches)
     found = report(model).quantization
     assert found is not None
     return found

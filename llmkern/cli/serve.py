@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmkern.cli.arguments import check_scheme
+from llmkern.cli.arguments import SCHEMES, check_scheme
 from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize
 from llmkern.cli.output import say
 from llmkern.swap import optimize_
@@ -20,7 +20,7 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
     scheme: Annotated[
         Optional[str],  # noqa: UP045  (typer reads annotations at run time, on 3.10 too)
-        typer.Option("--quantize", metavar="SCHEME", help="int8: quantize the weights after loading."),
+        typer.Option("--quantize", metavar="SCHEME", help=f"Quantize the weights after loading: {SCHEMES}."),
     ] = None,
     optimize: Annotated[bool, typer.Option(help="Swap kernels in; --no-optimize serves the model untouched.")] = True,
     host: Annotated[
@@ -74,12 +74,12 @@ def serve(
         "timeout": timeout,
     }
     ServeOptions(**options, max_context=LONGEST_CONTEXT if max_context is None else max_context)  # before it loads
-    loaded = load(model, dtype=dtype, device=device)
+    loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
     checked = ServeOptions(**options, max_context=_context(loaded, max_context))
     if not checked.is_loopback and checked.api_key is None:
         say(f"anyone who reaches {host} can use this server: --api-key asks for a key")
     if scheme is not None:
-        quantize(loaded.model, loaded)
+        quantize(loaded.model, loaded, scheme)
     if optimize:
         optimize_(loaded.model, on_unsupported="ignore")
     status = run(loaded.model, loaded.tokenizer, checked, lambda url: say(f"serving {checked.name} at {url}"))
