@@ -12,6 +12,7 @@ Arguments that an op writes (its schema marks them) are judged as further output
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from llmkern.testing.compare import (
 from llmkern.testing.monte_carlo import draws_of
 
 __all__ = [
+    "Judge",
     "assert_accurate",
     "assert_right",
     "baseline",
@@ -100,38 +102,75 @@ def assert_accurate(op: str, call: Call, out: Any, names: Sequence[str] | None =
 
 def assert_right(case: Case, call: Call, out: Any) -> None:
     """Raise AssertionError, with the numbers, unless `out` is a right result of `case`, which was run on `call`."""
-    outputs = as_list(out) + written_tensors(case.op, call)
-    expected = as_list(reference(case.op, call))
-    for i, (o, e) in enumerate(zip(outputs, expected, strict=True)):
-        assert o.dtype == e.dtype, f"output {i} is {o.dtype}, expected {e.dtype}"
-    if case.rule == "bits":
-        assert_same_bits(outputs, expected)
-        return
-    base, exact = as_list(baseline(case.op, call)), as_list(reference(case.op, upcast(call)))
-    allowed = spreads_of(case.op, call, exact)
-    names = [f"output {i}" for i in range(len(outputs))]
-    if case.rule == "codes":
-        _assert_codes(case, call, outputs[0], outputs[1])
-        names, outputs, base, exact, allowed = names[2:], outputs[2:], base[2:], exact[2:], allowed[2:]
-    for i in reversed(range(len(as_list(out)), len(outputs))):
-        if not outputs[i].is_floating_point():
-            gap = (outputs.pop(i).int() - exact.pop(i).int()).abs()
-            assert gap.numel() == 0 or int(gap.max()) <= 1, f"{names[i]}: codes are {int(gap.max())} steps from exact"
-            del names[i], base[i], allowed[i]
-    assert_as_accurate(outputs, baseline=base, exact=exact, spreads=allowed, names=names)
+    Judge(case, call).assert_right(call, out)
 
 
-def _assert_codes(case: Case, call: Call, codes: Tensor, scale: Tensor) -> None:
-    assert case.value is not None, "a case judged by its codes says what value they stand for"
-    op, value_call = case.value(call)
-    value_call = cast(value_call, torch.float32)
-    value = reference(op, upcast(value_call))
-    if value.numel() == 0:
-        return
-    unit = faithful_unit(value, torch.float32, spreads_of(op, value_call, value)[0]())
-    largest, step = value.abs().amax(-1, keepdim=True), scale.double()
-    _assert_near("scale·127", step * 127, largest, unit.amax(-1, keepdim=True) + SCALE_ROUNDING * largest)
-    _assert_near("q·scale", codes * step, value, unit + CODE_ROUNDING * largest + step / 2)
+class Judge:
+    """Judge results of one call: what they are compared with is computed once, when it is first asked for.
+
+    case: says by which rule.  call: the inputs; what the op writes is copied, and nothing of it may change while the
+    judge is in use.
+    """
+
+    def __init__(self, case: Case, call: Call) -> None:
+        self.case = case
+        self.call = call | {name: cloned(call[name]) for name in written(case.op)}
+
+    @functools.cached_property
+    def _expected(self) -> list[Tensor]:
+        return as_list(reference(self.case.op, self.call))
+
+    @functools.cached_property
+    def _baseline(self) -> list[Tensor]:
+        return as_list(baseline(self.case.op, self.call))
+
+    @functools.cached_property
+    def _exact(self) -> list[Tensor]:
+        return as_list(reference(self.case.op, upcast(self.call)))
+
+    @functools.cached_property
+    def _spreads(self) -> list[Callable[[], Tensor]]:
+        return spreads_of(self.case.op, self.call, self._exact)
+
+    @functools.cached_property
+    def _value(self) -> tuple[Tensor, Tensor]:
+        """Return what codes stand for, in float64, and the largest error of a faithful fp32 result of it."""
+        assert self.case.value is not None, "a case judged by its codes says what value they stand for"
+        op, call = self.case.value(self.call)
+        call = cast(call, torch.float32)
+        value = reference(op, upcast(call))
+        if value.numel() == 0:
+            return value, value
+        return value, faithful_unit(value, torch.float32, spreads_of(op, call, value)[0]())
+
+    def assert_right(self, call: Call, out: Any) -> None:
+        """Raise AssertionError, with the numbers, unless `out`, and what the op wrote into `call`, are right."""
+        outputs = as_list(out) + written_tensors(self.case.op, call)
+        for i, (o, e) in enumerate(zip(outputs, self._expected, strict=True)):
+            assert o.dtype == e.dtype, f"output {i} is {o.dtype}, expected {e.dtype}"
+        if self.case.rule == "bits":
+            assert_same_bits(outputs, self._expected)
+            return
+        names = [f"output {i}" for i in range(len(outputs))]
+        base, exact, allowed = list(self._baseline), list(self._exact), list(self._spreads)
+        if self.case.rule == "codes":
+            self._assert_codes(outputs[0], outputs[1])
+            names, outputs, base, exact, allowed = names[2:], outputs[2:], base[2:], exact[2:], allowed[2:]
+        for i in reversed(range(len(as_list(out)), len(outputs))):
+            if not outputs[i].is_floating_point():
+                gap = (outputs.pop(i).int() - exact.pop(i).int()).abs()
+                steps = int(gap.max()) if gap.numel() else 0
+                assert steps <= 1, f"{names[i]}: codes are {steps} steps from exact"
+                del names[i], base[i], allowed[i]
+        assert_as_accurate(outputs, baseline=base, exact=exact, spreads=allowed, names=names)
+
+    def _assert_codes(self, codes: Tensor, scale: Tensor) -> None:
+        value, unit = self._value
+        if value.numel() == 0:
+            return
+        largest, step = value.abs().amax(-1, keepdim=True), scale.double()
+        _assert_near("scale·127", step * 127, largest, unit.amax(-1, keepdim=True) + SCALE_ROUNDING * largest)
+        _assert_near("q·scale", codes * step, value, unit + CODE_ROUNDING * largest + step / 2)
 
 
 def _assert_near(name: str, got: Tensor, exact: Tensor, allowed: Tensor) -> None:

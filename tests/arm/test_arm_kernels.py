@@ -13,7 +13,7 @@ from llmkern import dispatch
 from llmkern.testing.case import Case, Make, cases
 from llmkern.testing.cases.quantized_linear import KINDS, random_packed
 from llmkern.testing.compare import as_list, assert_as_accurate, assert_same_bits, upcast
-from llmkern.testing.judge import assert_right, baseline, reference, written
+from llmkern.testing.judge import Judge, baseline, reference, written
 
 # Their bindings are not built for the guest yet: nothing of them has run on Arm.
 UNBOUND = ("layers_", "cross_entropy", "linear_cross_entropy")
@@ -28,7 +28,7 @@ OPS = [
 
 def judge(emulator: Emulator, case: Case) -> None:
     """The result is right on every CPU; one with the bits of one that was judged is not judged again."""
-    judged = []
+    judged, verdict = [], Judge(case, case.make())
     for cpu in CPUS:
         emulator.use(cpu)
         with emulator.memory():
@@ -38,7 +38,7 @@ def judge(emulator: Emulator, case: Case) -> None:
         if any(same_bits(outputs, before) for before in judged):
             continue
         try:
-            assert_right(case, call, out)
+            verdict.assert_right(call, out)
         except AssertionError as error:
             raise AssertionError(f"on {cpu}: {error}") from error
         judged.append(outputs)

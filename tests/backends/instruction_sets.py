@@ -11,7 +11,7 @@ import torch
 from llmkern import _native
 from llmkern.testing.case import Call, Case
 from llmkern.testing.compare import as_list
-from llmkern.testing.judge import assert_right
+from llmkern.testing.judge import Judge
 
 __all__ = ["assert_right_on_each", "here", "on"]
 
@@ -44,11 +44,12 @@ def assert_right_on_each(case: Case, make: Callable[[], Call], fn: Callable[...,
     Most are: kernels without matrix products are compiled for three sets only, and much else rounds alike.
     """
     judged: list[list[tuple[torch.Size, bytes]]] = []
+    judge = Judge(case, make())
     for isa in here():
         with on(isa):
             call = make()
             out = fn(**call)
             bits = [(o.shape, o.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for o in as_list(out)]
             if bits not in judged:
-                assert_right(case, call, out)
+                judge.assert_right(call, out)
                 judged.append(bits)

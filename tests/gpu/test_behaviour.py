@@ -26,6 +26,7 @@ from llmkern.testing.judge import assert_right, written
 ROOT = Path(__file__).parents[2]
 OURS = ("cuda", "triton", "cpu")
 RUNS = 20
+INTERPRETED = 2  # runs of Triton's interpreter, which has one order of everything: it tells what is never written
 SANITIZED = "rms_norm or swiglu_quant or int8_matmul or attention"
 absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 
@@ -67,7 +68,8 @@ def run(impl: dispatch.Implementation, call: Call) -> list[Tensor]:
 def test_every_run_gives_the_same_bits(impl: dispatch.Implementation, device: str) -> None:
     call = largest_case(impl, device).make(device)
     first = run(impl, call)
-    for _ in range(RUNS - 1):
+    runs = INTERPRETED if impl.backend.name == "triton" and device == "cpu" else RUNS
+    for _ in range(runs - 1):
         assert_same_bits(run(impl, call), first)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from torch.utils._pytree import tree_map_only
 from llmkern import dispatch, ops
 from llmkern.testing.case import Call, Case, cases, ops_with_cases
 from llmkern.testing.compare import as_list, assert_same_bits, cast, upcast
-from llmkern.testing.judge import assert_accurate, assert_right, reference, written
+from llmkern.testing.judge import Judge, assert_accurate, assert_right, reference, written
 from llmkern.testing.recorder import Recorder
 
 OPS = ops_with_cases()
 ALL_CASES = [case for op in OPS for case in cases(op)]
 CASES_WITH_GRADIENT = [case for case in ALL_CASES if case.differentiable]
 FP32_CASES = [case for case in ALL_CASES if case.dtype == torch.float32]
+HAS_GPU = torch.cuda.is_available()
 
 
 def case_id(case: Case) -> str:
@@ -27,13 +29,14 @@ def case_id(case: Case) -> str:
 
 
 def pairs() -> list:
-    """Each case by each implementation on the CPU, and on a GPU by those that are written for one."""
+    """Each case by each implementation, on the devices at hand that it is written for."""
     found = []
     for case in ALL_CASES:
         for impl in dispatch.implementations(case.op):
             name = f"{case_id(case)}-{impl.backend.name}"
-            found.append(pytest.param(case, impl, "cpu", id=name))
-            if impl.devices is not None and "cuda" in impl.devices:
+            if impl.devices is None or "cpu" in impl.devices:
+                found.append(pytest.param(case, impl, "cpu", id=name))
+            if HAS_GPU and impl.devices is not None and "cuda" in impl.devices:
                 found.append(pytest.param(case, impl, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu))
     return found
 
@@ -74,11 +77,14 @@ def gradients(outputs: list[Tensor], call: Call) -> list[Tensor]:
     return list(torch.autograd.grad(outputs, [v for v in tensors(call).values() if v.requires_grad], weights))
 
 
-def fakes(case: Case, call: Call) -> list[Tensor]:
-    """What the op's fake makes of the call: the outputs' shapes and strides as torch.compile relies on them."""
+@functools.lru_cache(maxsize=2)  # tests of a case by several implementations follow each other
+def judge_of(case: Case, device: str) -> tuple[Judge, list[Tensor]]:
+    """The judge of a case's results, and what the op's fake makes of the call: the outputs' shapes and strides as
+    torch.compile relies on them."""
+    judge = Judge(case, case.make(device))
     with FakeTensorMode() as mode:
-        faked = tree_map_only(Tensor, mode.from_tensor, call)
-        return as_list(getattr(torch.ops.llmkern, case.op)(**faked))
+        faked = tree_map_only(Tensor, mode.from_tensor, judge.call)
+        return judge, as_list(getattr(torch.ops.llmkern, case.op)(**faked))
 
 
 def layout(tensor: Tensor) -> list[int]:
@@ -90,20 +96,19 @@ def layout(tensor: Tensor) -> list[int]:
 def test_implementation(case: Case, impl: dispatch.Implementation, device: str) -> None:
     """Right by the case's rule; inputs untouched but for those that the op writes; outputs laid out as the op's fake
     says, and no view of an input."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA GPU here")
     call = case.make(device)
     with dispatch.use_backend(impl.backend.name):  # some serve only where they are asked for
         reason = impl.why_not(**call)
     if reason is not None:
         pytest.skip(reason)  # the dispatcher's own words
-    inputs = {k: v for k, v in all_tensors(call).items() if k.partition("[")[0] not in written(case.op)}
-    before = {name: value.clone() for name, value in inputs.items()}
+    judge, fakes = judge_of(case, device)
     out = impl.fn(**call)
-    assert_right(case, call, out)
-    assert_same_bits(list(inputs.values()), list(before.values()))
-    storages = {value.untyped_storage().data_ptr() for value in all_tensors(call).values() if value.numel()}
-    for i, (output, fake) in enumerate(zip(as_list(out), fakes(case, call), strict=True)):
+    judge.assert_right(call, out)
+    kept = [name for name in all_tensors(call) if name.partition("[")[0] not in written(case.op)]
+    now, before = all_tensors(call), all_tensors(judge.call)
+    assert_same_bits([now[name] for name in kept], [before[name] for name in kept])
+    storages = {value.untyped_storage().data_ptr() for value in now.values() if value.numel()}
+    for i, (output, fake) in enumerate(zip(as_list(out), fakes, strict=True)):
         assert output.shape == fake.shape
         assert layout(output) == layout(fake), f"output {i} has strides {output.stride()}, the op's are {fake.stride()}"
         assert output.numel() == 0 or output.untyped_storage().data_ptr() not in storages, f"output {i} is an input"
@@ -159,7 +164,8 @@ def backward_calls() -> list:
     found = []
     for case in CASES_WITH_GRADIENT:
         found.append(pytest.param(case, case.dtype, "cpu", id=case_id(case)))
-        for dtype in dict.fromkeys((case.dtype, torch.bfloat16 if case.dtype == torch.float32 else case.dtype)):
+        dtypes = (case.dtype, torch.bfloat16 if case.dtype == torch.float32 else case.dtype) if HAS_GPU else ()
+        for dtype in dict.fromkeys(dtypes):
             found.append(pytest.param(case, dtype, "cuda", id=f"{case_id(case)}-{dtype}-gpu", marks=pytest.mark.gpu))
     return found
 
@@ -167,8 +173,6 @@ def backward_calls() -> list:
 @pytest.mark.parametrize(("case", "dtype", "device"), backward_calls())
 def test_implementations_of_the_backward(case: Case, dtype: torch.dtype, device: str) -> None:
     """Whatever ops the gradient asks for, each of their implementations keeps the accuracy rule."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA GPU here")
     call = case.make(device)
     for name in case.differentiable:
         call[name] = cast(call[name], dtype)
