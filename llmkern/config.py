@@ -1,7 +1,7 @@
 """Every environment variable that llmkern reads, on one page.
 
 They are read once, when `llmkern` is imported; call :func:`reload` after changing `os.environ`
-in a running process.  Unset and empty mean the same.
+in a running process.  Unset and empty mean the same.  A value that is not accepted is a ValueError at the first call.
 
 =======================  ==========  =====================================================================
 variable                 default     meaning
@@ -31,10 +31,9 @@ LLMKERN_SANITIZE         0           while building: 1 = with AddressSanitizer a
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 __all__ = ["Settings", "after_reload", "reload", "settings"]
 
@@ -55,11 +54,28 @@ class Settings:
     cache: str = "~/.cache/llmkern"
 
 
+class _NotAccepted(Settings):
+    """Settings while the environment has a value that is not accepted: every call that is dispatched raises.
+
+    Importing llmkern does not, so that the command line, which imports it, has a line for the error.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("backend", "strict"):
+            _flags()
+        return super().__getattribute__(name)
+
+
 def _flag(name: str) -> bool:
     value = os.environ.get(name, "") or "0"
     if value not in ("0", "1"):
         raise ValueError(f"{name} is {value!r}, expected 0 or 1")
     return value == "1"
+
+
+def _flags() -> tuple[bool, bool, bool]:
+    strict, debug, batch_invariant = map(_flag, ("LLMKERN_STRICT", "LLMKERN_DEBUG", "LLMKERN_BATCH_INVARIANT"))
+    return strict, debug, batch_invariant
 
 
 settings = Settings()
@@ -70,7 +86,8 @@ def reload() -> Settings:
 
     Raises ValueError for a value that is not accepted, and has changed nothing then.
     """
-    strict, debug, batch_invariant = map(_flag, ("LLMKERN_STRICT", "LLMKERN_DEBUG", "LLMKERN_BATCH_INVARIANT"))
+    strict, debug, batch_invariant = _flags()
+    settings.__class__ = Settings
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
     settings.strict = strict
     settings.batch_invariant = batch_invariant
@@ -88,9 +105,5 @@ after_reload: list[Callable[[], None]] = []
 
 try:
     reload()
-except ValueError as error:
-    # The command line has a line for it and no traceback; it starts by importing this package.
-    if Path(sys.argv[0]).name == "llmkern" or (sys.argv[0] == "-m" and "llmkern" in sys.orig_argv):
-        print(f"llmkern: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    raise
+except ValueError:
+    settings.__class__ = _NotAccepted

@@ -40,10 +40,19 @@ def test_a_flag_is_0_or_1(environment: pytest.MonkeyPatch, name: str) -> None:
     assert asdict(config.settings) == before
 
 
-def test_importing_llmkern_ends_with_the_sentence() -> None:
+def test_after_the_import_every_call_ends_with_the_sentence_until_the_value_is_accepted() -> None:
+    code = (
+        "import os, torch, llmkern\n"
+        "for _ in range(2):\n"
+        "    try: llmkern.ops.gelu(torch.ones(2))\n"
+        "    except ValueError as error: print(error)\n"
+        "os.environ['LLMKERN_STRICT'] = '0'\n"
+        "llmkern.config.reload()\n"
+        "print(llmkern.ops.gelu(torch.zeros(2)).sum().item())"
+    )
     environment = os.environ | {"LLMKERN_STRICT": "true"}
-    run = subprocess.run([sys.executable, "-c", "import llmkern"], env=environment, capture_output=True, text=True)
-    assert run.stderr.splitlines()[-1] == "ValueError: LLMKERN_STRICT is 'true', expected 0 or 1"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [*["LLMKERN_STRICT is 'true', expected 0 or 1"] * 2, "0.0"], run.stderr
 
 
 def test_an_unknown_backend_is_one_at_the_first_call(environment: pytest.MonkeyPatch) -> None:
