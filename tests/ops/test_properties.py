@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, expanded
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -26,7 +27,6 @@ from llmkern.testing.judge import assert_accurate, assert_right, reference, writ
 
 OPS = ops_with_cases()
 WITH_GRADIENT = [op for op in OPS if cases(op)[0].differentiable]
-POISON = {torch.bool: True, torch.int8: -128, torch.int32: -(2**31), torch.int64: -(2**62), torch.uint8: 170}  # and NaN
 
 
 FACTOR = settings.default.max_examples // 100
@@ -69,48 +69,6 @@ def names_of(op: str) -> list[str]:
     """The backends that have the op."""
     names = dict.fromkeys(impl.backend.name for impl in dispatch.implementations(op))
     return [name for name in names if FACTOR > 1 or name != "tpu"]
-
-
-# Layouts: the same values elsewhere in memory, poison around them.
-
-
-def _placed(x: Tensor, storage: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> Tensor:
-    """A copy of x in `view` of a poisoned storage of that shape."""
-    poison = POISON.get(x.dtype, math.nan)
-    return view(torch.full(storage, poison, dtype=x.dtype)).copy_(x)
-
-
-def transposed(x: Tensor) -> Tensor:
-    """The last two dimensions in the other order in memory."""
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x.clone()
-
-
-def sliced(x: Tensor) -> Tensor:
-    """Every second element of rows twice as long."""
-    return _placed(x, (*x.shape[:-1], 2 * x.shape[-1]), lambda y: y[..., ::2]) if x.dim() else x.clone()
-
-
-def padded(x: Tensor) -> Tensor:
-    """Rows three elements longer than they are said to be."""
-    if not x.dim():
-        return x.clone()
-    return _placed(x, (*x.shape[:-1], x.shape[-1] + 3), lambda y: y[..., : x.shape[-1]])
-
-
-def offset(x: Tensor) -> Tensor:
-    """Contiguous from the second element of the storage on: aligned to one element, and no more."""
-    return _placed(x, (x.numel() + 1,), lambda y: y[1:].view(x.shape))
-
-
-def expanded(x: Tensor) -> Tensor:
-    """The first slice of the longest dimension but the last, repeated with a stride of 0.  Other values than x's."""
-    if x.dim() < 2 or not x.numel():
-        return x.clone()
-    dim = max(range(x.dim() - 1), key=lambda d: x.shape[d])
-    return x.narrow(dim, 0, 1).clone().expand(x.shape)
-
-
-LAYOUTS = (torch.clone, transposed, sliced, padded, offset, expanded)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
