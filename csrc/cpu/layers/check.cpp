@@ -494,15 +494,16 @@ void Layer::check_elementwise(const Step& step) {
 }
 
 bool Layer::is_native(const Weight& weight, int64_t rows) const {
-  return !weight.turned && (weight.type == WeightType::s8 || weight.type == WeightType::packed || rows <= kFewRows ||
-                            linear_takes_many_rows(weight.type) || linear_keeps_rows_alone());
+  if (rows <= kFewRows || linear_keeps_rows_alone()) return true;
+  return !weight.turned &&
+         (weight.type == WeightType::s8 || weight.type == WeightType::packed || linear_takes_many_rows(weight.type));
 }
 
 // Does a launcher's product do all that the step does with it?
 bool Layer::fuses(size_t index, size_t place) const {
   const Step& step = program_.steps[index];
   const Weight& weight = weights_[first_weight_[index] + place];
-  return is_native(weight, rows(values_[step.values[0]])) && !weight.period && !step.gated &&
+  return is_native(weight, rows(values_[step.values[0]])) && !weight.period && !weight.turned && !step.gated &&
          is_in_epilogues(step.activation) && (step.multiplier == 1 || step.residual != kNone);
 }
 

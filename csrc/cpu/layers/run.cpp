@@ -8,6 +8,7 @@
 #include "llmkern/add.h"
 #include "llmkern/kv_cache.h"
 #include "llmkern/rope.h"
+#include "llmkern/turned_linear.h"
 #include "team.h"
 
 namespace llmkern::layers {
@@ -140,6 +141,11 @@ void Layer::multiply(const Matrix& x, int64_t count, std::span<const Weight> wei
       const int64_t row = w.turned ? 1 : w.stride, column = w.turned ? w.stride : 1;
       const Product product{x.data, w.w, w.bias, count, w.n, w.k, x.stride, row, column, dtype_};
       out = {.data = call_.library.multiply(call_.library.context, product), .stride = w.n};
+      continue;
+    }
+    if (w.turned) {
+      launch_turned_linear({x.data, w.w, w.bias, out.data, count, w.n, w.k, x.stride, w.stride, out.stride, dtype_},
+                           *threads_);
       continue;
     }
     if (p.segments == 3 || (p.segments && (p.weight_type != w.type || p.w8a8 != w.w8a8))) launch();
