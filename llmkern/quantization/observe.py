@@ -4,7 +4,7 @@ is read by others."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,19 +23,29 @@ MAX_ROWS = 256
 class Observed:
     """rows: a sample of each layer's inputs, [rows, in].  amax: the largest magnitude of each input channel, fp32.
 
+    products: XᵀX of all inputs X of the layers that it was asked for, [in, in] fp32; one where layers share inputs.
     groups: a norm, and the layers that use its output where nothing else does.
     read_elsewhere: modules whose weight was read while none that holds it was running.
     """
 
     rows: dict[nn.Module, Tensor] = field(default_factory=dict)
     amax: dict[nn.Module, Tensor] = field(default_factory=dict)
+    products: dict[nn.Module, Tensor] = field(default_factory=dict)
     groups: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     read_elsewhere: set[nn.Module] = field(default_factory=set)
 
 
-def observe(model: nn.Module, layers: Iterable[nn.Module], batches: list[dict[str, Any]]) -> Observed:
-    """Run the batches through the model in evaluation mode, without gradients; the model is as before afterwards."""
-    watch = _Watch(list(layers), max(1, MAX_ROWS // max(1, len(batches))))
+def observe(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    batches: list[dict[str, Any]],
+    products_of: Collection[nn.Module] = (),
+) -> Observed:
+    """Run the batches through the model in evaluation mode, without gradients; the model is as before afterwards.
+
+    products_of: the layers whose products are wanted.
+    """
+    watch = _Watch(list(layers), max(1, MAX_ROWS // max(1, len(batches))), products_of)
     device = next(model.parameters()).device
     with _evaluating(model), watch.hooked(model), torch.no_grad():
         for batch in batches:
@@ -72,8 +82,12 @@ class _Watch(TorchFunctionMode):
     """Follows the outputs of norms, and weights, by identity; any torch function that makes a tensor of one is a user
     of it."""
 
-    def __init__(self, layers: list[nn.Module], rows_per_call: int) -> None:
+    def __init__(self, layers: list[nn.Module], rows_per_call: int, products_of: Collection[nn.Module]) -> None:
         super().__init__()
+        self._products_of = set(products_of)
+        self._products: dict[nn.Module, Tensor] = {}
+        self._shares: dict[nn.Module, nn.Module] = {}  # a layer, and the one that has had the same inputs each time
+        self._first: tuple[Tensor, nn.Module] | None = None
         self._layers, self._rows_per_call = set(layers), rows_per_call
         self._rows: dict[nn.Module, list[Tensor]] = {}
         self._amax: dict[nn.Module, Tensor] = {}
@@ -152,12 +166,27 @@ class _Watch(TorchFunctionMode):
         rows = x.detach().reshape(-1, x.shape[-1])
         if not rows.shape[0]:
             return
+        if module in self._products_of:
+            self._add_product(module, x, rows)
         amax = rows.abs().amax(0).float()
         self._amax[module] = torch.maximum(self._amax[module], amax) if module in self._amax else amax
         kept = self._rows.setdefault(module, [])
         if sum(part.shape[0] for part in kept) < MAX_ROWS:
             step = max(1, rows.shape[0] // self._rows_per_call)
             kept.append(rows[::step][: self._rows_per_call].clone())
+
+    def _add_product(self, module: nn.Module, x: Tensor, rows: Tensor) -> None:
+        """XᵀX, once for layers that are given the same tensor one after the other."""
+        before = self._first
+        same = before[1] if before is not None and before[0] is x else module
+        if same is module:
+            self._first = (x, module)
+        if self._shares.setdefault(module, same) is not same:  # not so every time: it has its own from now on
+            self._shares[module] = same = module
+        if same is module:
+            part = rows.float().T @ rows.float()
+            known = self._products.get(module)
+            self._products[module] = part if known is None else known.add_(part)
 
     def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1
@@ -166,10 +195,12 @@ class _Watch(TorchFunctionMode):
         """What the model returns its caller uses."""
         self._mark_used(tree_leaves(outputs if not hasattr(outputs, "to_tuple") else outputs.to_tuple()))
         self._outputs.clear()
+        self._first = None
 
     def observed(self) -> Observed:
         groups = {
             norm: list(users) for norm, users in self._users.items() if users and norm not in self._used_elsewhere
         }
         rows = {m: torch.cat(parts) for m, parts in self._rows.items()}
-        return Observed(rows, self._amax, groups, self._read_elsewhere)
+        products = {m: self._products[same] for m, same in self._shares.items() if same in self._products}
+        return Observed(rows, self._amax, products, groups, self._read_elsewhere)

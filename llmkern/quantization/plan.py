@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,12 @@ from llmkern import ops
 from llmkern.nn import Int8Linear, PackedLinear, QuantizedLinear
 from llmkern.nn.quantized_linear import weight_out_in
 from llmkern.packed import BLOCK, PackedWeight
-from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks, why_not_in_blocks
+from llmkern.quantization.formats.blocks import (
+    pack_int4,
+    pack_int4_with_feedback,
+    pack_int8_blocks,
+    why_not_in_blocks,
+)
 from llmkern.quantization.layers import Layer
 from llmkern.quantization.observe import MAX_ROWS, Observed
 from llmkern.quantization.report import QuantRow
@@ -52,39 +58,46 @@ def plan_layer(
     if reason := why_not_in_blocks(*layer.shape, BLOCK):
         max_error = scheme.max_error if isinstance(scheme, Int8) else Int8.max_error
         return _plan_int8(layer, observed, s, max_error, because=reason)
-    return _plan_packed(layer, observed, _candidates(scheme, columns))
+    return _plan_packed(layer, observed, _candidates(scheme, layer.module, observed, columns))
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A form that a packed layer may have: pack takes weight and importance.  reason: why no narrower one, or ""."""
+    """A form that a packed layer may have.  reason: why it is not what was asked for, or ""."""
 
-    pack: Callable[[Tensor, Tensor | None], PackedWeight]
+    pack: Callable[[Tensor], PackedWeight]
     max_error: float
     reason: str = ""
 
 
-def _candidates(scheme: Int8 | Int4, columns: int) -> Iterator[_Candidate]:
+def _candidates(scheme: Int8 | Int4, module: nn.Module, observed: Observed, columns: int) -> Iterator[_Candidate]:
     """The narrowest first."""
     if isinstance(scheme, Int4):
         group = max(size for size in GROUPS if size <= scheme.group and columns % size == 0)
         yield _Candidate(
-            lambda weight, counts: pack_int4(weight, group, symmetric=scheme.symmetric, importance=counts),
+            partial(_pack_int4, scheme=scheme, group=group, module=module, observed=observed),
             scheme.max_error,
             "" if group == scheme.group else f"its {columns} columns are no multiple of {scheme.group}",
         )
-    yield _Candidate(lambda weight, _: pack_int8_blocks(weight), MAX_WEIGHT_ONLY_ERROR)
+    yield _Candidate(pack_int8_blocks, MAX_WEIGHT_ONLY_ERROR)
+
+
+def _pack_int4(weight: Tensor, *, scheme: Int4, group: int, module: nn.Module, observed: Observed) -> PackedWeight:
+    products, rows = observed.products.get(module), observed.rows.get(module)
+    if products is not None:
+        return pack_int4_with_feedback(weight, products.to(weight.device), group, symmetric=scheme.symmetric)
+    importance = None if rows is None else rows.float().square().mean(0).to(weight.device)
+    return pack_int4(weight, group, symmetric=scheme.symmetric, importance=importance)
 
 
 def _plan_packed(layer: Layer, observed: Observed, candidates: Iterator[_Candidate]) -> Plan:
     module = layer.module
     weight = weight_out_in(module).detach()
     rows = observed.rows.get(module)
-    importance = None if rows is None else rows.float().square().mean(0).to(weight.device)
     unseen = bool(observed.rows) and rows is None
     failed = ""
     for candidate in candidates:
-        packed = PackedLinear.from_linear(module, candidate.pack(weight, importance))
+        packed = PackedLinear.from_linear(module, candidate.pack(weight))
         weight_error = relative_error(weight.float(), packed.dequantized_weight(torch.float32))
         error = None if unseen else _output_error(module, None, rows, _without_bias(packed))
         reason = failed or candidate.reason or ("no input reached it" if unseen else "")

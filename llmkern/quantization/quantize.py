@@ -28,6 +28,9 @@ from llmkern.quantization.undo import plainly, undoing
 
 __all__ = ["quantize_"]
 
+MOST_PRODUCTS = 8 << 30
+"""Bytes of the inputs' products at most; beyond it errors are not made up for."""
+
 Model = TypeVar("Model", bound=nn.Module)
 Found = TypeVar("Found", Layer, EmbeddingLayer)
 
@@ -70,7 +73,8 @@ def quantize_(
     filter_fn: takes (module, path), as torchao's does; a layer for which it is false is left.  It warns where that
         leaves nothing.
     calib: a list of texts (then `tokenizer` too; each is cut at 512 tokens), of tensors (the model's first
-        argument) or of dicts (keyword arguments).  Without it a transformers model that takes input_ids is run on
+        argument) or of dicts (keyword arguments).  With it, each column's error of int4 is made up for by the columns
+        after it (GPTQ, arXiv:2210.17323).  Without it a transformers model that takes input_ids is run on
         4×128 random tokens, always the same; for others the errors are those of normal noise, nothing is smoothed,
         and the report says so.  Scales of int4 are searched for the least error on these inputs.
     Left alone whatever is asked: layers that share their weight with anything but plain embeddings, subclasses of
@@ -117,7 +121,8 @@ def _quantize(
         raise ValueError(f"quantize_: scheme names no layer that can be quantized ({names})")
     heads = heads_of(model, layers)
     before = tensor_bytes(model)
-    observed, measured_on = _observe(model, wanted, calib, tokenizer)
+    four = [module for module in wanted if isinstance(schemes[module], Int4) and module not in heads]
+    observed, measured_on = _observe(model, wanted, calib, tokenizer, four)
     layers = [_unless_read(layer, observed) for layer in layers]
     embeddings = [_unless_read(table, observed) for table in find_embeddings(model, layers, skip, filter_fn)]
     # What is folded into a head would be missing from the embedding tied to it, or change what others read.
@@ -201,11 +206,16 @@ def _smooths(scheme: Int8 | Int4 | None) -> bool:
     return isinstance(scheme, Int8) and scheme.smooth and scheme.block is None
 
 
-def _observe(model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any) -> tuple[Observed, str]:
-    """What the layers see, and the words for where it comes from."""
+def _observe(
+    model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any, four: list[nn.Module]
+) -> tuple[Observed, str]:
+    """What the layers see, and the words for where it comes from.  four: those of four bits, whose errors are made up
+    for where there are real inputs."""
     if calib is not None:
         batches = calibration_batches(model, calib, tokenizer)
-        return observe(model, layers, batches), f"{len(batches)} calibration inputs"
+        needed = sum(4 * weight_out_in(module).shape[1] ** 2 for module in four)
+        products_of = four if needed <= MOST_PRODUCTS else []
+        return observe(model, layers, batches, products_of), f"{len(batches)} calibration inputs"
     batches = random_tokens(model)
     if not batches:
         return Observed(), "normal noise (calib= measures on real inputs, and smooths)"

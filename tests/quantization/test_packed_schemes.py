@@ -11,7 +11,7 @@ from torch import nn
 import llmkern
 from llmkern.nn import Int8Embedding, Int8Linear, PackedLinear
 from llmkern.quantization import Int4, Int8, load_, quantize_
-from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.formats.blocks import pack_int4, pack_int4_with_feedback
 from llmkern.quantization.schemes import scheme_from_dict, scheme_named, scheme_to_dict
 from llmkern.testing.compare import assert_same_bits
 
@@ -108,6 +108,47 @@ def test_importance_moves_the_error_to_where_nobody_looks() -> None:
         assert weighted.sum() > plain.sum()
         same = pack_int4(weight, 64, symmetric=symmetric, importance=torch.full((128,), 3.0))
         assert (same.dequantized() - weight).square().sum() <= 1.001 * plain.sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_errors_are_made_up_for_by_later_columns(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(128, 128, generator=generator) + 2  # so that inputs hang together
+    x, weight = torch.randn(512, 128, generator=generator) @ mix, torch.randn(32, 128, generator=generator)
+    plain = pack_int4(weight, 64, symmetric=symmetric, importance=x.square().mean(0))
+    made_up = pack_int4_with_feedback(weight, x.T @ x, 64, symmetric=symmetric)
+    errors = [(x @ (each.dequantized() - weight).T).norm() for each in (plain, made_up)]
+    assert errors[1] < 0.5 * errors[0]
+    # Inputs that have nothing to do with each other: nothing to be made up for.
+    alone = pack_int4_with_feedback(weight, torch.eye(128), 64, symmetric=symmetric)
+    assert_same_bits(alone.dequantized(), pack_int4(weight, 64, symmetric=symmetric).dequantized())
+    model = llama()
+    unseen = torch.randint(3, 99, (1, 40), generator=torch.Generator().manual_seed(7))
+    expected = model(unseen).logits
+    texts = [torch.randint(3, 99, (4, 60), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    gaps = [
+        (quantize_(llama(), Int4(group=64, symmetric=symmetric), calib=calib)(unseen).logits - expected).norm()
+        for calib in (None, texts)
+    ]
+    assert gaps[1] < gaps[0]
+
+
+def test_layers_that_are_given_the_same_tensor_share_its_product() -> None:
+    from llmkern.quantization.observe import observe
+
+    model = llama()
+    wanted = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    seen = observe(model, wanted, [{"input_ids": IDS}, {"input_ids": IDS[:1]}], wanted)
+    attention = model.model.layers[0].self_attn
+    assert seen.products[attention.q_proj] is seen.products[attention.v_proj]
+    assert len({id(product) for product in seen.products.values()}) == 8
+    inputs = []
+    attention.o_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
+    logits(model)
+    with torch.no_grad():
+        model(IDS[:1])
+    rows = torch.cat(inputs)
+    torch.testing.assert_close(seen.products[attention.o_proj], rows.T @ rows)
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, Int4(group=32, symmetric=False)], ids=str)

@@ -7,13 +7,14 @@ the scale of least squares for its codes, the one with the least squared error, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmkern.packed import BLOCK, PackedWeight
 
-__all__ = ["pack_int4", "pack_int8_blocks", "why_not_in_blocks"]
+__all__ = ["Grid", "pack_int4", "pack_int4_with_feedback", "pack_int8_blocks", "why_not_in_blocks"]
 
 RANGES = tuple(0.70 + 0.05 * i for i in range(8))
 """Of the largest magnitude in a group, the ranges that are tried; what is beyond is clipped."""
@@ -55,25 +56,53 @@ def pack_int4(
         multiplied with makes it the error of the product (llama.cpp's importance matrix).
     Raises as `pack_int8_blocks` does.
     """
-    if group not in (32, 64, 128):
-        raise ValueError(f"int4: group is {group!r}, expected 32, 64 or 128")
+    grid = Grid(group, symmetric)
     groups, kept = _groups("int4", weight, group, 8)
-    counts = torch.ones(1, device=weight.device) if importance is None else _counts(importance, group)
-    if symmetric:
-        scale = _symmetric_scale(groups, counts, kept)
-        codes = _rounded(groups, scale, -8, 7) + 8
-        return PackedWeight.from_rows("s4", codes.to(torch.uint8).flatten(1), scale.squeeze(-1))
-    scale, zero = _asymmetric(groups, counts, kept)
-    codes = (_quotient(groups, scale) + zero).round().clamp(0, 15)
-    return PackedWeight.from_rows(
-        "u4", codes.to(torch.uint8).flatten(1), scale.squeeze(-1), zero=zero.squeeze(-1).to(torch.uint8)
-    )
+    counts = None if importance is None else importance.unflatten(0, (-1, group))
+    scale, zero = grid.fitted(groups, counts, kept)
+    return grid.packed(grid.codes(groups, scale, zero).flatten(1), scale, zero)
 
 
-def _counts(importance: Tensor, group: int) -> Tensor:
-    """[groups, group], with a mean of 1; columns that were never seen count a little."""
+@dataclass(frozen=True)
+class Grid:
+    """The levels of an int4 weight; of each group scale and zero point [n, groups, 1], codes from 0 to 15.
+
+    group: 32, 64 or 128 columns.  symmetric: whether the code of 0 is 8.
+    """
+
+    group: int
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if self.group not in (32, 64, 128):
+            raise ValueError(f"int4: group is {self.group!r}, expected 32, 64 or 128")
+
+    def fitted(self, groups: Tensor, importance: Tensor | None, kept: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Scale, in `kept`, and zero point of the least error that is found.  groups: [n, groups, group]."""
+        counts = torch.ones(1, device=groups.device) if importance is None else _counts(importance)
+        return (_symmetric_scale(groups, counts, kept), None) if self.symmetric else _asymmetric(groups, counts, kept)
+
+    def codes(self, groups: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The nearest codes, as floats."""
+        shift = 8 if zero is None else zero
+        return (_quotient(groups, scale) + shift).round().clamp(0, 15)
+
+    def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """What codes stand for."""
+        return (codes - (8 if zero is None else zero)) * scale
+
+    def packed(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> PackedWeight:
+        """The weight of codes [n, k]."""
+        others = {} if zero is None else {"zero": zero.squeeze(-1).to(torch.uint8)}
+        return PackedWeight.from_rows(
+            "s4" if zero is None else "u4", codes.to(torch.uint8), scale.squeeze(-1), **others
+        )
+
+
+def _counts(importance: Tensor) -> Tensor:
+    """With a mean of 1; columns that were never seen count a little."""
     mean = importance.float().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return (importance.float() / mean + LEAST_IMPORTANCE).unflatten(0, (-1, group))
+    return importance.float() / mean + LEAST_IMPORTANCE
 
 
 def _groups(what: str, weight: Tensor, group: int, levels: int) -> tuple[Tensor, torch.dtype]:
@@ -138,3 +167,39 @@ def _asymmetric(groups: Tensor, counts: Tensor, kept: torch.dtype) -> tuple[Tens
             best, best_zero = torch.where(error < least, tried, best), torch.where(error < least, zero, best_zero)
             least = torch.minimum(error, least)
     return best, best_zero
+
+
+DAMPING = 0.01
+"""Of the mean square of the inputs, added to each column's: products of few inputs have no inverse."""
+
+
+def pack_int4_with_feedback(
+    weight: Tensor, products: Tensor, group: int = 32, *, symmetric: bool = True
+) -> PackedWeight:
+    """`pack_int4`, each column's error made up for by those after it (GPTQ, Frantar et al. 2022, arXiv:2210.17323).
+
+    products: [k, k], XᵀX of the inputs X that the weight is multiplied with.  A group's scales are found for what its
+    columns have become by then.  Raises as `pack_int4` does.
+    """
+    grid = Grid(group, symmetric)
+    groups, kept = _groups("int4", weight, group, 8)
+    rest = groups.flatten(1).clone()
+    square = products.diagonal().double()
+    damped = products.double() + torch.diag((DAMPING * square.mean()).expand_as(square) + (square == 0))
+    # Row j: what an error of 1 in column j asks of the later columns, in units of its first number.
+    asked = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    codes, scales, zeros = torch.empty_like(rest), [], []
+    for start in range(0, rest.shape[1], group):
+        end = start + group
+        scale, zero = grid.fitted(rest[:, None, start:end], square[start:end].float()[None], kept)
+        scale_of, zero_of = scale[:, 0, 0].float(), None if zero is None else zero[:, 0, 0]
+        errors = torch.empty_like(rest[:, start:end])
+        for j in range(start, end):
+            code = grid.codes(rest[:, j], scale_of, zero_of)
+            error = (rest[:, j] - grid.values(code, scale_of, zero_of)) / asked[j, j]
+            rest[:, j + 1 : end].addr_(error, asked[j, j + 1 : end], alpha=-1)
+            codes[:, j], errors[:, j - start] = code, error
+        rest[:, end:].addmm_(errors, asked[start:end, end:], alpha=-1)
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    return grid.packed(codes, torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None)
