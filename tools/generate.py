@@ -1,5 +1,5 @@
 """Writes what is derived: from the registry the stub llmkern/ops/__init__.pyi and the ops table in README.md; from the
-committed results benchmarks/README.md and the models' tables in README.md.
+committed results benchmarks/README.md and the tables of models and schemes in README.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 # From this checkout, whatever is installed.
 from llmkern import dispatch, ops  # noqa: E402
-from llmkern.bench.readme import benchmarks_readme, newest_models  # noqa: E402
+from llmkern.bench.readme import benchmarks_readme, choices, newest_models  # noqa: E402
 
 STUB = ROOT / "llmkern" / "ops" / "__init__.pyi"
 README = ROOT / "README.md"
@@ -23,6 +23,8 @@ END = "<!-- /ops table: generated -->"
 BENCH_README = ROOT / "benchmarks" / "README.md"
 BENCH_BEGIN = "<!-- newest results: generated -->"
 BENCH_END = "<!-- /newest results: generated -->"
+CHOICE_BEGIN = "<!-- choices: generated -->"
+CHOICE_END = "<!-- /choices: generated -->"
 DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 DEVICES = {"cpu": "CPU", "cuda": "GPU", "xla": "TPU"}
 
@@ -77,8 +79,9 @@ def between(text: str, begin: str, end: str, content: str) -> str:
 
 
 def readme(text: str) -> str:
-    """`text` with the table of the ops, and the newest results of the models."""
+    """`text` with the table of the ops, what schemes cost, and the newest results of the models."""
     text = between(text, BEGIN, END, table())
+    text = between(text, CHOICE_BEGIN, CHOICE_END, choices(BENCH_README.parent))
     return between(text, BENCH_BEGIN, BENCH_END, newest_models(BENCH_README.parent))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llmkern.bench.schema import Result
 from llmkern.bench.tables import markdown
 
-__all__ = ["benchmarks_readme", "newest_models", "paths", "results"]
+__all__ = ["benchmarks_readme", "choices", "newest_models", "paths", "results"]
 
 _INTRO = """\
 # Benchmarks
@@ -99,3 +101,47 @@ def newest_models(folder: Path) -> str:
         link = f"[the whole result]({folder.name}/{path.relative_to(folder).as_posix()})"
         parts.append(f"`{result.command}` on an {where} ({link}):\n\n{markdown(result.rows)}")
     return "\n\n".join(parts) or _NONE
+
+
+CHOICES = "check_*_*.json"
+"""Results of `llmkern check MODEL --quantize SCHEME --save`, one for each scheme: `check_<model>_<scheme>.json`."""
+
+
+def choices(folder: Path) -> str:
+    """What each scheme costs and gives: memory, speed, perplexity and divergence, a table for each device and model."""
+    found: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
+    for path in sorted(folder.glob(f"results/*/{CHOICES}")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        result, device = content["result"], content["environment"]["hardware"]["cpu"]
+        if result["divergence"] is not None:
+            found.setdefault((device, result["model"]), []).append((path.stem.rpartition("_")[2], result))
+    parts = []
+    for (device, model), rows in found.items():
+        rows.sort(key=lambda row: -row[1]["bytes"][1])
+        head = ("scheme", "memory", "prefill", "decode", "perplexity", "mean KL, nats", "99.9th percentile", "same top")
+        lines = [head, ("---",) * len(head), _as_it_was(rows[0][1]), *[_choice(*row) for row in rows]]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"`llmkern check {model} --quantize …` on an {device}:\n\n{table}")
+    return "\n\n".join(parts) or _NONE
+
+
+def _as_it_was(result: dict[str, Any]) -> tuple[str, ...]:
+    speed, size = result["speed"]["original"], result["bytes"][0] / 2**20
+    value = f"{result['perplexity']['original']:.3f}"
+    return ("none", f"{size:,.0f} MiB", f"{speed['prefill']:,.0f}", f"{speed['decode']:.1f}", value, "0", "0", "100%")
+
+
+def _choice(scheme: str, result: dict[str, Any]) -> tuple[str, ...]:
+    (before, after), values, apart = result["bytes"], result["perplexity"], result["divergence"]
+    was, now = result["speed"]["original"], result["speed"][scheme]
+    return (
+        f"`{scheme}`",
+        f"{after / 2**20:,.0f} MiB ({after / before:.2f}×)",
+        *[
+            f"{now[what]:{form}} ({now[what] / was[what]:.2f}×)"
+            for what, form in (("prefill", ",.0f"), ("decode", ".1f"))
+        ],
+        f"{values[scheme]:.3f} ({values[scheme] / values['original']:.4f}×)",
+        *[f"{apart[what]:.3g}" for what in ("mean", "p999")],
+        f"{apart['same_top']:.1%}",
+    )

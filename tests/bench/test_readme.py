@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import copy
+import json
 
-from llmkern.bench.readme import benchmarks_readme, newest_models, paths
+from llmkern.bench.readme import benchmarks_readme, choices, newest_models, paths
 from llmkern.bench.schema import Result, Row
 
 
@@ -56,6 +57,29 @@ def test_every_result_has_its_table_plots_and_source(tmp_path, result) -> None:
     assert "check" not in shown.split("## A CPU")[1]
 
 
+def test_what_schemes_cost_is_one_table_for_each_model(tmp_path) -> None:
+    folder = tmp_path / "results" / "a-cpu"
+    folder.mkdir(parents=True)
+    for scheme, size in (("int4", 25), ("int8", 50)):
+        result = {
+            "model": "demo:small",
+            "bytes": [100 << 20, size << 20],
+            "perplexity": {"original": 20.0, "optimized": 20.0, scheme: 21.0},
+            "divergence": {"mean": 0.01, "p999": 0.5, "same_top": 0.9, "perplexity": 21.0},
+            "speed": {"original": {"prefill": 1000.0, "decode": 10.0}, scheme: {"prefill": 2000.0, "decode": 40.0}},
+        }
+        content = {"command": "", "environment": {"hardware": {"cpu": "A CPU"}}, "result": result}
+        (folder / f"check_small_{scheme}.json").write_text(json.dumps(content))
+    lines = choices(tmp_path).splitlines()
+    assert lines[0] == "`llmkern check demo:small --quantize …` on an A CPU:"
+    assert lines[4].startswith("| none | 100 MiB | 1,000 | 10.0 | 20.000 |")
+    assert lines[5].startswith(
+        "| `int8` | 50 MiB (0.50×) | 2,000 (2.00×) | 40.0 (4.00×) | 21.000 (1.0500×) | 0.01 | 0.5 |"
+    )
+    assert lines[6].startswith("| `int4` | 25 MiB (0.25×)")
+
+
 def test_without_results_both_say_so(tmp_path) -> None:
+    assert choices(tmp_path) == "No result is committed yet."
     assert newest_models(tmp_path) == "No result is committed yet."
     assert benchmarks_readme(tmp_path).endswith("No result is committed yet.\n")
