@@ -21,7 +21,7 @@ from llmkern.dispatch import Refused, backend_named
 
 __all__ = ["app", "main", "run"]
 
-COMMANDS = ("info", "why", "check", "generate", "serve", "demo", "bench", "tune")
+COMMANDS = ("info", "why", "check", "generate", "serve", "batch", "demo", "bench", "tune")
 BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError, Refused)
 # typer carries click under one name or another; this is the class whose message is for the user.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -38,6 +38,7 @@ app = typer.Typer(
     llmkern check demo:smollm2                          swap, compare with the original, undo
     llmkern generate demo:smollm2 --prompt "Why is the sky blue?"
     llmkern serve demo:smollm2 --quantize int8          OpenAI's API at http://127.0.0.1:8000
+    llmkern batch demo:smollm2 questions.jsonl answers/ every row of a file once, by any number of workers
     llmkern why attention --shape 1,32,8,4096,4096,128 --dtype bfloat16 --device cuda --capability 9.0
 
     MODEL is a local folder, a Hugging Face name, demo:smollm2 or demo:minilm.

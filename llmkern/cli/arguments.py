@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from llmkern.quantization.schemes import NAMES
 
-__all__ = ["SCHEMES", "check_scheme", "device_named", "dtype_named"]
+__all__ = ["SCHEMES", "check_scheme", "device_named", "dtype_named", "least_and_most"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -46,3 +48,12 @@ def device_named(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}, and PyTorch finds no CUDA device; there is cpu")
     return torch.device(name)
+
+
+def least_and_most(option: str, value: str) -> tuple[int, int]:
+    """The numbers of an option like `2` or `1..4`."""
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", value)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most <= 1024:
+        raise ValueError(f"{option} is {value!r}, expected a number of at least 1, or two as in 1..4")
+    return least, most

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from llmkern.cli.arguments import SCHEMES, check_scheme
 from llmkern.cli.memory import peak, reset_peak
-from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, prepare
 from llmkern.cli.output import print_json, save, say, working
-from llmkern.swap import optimize_
 
 __all__ = ["Generation", "generate"]
 
@@ -104,10 +103,7 @@ def generate(
         raise ValueError(f"--max-new-tokens is {max_new_tokens}, expected at least 1")
     loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
     _check_generates(loaded)
-    if scheme is not None:
-        quantize(loaded.model, loaded, scheme)
-    if optimize:
-        optimize_(loaded.model, on_unsupported="ignore")
+    prepare(loaded, scheme, optimize=optimize)
     variant = " + ".join([part for part in (optimize and "optimized", scheme) if part]) or "untouched"
     found = _run(loaded, variant, prompt, max_new_tokens, show=(lambda text: None) if as_json else _write)
     if save_to is not None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from llmkern.cli.arguments import device_named, dtype_named
 from llmkern.cli.output import say, working
+from llmkern.swap import optimize_
 
 if TYPE_CHECKING:
     from llmkern.quantization import QuantReport
 
-__all__ = ["Loaded", "load", "quantize", "token_ids"]
+__all__ = ["Loaded", "load", "load_prepared", "prepare", "quantize", "token_ids"]
 
 HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2, demo:smollm2-offgrid or demo:minilm."
 DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
@@ -56,6 +57,21 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto", packed: bool =
         loaded.model.eval().to(place)
         _own_memory(loaded.model)
     return loaded
+
+
+def prepare(loaded: Loaded, scheme: str | None, *, optimize: bool) -> None:
+    """Quantize and optimize a model as the options `--quantize` and `--optimize` say."""
+    if scheme is not None:
+        quantize(loaded.model, loaded, scheme)
+    if optimize:
+        optimize_(loaded.model, on_unsupported="ignore")
+
+
+def load_prepared(name: str, scheme: str | None, *, optimize: bool, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer as a command's options say; for processes that a command starts."""
+    loaded = load(name, dtype=dtype, device=device, packed=scheme is None)
+    prepare(loaded, scheme, optimize=optimize)
+    return loaded.model, loaded.tokenizer
 
 
 def _own_memory(model: nn.Module) -> None:

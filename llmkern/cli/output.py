@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,11 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def task(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `progress(done, total)`: a bar on a terminal, else one line."""
+def task(what: str, every: float | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Yields `progress(done, total)`: a bar on a terminal, else one line, and one more each `every` seconds."""
     if not _stderr.is_terminal:
         say(what)
-        yield lambda done, total: None
+        yield (lambda done, total: None) if every is None else _lines(what, every)
         return
     columns = (
         SpinnerColumn(),
@@ -85,3 +87,20 @@ def task(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=_stderr, transient=True) as bar:
         identity = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(identity, completed=done, total=total)
+
+
+def _lines(what: str, every: float) -> Callable[[int, int], None]:
+    """A `progress` that prints lines, with the time that is left at the speed so far."""
+    begin = said = time.monotonic()
+    first: int | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said, first
+        first = done if first is None else first
+        now = time.monotonic()
+        if now - said >= every and done > first:
+            left = (now - begin) * (total - done) / (done - first)
+            say(f"{what}: {done} of {total}, {timedelta(seconds=round(left))} left")
+            said = now
+
+    return progress

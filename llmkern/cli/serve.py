@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from llmkern.cli.arguments import SCHEMES, check_scheme
-from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, Loaded, load, quantize
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, load, prepare
 from llmkern.cli.output import say
-from llmkern.swap import optimize_
+from llmkern.serve.options import LONGEST_CONTEXT
 
 __all__ = ["serve"]
-
-LONGEST_CONTEXT = 4096  # unless --max-context says more: the cache is sized for it
 
 
 def serve(
@@ -34,9 +32,9 @@ def serve(
     max_concurrent: Annotated[int, typer.Option(metavar="N", help="Sequences generated at a time.")] = 16,
     max_queue: Annotated[int, typer.Option(metavar="N", help="Sequences that may wait; then status 429.")] = 64,
     max_context: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", help=f"Tokens of prompt and answer; the model's own, {LONGEST_CONTEXT} at most."),
-    ] = None,
+        int,
+        typer.Option(metavar="N", help=f"Tokens of prompt and answer; 0: the model's own, {LONGEST_CONTEXT} at most."),
+    ] = 0,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest request.")] = 4 << 20,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time for one answer.")] = 600.0,
     name: Annotated[
@@ -63,40 +61,23 @@ def serve(
     from llmkern.serve.run import run
 
     check_scheme(scheme)
-    options: dict[str, Any] = {
-        "name": name or model,
-        "host": host,
-        "port": port,
-        "api_key": api_key,
-        "max_concurrent": max_concurrent,
-        "max_queue": max_queue,
-        "max_body": max_body,
-        "timeout": timeout,
-    }
-    ServeOptions(**options, max_context=LONGEST_CONTEXT if max_context is None else max_context)  # before it loads
-    loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
-    checked = ServeOptions(**options, max_context=_context(loaded, max_context))
-    if not checked.is_loopback and checked.api_key is None:
+    options = ServeOptions(
+        name=name or model,
+        max_context=max_context,
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_concurrent=max_concurrent,
+        max_queue=max_queue,
+        max_body=max_body,
+        timeout=timeout,
+    )
+    if not options.is_loopback and options.api_key is None:
         say(f"anyone who reaches {host} can use this server: --api-key asks for a key")
-    if scheme is not None:
-        quantize(loaded.model, loaded, scheme)
-    if optimize:
-        optimize_(loaded.model, on_unsupported="ignore")
-    status = run(loaded.model, loaded.tokenizer, checked, lambda url: say(f"serving {checked.name} at {url}"))
+
+    loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
+    options.for_model(loaded.model, loaded.tokenizer)  # before it is quantized
+    prepare(loaded, scheme, optimize=optimize)
+    status = run(loaded.model, loaded.tokenizer, options, lambda url: say(f"serving {options.name} at {url}"))
     if status:
         raise typer.Exit(status)
-
-
-def _context(loaded: Loaded, asked: int | None) -> int:
-    """Tokens of prompt and answer; ValueError where the model has a tokenizer or positions too few."""
-    if loaded.tokenizer is None:
-        raise ValueError(f"MODEL {loaded.name} has no tokenizer, so it cannot read a prompt")
-    config: Any = loaded.model.config
-    if config.is_encoder_decoder:
-        raise ValueError(f"MODEL {loaded.name} is an encoder with a decoder, which continuous batching does not run")
-    own = getattr(config, "max_position_embeddings", None)
-    if asked is None:
-        return min(own or LONGEST_CONTEXT, LONGEST_CONTEXT)
-    if own is not None and asked > own:
-        raise ValueError(f"--max-context is {asked}, MODEL {loaded.name} has {own} positions")
-    return asked

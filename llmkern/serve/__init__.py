@@ -23,19 +23,11 @@ Importing this package imports nothing of the extra `serve`; `llmkern.serve.app`
 
 from __future__ import annotations
 
-import importlib.util
+from llmkern.extras import need
 
 __all__ = ["require"]
-
-_PACKAGES = ("transformers", "fastapi", "uvicorn", "openai", "prometheus_client", "psutil")
 
 
 def require() -> None:
     """Raise ModuleNotFoundError, with what to install, where a package of the extra `serve` is missing."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        named = " and ".join(name.replace("_", "-") for name in missing)
-        raise ModuleNotFoundError(
-            f"serving needs {named}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            "pip install 'llmkern[serve]'"
-        )
+    need("serving", "serve", "transformers", "fastapi", "uvicorn", "openai", "prometheus_client", "psutil")

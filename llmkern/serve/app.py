@@ -46,7 +46,9 @@ def create_app(model: nn.Module, tokenizer: Any, options: ServeOptions) -> FastA
     """The server's application: generation for a causal language model, embeddings for an encoder.
 
     `app.state.engine` has the worker's state, `app.state.engine.died` is set when it has ended.
+    Raises ValueError where the model cannot be served with these options.
     """
+    options = options.for_model(model, tokenizer)
     generates = model.can_generate()  # type: ignore[operator]
     engine = (Engine if generates else EmbeddingEngine)(model, tokenizer, options)
     tokens = _Tokens(tokenizer)

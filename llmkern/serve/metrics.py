@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from llmkern.serve.timings import Timings
@@ -11,6 +14,7 @@ from llmkern.serve.timings import Timings
 __all__ = ["Metrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_WINDOW = 5.0  # seconds over which tokens are counted for their speed
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -33,6 +37,14 @@ class Metrics:
         self._prefill = self._histogram("request_prefill_time_seconds", "From the first step to the first token.")
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last.")
         self._step = self._histogram("iteration_tokens_total", "Sequences that a step gave a token.", _TOKENS)
+        self._steps: deque[tuple[float, int]] = deque()
+        process = psutil.Process()
+        process.cpu_percent()  # of the time since the last call
+        self.gauge("generation_tokens_per_second", f"Of the last {_WINDOW:g} seconds.", self._tokens_per_second)
+        self.gauge(
+            "process_cpu_percent", "100 for each core that is busy, since the last reading.", process.cpu_percent
+        )
+        self.gauge("process_resident_memory_bytes", "Memory of this process.", lambda: process.memory_info().rss)
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
         """Add a number that is asked for when it is read."""
@@ -45,6 +57,13 @@ class Metrics:
 
     def step(self, tokens: int) -> None:
         self._step.observe(tokens)
+        self._steps.append((time.monotonic(), tokens))
+        self._tokens_per_second()  # drops what is old
+
+    def _tokens_per_second(self) -> float:
+        while self._steps and self._steps[0][0] < time.monotonic() - _WINDOW:
+            self._steps.popleft()
+        return sum(tokens for _, tokens in self._steps) / _WINDOW
 
     def token(self, since_last: float | None) -> None:
         """since_last: seconds since the sequence's last token, None for its first."""

@@ -6,6 +6,7 @@ default); ignoring it would give an answer to another question.
 
 from __future__ import annotations
 
+import abc
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,7 +48,7 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(_Strict, abc.ABC):
     """What chat and plain completions share."""
 
     model: str
@@ -75,9 +76,9 @@ class GenerationRequest(_Strict):
         return self.max_tokens
 
     @property
+    @abc.abstractmethod
     def alternatives(self) -> int | None:
         """Likely tokens to report beside each token; None for no log-probabilities."""
-        raise NotImplementedError
 
     def check(self, vocabulary: int) -> None:
         """Raise ApiError for what the fields' types do not say."""

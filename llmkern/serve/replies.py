@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 import uuid
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def usage(timings: list[Timings], prompts: int) -> CompletionUsage:
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers)
 
 
-class _Replies:
+class _Replies(abc.ABC):
     """One request's answer.  name: a token's text."""
 
     prefix: str
@@ -66,11 +67,13 @@ class _Replies:
     def _chunk(self, choices: list[Any], **extra: Any) -> Any:
         return self.part(**self._fields, object=self.object_of_part, choices=choices, **extra)
 
+    @abc.abstractmethod
     def _choice(self, index: int, events: list[Event]) -> Any:
-        raise NotImplementedError
+        """A sequence of the whole answer."""
 
+    @abc.abstractmethod
     def _delta(self, event: Event) -> Any:
-        raise NotImplementedError
+        """A sequence's part of a chunk."""
 
 
 class ChatReplies(_Replies):

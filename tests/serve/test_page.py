@@ -65,6 +65,8 @@ def test_a_chat_in_a_browser(tokenizer: Any, tmp_path: Path) -> None:
         assert number(page, "ttft") > 0
         page.wait("document.getElementById('running').textContent === '0'")
         page.wait("document.getElementById('waiting').textContent === '0'")
+        page.wait("document.getElementById('replicas').textContent === '1'")
+        assert page.run("document.getElementById('memory').textContent").endswith(" MiB")
 
         step = served.engine.manager._on_step
         served.engine.manager._on_step = lambda arrived: (time.sleep(0.02), step(arrived))  # as a larger model does
