@@ -258,7 +258,7 @@ def _describe(model: Any, stack: Any) -> None:
         for layer in stack:
             if hasattr(layer.mlp, "intermediate_size"):
                 layer.mlp.intermediate_size = config.intermediate_size
-    attention = getattr(first, "self_attn", None)
+    attention: Any = getattr(first, "self_attn", None)
     if isinstance(getattr(attention, "k_proj", None), nn.Linear) and hasattr(attention, "head_dim"):
         config.head_dim = attention.head_dim  # else it would be derived from the heads that were there
         config.num_attention_heads = attention.q_proj.out_features // attention.head_dim
