@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkern.programs.program import Program, parse
-from llmkern.testing.case import Call, Make, each_dtype
+from llmkern.testing.case import Call, Case, Make, each_dtype
 from llmkern.testing.cases._families import FAMILIES
 from llmkern.testing.cases._layer import left_padding, linear
 from llmkern.testing.cases._programs import call_of
@@ -367,12 +367,13 @@ _FAMILIES = [
     *[
         case
         for name in FAMILIES
-        for case in (
-            *each_dtype(
-                _OP, f"{name}-masked", partial(family, name=name, queries=3, past=2, masked=True), dtypes=_SMALL
-            ),
-            *each_dtype(_OP, f"{name}-decode", partial(family, name=name, queries=1, past=7), dtypes=(torch.float32,)),
+        for case in each_dtype(
+            _OP, f"{name}-masked", partial(family, name=name, queries=3, past=2, masked=True), dtypes=_SMALL
         )
+    ],
+    *[
+        Case(_OP, f"{name}-decode", torch.float32, partial(family, name=name, queries=1, past=7))
+        for name in ("gemma2", "bloom", "mpt", "gpt2", "mixtral")
     ],
     *each_dtype(_OP, "gpt-neox-19-tokens", partial(family, name="gpt-neox", queries=19), dtypes=_SMALL),
     *each_dtype(_OP, "bart-kept", partial(family, name="bart", queries=1, past=4, kept=True, layers=2), dtypes=_SMALL),
