@@ -37,7 +37,6 @@ KINDS += (
     "gpt-oss-masked",
 )
 CHOSEN = [case for case in cases("layers_") if case.name in KINDS]
-BY_LIBRARY = ("gpt2-masked", "gpt-oss-masked")  # weights as Conv1D has them: oneDNN or MKL multiplies, by its own order
 each_case = pytest.mark.parametrize("case", CHOSEN, ids=str)
 
 
@@ -79,7 +78,7 @@ def test_the_bits_are_those_of_one_layer_after_the_other(case: Case) -> None:
             assert same(run(call), one_by_one(call)), isa
 
 
-@pytest.mark.parametrize("case", [case for case in CHOSEN if case.name not in BY_LIBRARY], ids=str)
+@each_case
 def test_the_bits_are_the_same_on_any_number_of_threads(case: Case) -> None:
     """More threads than cores, too, and more often than a thread that is late could hide."""
     call = case.make()
