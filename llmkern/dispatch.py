@@ -8,7 +8,7 @@ guards on what it read, and keeps only the chosen implementation in the graph.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -47,12 +47,13 @@ __all__ = [
     "Implementation",
     "Recorder",
     "Refused",
+    "about",
     "backend_named",
     "backends",
     "decisions",
     "define_op",
-    "direct",
     "dispatch",
+    "dispatch_to_kernels",
     "forced_backend",
     "implementation",
     "implementations",
@@ -67,9 +68,7 @@ __all__ = [
     "replace_implementations",
     "select",
     "tensors_in",
-    "unwatched",
     "use_backend",
-    "why_not_direct",
 ]
 
 
@@ -223,7 +222,7 @@ def _remembered(spec: Op, check: Callable[..., None] | None, call: dict[str, Any
         if len(spec.served) >= _REMEMBERED:
             spec.served.clear()
         spec.served[key] = fn
-    elif unwatched():
+    elif _is_unwatched():
         _promote(spec, tuple(call), arguments, fn)
     return fn(**call)
 
@@ -245,7 +244,24 @@ def _dispatch(op: str, check: Callable[..., None] | None, call: dict[str, Any]) 
         check(**call)
     if _state.interceptor is not None:
         return _state.interceptor(op, call)
+    return _run(op, call, select(op, call))
+
+
+def dispatch_to_kernels(op: str, call: dict[str, Any]) -> Any:
+    """Run a call whose arguments are known to be right on a kernel backend, or on the one that is forced.
+
+    For callers that have other means: raises `Refused` with the reason where neither serves it.
+    """
+    if _state.interceptor is not None:
+        return _state.interceptor(op, call)
     impl = select(op, call)
+    if not impl.backend.kernels and forced_backend() is None:
+        others = [other for other in implementations(op) if other.backend.kernels]
+        raise Refused(next(filter(None, [other.why_not(**call) for other in others]), f"{op} has no kernel"))
+    return _run(op, call, impl)
+
+
+def _run(op: str, call: dict[str, Any], impl: Implementation) -> Any:
     recorder = _state.recorder
     if recorder is None:
         return impl.fn(**call)
@@ -253,6 +269,12 @@ def _dispatch(op: str, check: Callable[..., None] | None, call: dict[str, Any]) 
     result = impl.fn(**call)
     recorder.served(op, call, impl, start)
     return result
+
+
+def about(op: str, call: dict[str, Any]) -> str:
+    """What there is to say of a call besides its shapes."""
+    said = OPS[op].about
+    return "" if said is None else said(**call)
 
 
 def record_fallback(op: str, to: str, reason: str, call: dict[str, Any]) -> None:
@@ -269,34 +291,7 @@ def record_parts(op: str, to: str, reason: str, call: dict[str, Any]) -> None:
         _state.recorder.fell_back(op, call, to, reason)
 
 
-def why_not_direct(implementation: Implementation) -> str | None:
-    """The sentence why `direct` may not be called for this implementation's backend; None where it may."""
-    forced = forced_backend()
-    if forced is not None and forced != implementation.backend.name:
-        return f"the backend {forced!r} is forced, which does not compute all layers at once"
-    return None if _state.interceptor is None else "calls of ops are intercepted"
-
-
-def direct(
-    op: str,
-    implementation: Implementation,
-    operator: Callable[..., Any],
-    arguments: Sequence[Any],
-    call: dict[str, Any],
-) -> Any:
-    """Run an operator that stands for many calls of `implementation`, below autograd; on record as `op`.
-
-    call: the tensors for the record, by name.
-    """
-    start = time.perf_counter()
-    with torch._C._AutoDispatchBelowAutograd():
-        result = operator(*arguments)
-    if _state.recorder is not None:
-        _state.recorder.served(op, call, implementation, start)
-    return result
-
-
-def unwatched() -> bool:
+def _is_unwatched() -> bool:
     """Whether nothing but the order of backends decides on a call, and nobody wants to hear of it."""
     return (
         _state.recorder is None

@@ -27,6 +27,8 @@ class ExplainRow:
     refused: (backend, sentence) for each better one, and for the one that served it where it had to copy arguments
     first.  milliseconds: wall time, the device synchronised.
     batch_invariant: whether the backend promises that a row's bits do not depend on the rows beside it.
+    source: the file of what served it, seen from the root of the repository; "" where that is not an op of ours.
+    about: what there is to say of the call besides its shapes; of `layers_` the programs.
     """
 
     site: str
@@ -37,6 +39,8 @@ class ExplainRow:
     refused: tuple[tuple[str, str], ...]
     milliseconds: float | None
     batch_invariant: bool = False
+    source: str = ""
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"rows": [{"site", "op", "shapes", "dtype", "backend", "refused", "milliseconds",
-        "batch_invariant"}]}`."""
+        "batch_invariant", "source", "about"}]}`."""
         return {"rows": [asdict(row) for row in self.rows]}
 
     def __iter__(self) -> Iterator[ExplainRow]:
@@ -73,6 +77,10 @@ class Explanation:
         varying = dict.fromkeys([f"{row.op} on {row.backend}" for row in self.rows if not row.batch_invariant])
         if varying:
             footnotes.append(f"a row's bits may depend on the rows beside it: {', '.join(varying)}")
+        sources = dict.fromkeys([f"{row.op} on {row.backend}: {row.source}" for row in self.rows if row.source])
+        if sources:
+            footnotes.append(f"served by {', '.join(sources)}")
+        footnotes += dict.fromkeys([row.about for row in self.rows if row.about])
         return "\n".join([table, *footnotes])
 
 
@@ -89,15 +97,15 @@ class _Collector:
             torch.cuda.synchronize()
         elapsed = (time.perf_counter() - start) * 1e3
         refused = []
-        # An operator that stands for several ops has no decision of its own.
-        for backend, candidate, reason in dispatch.decisions(op, call) if op in dispatch.ops() else ():
+        for backend, candidate, reason in dispatch.decisions(op, call):
             if candidate is implementation:
                 break
             refused.append((backend.name, reason or "another backend is forced"))
         if implementation.copies is not None and (copied := implementation.copies(**call)) is not None:
             refused.append((implementation.backend.name, copied))
+        about = dispatch.about(op, call)
         alone = implementation.keeps_rows_alone
-        self._add(op, call, implementation.backend.name, tuple(refused), elapsed, alone)
+        self._add(op, call, implementation.backend.name, tuple(refused), elapsed, alone, implementation.source, about)
 
     def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
         self._add(op, call, to, (("llmkern", reason),), None)
@@ -110,15 +118,14 @@ class _Collector:
         refused: tuple[tuple[str, str], ...],
         elapsed: float | None,
         batch_invariant: bool = False,
+        source: str = "",
+        about: str = "",
     ) -> None:
         tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.rows.append(
-            ExplainRow(
-                self._stack[-1] if self._stack else "", op, shapes, dtype, backend, refused, elapsed, batch_invariant
-            )
-        )
+        site = self._stack[-1] if self._stack else ""
+        self.rows.append(ExplainRow(site, op, shapes, dtype, backend, refused, elapsed, batch_invariant, source, about))
 
     @contextmanager
     def watching_modules(self) -> Iterator[None]:

@@ -51,6 +51,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    about: Callable[..., str] | None = None,
 ) -> None:
     """Define `torch.ops.llmkern.<op>` and make the op known to the dispatcher.
 
@@ -58,6 +59,7 @@ def define(
         and dtype are what implementations declare theirs against.
     fake: shapes, dtypes and devices of the outputs, for torch.compile and torch.export; arguments as in the schema.
     backward, setup_context: as for `torch.library.register_autograd`; an op without them has no gradient.
+    about: takes the call's arguments by keyword, returns what `explain` is to say of it besides its shapes.
     """
     parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
     name = parsed.name.removeprefix(f"{NAMESPACE}::")
@@ -84,7 +86,8 @@ def define(
     lists = any("List" in str(a.type) and "Tensor" in str(a.type) for a in arguments)
     # Where a gradient is to be differentiated again (create_graph=True), a formula of PyTorch's operators serves it.
     differentiable = backward is not None or name.endswith("_backward")
-    dispatch.define_op(name, [a.name for a in arguments], differentiable=differentiable, lists=lists)
+    names = [a.name for a in arguments]
+    dispatch.define_op(name, names, differentiable=differentiable, lists=lists, about=about)
 
 
 def _with_rows(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,11 +118,13 @@ def implement_in_python(op: str, fn: Callable[..., Any], key: str) -> None:
 class Native:
     """The call of a native kernel as an implementation's function: arguments by keyword.
 
+    kernel: the op whose kernel it is.
     positional: the same for plain tensors without gradients, modes and transforms, of which `dispatch` makes sure;
     arguments in the order of the schema.  The shortest way from Python.
     """
 
     def __init__(self, op: str) -> None:
+        self.kernel = op
         self._operator = getattr(torch.ops.llmkern, op).default
         self.positional: Callable[..., Any] = getattr(torch.ops.llmkern_native, op).default._op
 

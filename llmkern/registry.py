@@ -7,6 +7,7 @@ a backward, and a `refuse` function that looks at the call.  llmkern/dispatch.py
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torch.compiler import is_compiling
 from llmkern._compile import constant_result
 from llmkern._form import Form
 from llmkern.config import settings
+from llmkern.kernel_files import kernel_file
 from llmkern.transforms import why_transformed
 
 __all__ = [
@@ -95,6 +97,15 @@ class Implementation:
         """Whether forward-mode AD and torch.func's transforms see all that it computes: it is plain torch."""
         return self.backend.name == "reference"
 
+    @property
+    def source(self) -> str:
+        """The file of what computes it, seen from the root of the repository: a kernel's, or a Python function's."""
+        kernel = getattr(self.fn, "kernel", None)
+        if kernel is not None:
+            return kernel_file(kernel, self.backend.name)
+        code: Any = getattr(inspect.unwrap(self.fn), "__code__", None)
+        return "" if code is None else "llmkern/" + code.co_filename.rpartition("/llmkern/")[2]
+
     def why_not(self, **call: Any) -> str | None:
         """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
         return self.why_not_on(None, call)
@@ -126,13 +137,14 @@ class Implementation:
 class Op:
     """What the dispatcher knows of an op: its arguments and its implementations, best first.
 
-    lists: some arguments are lists of tensors.
+    lists: some arguments are lists of tensors.  about: what there is to say of a call besides its shapes.
     """
 
     name: str
     arguments: tuple[str, ...]
     differentiable: bool
     lists: bool
+    about: Callable[..., str] | None = None
     implementations: tuple[Implementation, ...] = ()
     # By device, dtype, grad mode and forced backend: a bounded table, however many shapes a server sees.
     usable: dict[tuple[torch.device, torch.dtype, bool, str | None], tuple[Implementation, ...]] = field(
@@ -244,11 +256,20 @@ def backend_named(name: str, setting: str = "") -> Backend:
     return _BACKENDS[name]
 
 
-def define_op(name: str, arguments: Sequence[str], *, differentiable: bool, lists: bool = False) -> None:
-    """Make an op with these arguments known; the first is a tensor, whose device and dtype decide."""
+def define_op(
+    name: str,
+    arguments: Sequence[str],
+    *,
+    differentiable: bool,
+    lists: bool = False,
+    about: Callable[..., str] | None = None,
+) -> None:
+    """Make an op with these arguments known; the first is a tensor, whose device and dtype decide.
+
+    about: as of `llmkern.library.define`."""
     if name in OPS:
         raise ValueError(f"op {name!r} is defined already")
-    OPS[name] = Op(name, tuple(arguments), differentiable, lists)
+    OPS[name] = Op(name, tuple(arguments), differentiable, lists, about)
 
 
 def backends() -> tuple[Backend, ...]:
@@ -317,6 +338,7 @@ def _with_arguments(fn: Callable[..., Any], for_gradient: Mapping[str, Any]) -> 
     def call(**arguments: Any) -> Any:
         return fn(**({**arguments, **for_gradient} if needs_grad(arguments) else arguments))
 
+    call.kernel = getattr(fn, "kernel", None)  # type: ignore[attr-defined]
     return call
 
 

@@ -7,8 +7,6 @@ from llmkern.ops.add_rms_norm_quant import add_rms_norm_quant as add_rms_norm_qu
 from llmkern.ops.attention import attention as attention
 from llmkern.ops.attention_decode import attention_decode as attention_decode
 from llmkern.ops.cross_entropy import cross_entropy as cross_entropy
-from llmkern.ops.decoder_layer_ import decoder_layer_ as decoder_layer_
-from llmkern.ops.encoder_layer import encoder_layer as encoder_layer
 from llmkern.ops.gelu import gelu as gelu
 from llmkern.ops.int8_linear import int8_linear as int8_linear
 from llmkern.ops.int8_matmul import int8_matmul as int8_matmul
@@ -33,8 +31,6 @@ __all__ = [
     "attention",
     "attention_decode",
     "cross_entropy",
-    "decoder_layer_",
-    "encoder_layer",
     "gelu",
     "int8_linear",
     "int8_matmul",

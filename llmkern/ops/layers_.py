@@ -148,8 +148,13 @@ def _fake(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
+def _texts(programs: list[str], parameters: list[Tensor | None], **_: Any) -> str:
+    return "\n".join(dict.fromkeys([layer.text for layer in layers_of(programs, parameters).each]))
+
+
 define(
     "layers_(Tensor hidden, str[] programs, Tensor?[] parameters, Tensor?[] inputs, Tensor(a!)[] caches, SymInt past,"
     " str schemes) -> Tensor",
     fake=_fake,
+    about=_texts,
 )

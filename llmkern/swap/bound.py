@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,33 +13,44 @@ from torch import Tensor, nn
 
 from llmkern.checks import PLAIN_TENSORS
 from llmkern.nn.int8_linear import Int8Linear
+from llmkern.nn.packed_linear import PackedLinear
+from llmkern.ops._layer_packed import handle_of, packed_behind
 from llmkern.ops.int8_linear import resolve_scheme
-from llmkern.programs.program import Program
+from llmkern.programs.passes import quantized
+from llmkern.programs.program import Parameter, Program
 from llmkern.programs.run import Call
 from llmkern.swap.derive import as_before, original_class
-from llmkern.swap.guard import why_hooks
+from llmkern.swap.guard import Path, why_hooks
 from llmkern.swap.match import agrees, probe, why_elsewhere
 from llmkern.swap.parts import norm_of
-from llmkern.swap.whole_layer import NotServed
+from llmkern.swap.whole_layer import NotServed, at
 
-__all__ = ["Bound"]
+__all__ = ["Bound", "steps_of"]
 
 
 class Bound:
     """A program's parameters in a layer; `Weights` of llmkern/programs/run.py.
 
-    dtype: of the rows.  Raises `NotServed` with the reason where a parameter is not what the ops take: another dtype or
-    kind of tensor, a linear layer with hooks or of another class.
+    dtype: of the rows.  packed: linear layers that must have this many rows.
+    Raises `NotServed` with the reason where a parameter is not what the ops take: another dtype or kind of tensor, a
+    linear layer with hooks or of another class.
     """
 
-    def __init__(self, program: Program, layer: nn.Module, dtype: torch.dtype) -> None:
-        self.layer, self.dtype = layer, dtype
-        self.mentioned = program.parameters()
+    def __init__(
+        self, program: Program, layer: nn.Module, dtype: torch.dtype, packed: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        self.program, self.layer, self.dtype = program, layer, dtype
+        self.mentioned = _mentioned(program)
         self._linears: dict[str, tuple[Tensor, Tensor | None, Tensor | None, str | None]] = {}
         self._norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._tensors: dict[str, Tensor] = {}
         for kind, path in self.mentioned:
             {"linear": self._bind_linear, "norm": self._bind_norm, "tensor": self._bind_tensor}[kind](path)
+        for path, rows in packed:
+            weight = self._linears[path][0]
+            held = packed_behind(weight)
+            if (now := weight.shape[0] if held is None else held.n) != rows:
+                raise NotServed(f"{path} has {now} rows, and had {rows} when it was swapped")
 
     @property
     def parameters(self) -> list[Tensor | None]:
@@ -61,10 +74,15 @@ class Bound:
         found = [known[scheme] for scheme in each]
         return found[0] if len(set(found)) == 1 else ",".join(found)
 
-    def takes_codes(self, path: str, like: Tensor) -> bool:
-        """Whether the linear layer multiplies int8 codes of its input."""
-        _, scale, _, scheme = self._linears[path]
-        return scale is not None and scheme is not None and resolve_scheme(scheme, like) == "w8a8"
+    def text(self, like: Tensor, head: tuple[str, ...]) -> str:
+        """The program with this head, in which int8 codes are made where only weights that take them read what is
+        made."""
+        coded = [
+            path
+            for path, (_, scale, _, scheme) in self._linears.items()
+            if scale is not None and scheme is not None and resolve_scheme(scheme, like) == "w8a8"
+        ]
+        return _coded(self.program, frozenset(coded), head)
 
     def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
         weight, scale, bias, scheme = self._linears[path]
@@ -82,46 +100,54 @@ class Bound:
         return self._tensors[path]
 
     def _bind_linear(self, path: str) -> None:
-        owner, _, name = path.rpartition(".")
-        holder: Any = self.layer.get_submodule(owner)
+        *above, name = steps_of(path)
+        holder = at(self.layer, tuple(above))
         scale: Tensor | None = None
         scheme: str | None = None
         if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
             weight, bias = holder.in_proj_weight, holder.in_proj_bias
         else:
-            module: Any = self.layer.get_submodule(path)
+            module: Any = holder._modules[name]
             cls, state = original_class(module), vars(module)
-            if cls is not Int8Linear and not _is_plain(cls):
+            if cls not in (Int8Linear, PackedLinear) and not _is_plain(cls):
                 raise NotServed(f"{path} is a {cls.__name__}, not a plain linear layer")
             reason = why_hooks(path, state)
             if reason is not None:
                 raise NotServed(reason)
             weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
+            if bias is None and getattr(module, "bias", None) is not None:
+                raise NotServed(f"the bias of {path} is no parameter")
             if cls is Int8Linear:
                 scale, scheme = module._buffers["weight_scale"], module._scheme
+            elif cls is PackedLinear:
+                if module._buffers["permutation"] is not None:
+                    raise NotServed(f"{path} reads its input in another order")
+                weight = handle_of(module.packed)
             if weight is not None and cls.__name__ == "Conv1D":
                 weight = weight.t()
         if type(weight) not in PLAIN_TENSORS or weight is None:
             raise NotServed(f"the weight of {path} is no plain parameter")
-        if scale is None and weight.dtype is not self.dtype:
+        if scale is None and weight.dtype is not self.dtype and packed_behind(weight) is None:
             raise NotServed(f"the weight of {path} is {weight.dtype}, the hidden states are {self.dtype}")
         self._linears[path] = weight, scale, self._checked(f"the bias of {path}", bias), scheme
 
     def _bind_norm(self, path: str) -> None:
-        module = self.layer.get_submodule(path)
+        module = at(self.layer, steps_of(path))
         names = vars(type(module)).get("_llmkern_norm")
         if names is None:
             norm = norm_of(as_before(module))
             if norm is None:
                 raise NotServed(f"{path} is no norm any more")
             names = norm.weight, norm.bias
-        held = [None if name is None else module._parameters.get(name) for name in names[:2]]
+        if missing := [name for name in names[:2] if name is not None and name not in module._parameters]:
+            raise NotServed(f"the {missing[0]} of {path} is no parameter")
+        held = [None if name is None else module._parameters[name] for name in names[:2]]
         weight, bias = [self._checked(f"a parameter of {path}", parameter) for parameter in held]
         self._norms[path] = weight, bias
 
     def _bind_tensor(self, path: str) -> None:
-        owner, _, name = path.rpartition(".")
-        tensor = self._checked(path, getattr(self.layer.get_submodule(owner), name))
+        *above, name = steps_of(path)
+        tensor = self._checked(path, getattr(at(self.layer, tuple(above)), name))
         if tensor is None:
             raise NotServed(f"{path} is None")
         self._tensors[path] = tensor
@@ -130,6 +156,24 @@ class Bound:
         if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.dtype is not self.dtype):
             raise NotServed(f"{what} has another type than the hidden states")
         return tensor
+
+
+@functools.cache
+def steps_of(path: str) -> Path:
+    """The names in a dotted path; () for ""."""
+    return tuple(path.split(".")) if path else ()
+
+
+@functools.lru_cache(maxsize=512)
+def _mentioned(program: Program) -> tuple[Parameter, ...]:
+    return program.parameters()
+
+
+@functools.lru_cache(maxsize=512)
+def _coded(program: Program, coded: frozenset[str], head: tuple[str, ...]) -> str:
+    if coded:
+        program = quantized(program, lambda place: place.path in coded)
+    return str(replace(program, inputs=head))
 
 
 @functools.cache

@@ -94,7 +94,7 @@ def _forward(
             for op in ops:
                 dispatch.record_fallback(op, type(self).__name__, reason, tensors)
             if not ops and tensors:  # a decoder: whatever it calls is swapped all the same
-                dispatch.record_parts("decoder_layers_", type(self).__name__, reason, tensors)
+                dispatch.record_parts("layers_", type(self).__name__, reason, tensors)
             return original_class(self).forward(self, *args, **kwargs)
         if not conditions:
             return whole(self, *args, **kwargs)

@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from llmkern.swap.derive import as_before
 from llmkern.swap.parts import Caches, StandIns, attentions
 from llmkern.swap.record import Recorder
+from llmkern.swap.whole_layer import ALIASES
 
-__all__ = ["ALIASES", "INPUTS", "KEPT_NAMES", "LayerCall", "NoProgram", "Probe", "bias_dims_of", "table_widths"]
+__all__ = [
+    "INPUTS",
+    "KEPT_NAMES",
+    "LayerCall",
+    "NoProgram",
+    "Probe",
+    "bias_dims_of",
+    "hidden_size",
+    "table_widths",
+]
 
 _ENCODER_LENGTH = 4  # other than every probe's, so that keys of an encoder are told from the layer's own
 KEPT_NAMES = ("kept_keys", "kept_values")
@@ -33,6 +43,7 @@ class Probe:
     how: a phrase for the sentence.  spread: of the values.  past: tokens in the cache, None for no cache.
     first: position of the first token.  masked: whether a mask is given.  kept: heads and columns of a
     head of an encoder's keys and values that the cache has already.
+    tables: dtype of cosines and sines, where it is not that of the rows.
     """
 
     how: str
@@ -44,6 +55,7 @@ class Probe:
     spread: float = 1.0
     masked: bool = True
     kept: tuple[int, int] | None = None
+    tables: torch.dtype | None = None
 
 
 class LayerCall:
@@ -59,7 +71,7 @@ class LayerCall:
         _, *others = _parameters(module)
         self.names = {ALIASES.get(parameter.name, parameter.name) for parameter in others}
         self.past = probe.past if "past_key_values" in self.names else None
-        self.hidden = self.given("hidden", weights.randn(probe.batch, probe.length, _hidden_size(module)), "rows")
+        self.hidden = self.given("hidden", weights.randn(probe.batch, probe.length, hidden_size(module)), "rows")
         self.arguments: dict[str, Any] = {}
         for parameter in others:
             known = getattr(self, f"_{ALIASES.get(parameter.name, parameter.name)}", None)
@@ -69,6 +81,8 @@ class LayerCall:
                     self.arguments[parameter.name] = value
             elif parameter.default is inspect.Parameter.empty and parameter.kind in _NAMED:
                 raise NoProgram(f"its forward asks for {parameter.name}, of which nothing is known")
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD and "position_ids" not in self.names:
+                self.arguments["position_ids"] = self._position_ids(width)
 
     def given(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         self.inputs[name] = tensor
@@ -96,7 +110,7 @@ class LayerCall:
         if width is None:
             return None
         shape = 1, self.probe.length, width
-        cos, sin = self.weights.randn(*shape), self.weights.randn(*shape)
+        cos, sin = [self.weights.randn(*shape).to(self.probe.tables or self.probe.dtype) for _ in range(2)]
         return self.given("cos", cos, "table"), self.given("sin", sin, "table")
 
     def _past_key_values(self, width: int | None) -> Any:
@@ -128,7 +142,7 @@ class LayerCall:
         return self.recorder.moved(mask, lambda t: t[:, 0, 0])
 
     def _memory(self, width: int | None) -> Tensor:
-        states = self.weights.randn(self.probe.batch, _ENCODER_LENGTH, _hidden_size(self.module))
+        states = self.weights.randn(self.probe.batch, _ENCODER_LENGTH, hidden_size(self.module))
         return self.given("encoder", states, "rows")
 
     def _use_cache(self, width: int | None) -> bool:
@@ -140,7 +154,7 @@ class LayerCall:
     def _encoder_hidden_states(self, width: int | None) -> Tensor | None:
         if not self._attends_to_an_encoder():
             return None
-        states = self.weights.randn(self.probe.batch, _ENCODER_LENGTH, _hidden_size(self.module))
+        states = self.weights.randn(self.probe.batch, _ENCODER_LENGTH, hidden_size(self.module))
         return self.given("encoder", states, "rows")
 
     def _encoder_attention_mask(self, width: int | None) -> Tensor | None:
@@ -165,13 +179,6 @@ class LayerCall:
         )
 
 
-# What arguments of layers are called elsewhere.
-ALIASES = {
-    "mask": "attention_mask",
-    "past_key_value": "past_key_values",
-    "layer_past": "past_key_values",
-    "tgt_key_padding_mask": "src_key_padding_mask",
-}
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -185,7 +192,7 @@ def _configs(module: nn.Module) -> Iterator[Any]:
             yield vars(child)["config"]
 
 
-def _hidden_size(module: nn.Module) -> int:
+def hidden_size(module: nn.Module) -> int:
     """Columns of the hidden states: of the first norm or linear layer within."""
     for child in module.modules():
         child = as_before(child)
@@ -231,7 +238,7 @@ def table_widths(module: nn.Module) -> list[int | None]:
             found[int(dim * part)] = None
         found |= {dim: None, dim // 2: None}
     if not found and (heads := _head_count(module)):
-        dim = _hidden_size(module) // heads
+        dim = hidden_size(module) // heads
         found |= {dim: None, dim // 2: None}
     return list(found) or [None]
 

@@ -14,10 +14,11 @@ from llmkern.swap.derive import wrapped_functions
 __all__ = ["LayerLoop", "layer_loop"]
 
 _COUNT = "num_hidden_layers"
+_FIXED = (ast.Name, ast.Constant, ast.Attribute, ast.IfExp, ast.BoolOp, ast.UnaryOp, ast.boolop, ast.unaryop, ast.Load)
 
 
 class LayerLoop(NamedTuple):
-    """`for layer in self.<layers>: x = layer(x, …)`.
+    """`for layer in self.<layers>: x = layer(x, …)`, in evaluation.
 
     counted: it runs over the first `config.num_hidden_layers` of them, not over all.
     """
@@ -61,9 +62,29 @@ def _plain(loop: ast.For) -> LayerLoop | None:
         over = over.value
     if not isinstance(over, ast.Attribute) or not _is_name(over.value, "self") or not isinstance(target, ast.Name):
         return None
-    if loop.orelse or len(loop.body) != 1 or not _is_step(loop.body[0], target.id, index):
+    body = _in_evaluation(loop.body)
+    if loop.orelse or len(body) != 1 or not _is_step(body[0], target.id, index):
         return None
     return LayerLoop(over.attr, counted)
+
+
+def _in_evaluation(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements without those that leave layers out in training (LayerDrop, arXiv:1909.11556):
+    `if self.training and …:`, and the flag that it may set."""
+    body = [each for each in body if not (isinstance(each, ast.If) and not each.orelse and _is_for_training(each.test))]
+    if len(body) != 2 or not isinstance(body[0], ast.Assign) or not isinstance(body[1], ast.If) or body[1].orelse:
+        return body
+    flag, wanted = body[0], body[1].test
+    if isinstance(wanted, ast.BoolOp) and isinstance(wanted.op, ast.Or):
+        wanted = wanted.values[0]
+    drops = isinstance(flag.value, ast.Constant) and flag.value.value is False
+    names = [ast.unparse(target) for target in flag.targets]
+    return body[1].body if drops and [ast.unparse(wanted)] == [f"not {name}" for name in names] else body
+
+
+def _is_for_training(test: ast.expr) -> bool:
+    several = isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And)
+    return several and ast.unparse(test.values[0]) == "self.training"  # type: ignore[attr-defined]
 
 
 def _is_alone(tree: ast.AST, loop: ast.For, found: LayerLoop) -> bool:
@@ -89,20 +110,22 @@ def _is_step(statement: ast.stmt, layer: str, index: str | None) -> bool:
     x, call = statement.targets[0], statement.value
     if not isinstance(x, ast.Name) or not isinstance(call, ast.Call) or not _is_name(call.func, layer):
         return False
-    if len(call.args) != 1 or not _is_name(call.args[0], x.id):
+    if not call.args or not _is_name(call.args[0], x.id):
         return False
-    return all(_is_fixed(keyword.value, x.id, layer, index) for keyword in call.keywords)
+    others = [*call.args[1:], *[keyword.value for keyword in call.keywords]]
+    return all(_is_fixed(other, x.id, layer, index) for other in others)
 
 
 def _is_fixed(value: ast.expr, x: str, layer: str, index: str | None) -> bool:
-    """A name or a constant, or what a dictionary has for layers of this one's kind: the same object in every turn,
-    where all layers are of one kind."""
+    """Names, constants, attributes and choices between them, or what a dictionary has for layers of this one's kind:
+    the same object in every turn, where all layers are of one kind."""
     kinds = (f"self.config.layer_types[{index}]", f"{layer}.attention_type")
     if isinstance(value, ast.Subscript) and ast.unparse(value.slice) in kinds:
         value = value.value
-    if isinstance(value, ast.Name):
-        return value.id not in (x, layer, index)
-    return isinstance(value, ast.Constant)
+    own = (x, layer, index)
+    nodes = list(ast.walk(value))
+    named = [node.id for node in nodes if isinstance(node, ast.Name)]
+    return all(isinstance(node, _FIXED) for node in nodes) and not any(name in own for name in named)
 
 
 def _is_name(node: ast.AST, name: str) -> bool:

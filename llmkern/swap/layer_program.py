@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmkern.programs.names import tidy, unique
-from llmkern.programs.program import Program, Step
+from llmkern.programs.program import Program, ProgramError, Step
 from llmkern.programs.run import run
-from llmkern.swap.guard import UNSEEN, Part, merged, noted
+from llmkern.swap.guard import UNSEEN, Part, Path, merged, noted
 from llmkern.swap.layer_call import INPUTS, KEPT_NAMES, LayerCall, NoProgram, Probe, bias_dims_of, table_widths
 from llmkern.swap.match import PROBE_SCALE
 from llmkern.swap.observe import Sources
@@ -28,6 +28,7 @@ from llmkern.swap.track import Refused
 
 __all__ = ["NoProgram", "Reading", "layer_program"]
 
+_INDEX = "layer_idx"
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}  # of the largest value; some forwards convert to fp32
 _PROBES = (
     Probe("on small values", torch.float32, 2, 3),
@@ -37,6 +38,7 @@ _PROBES = (
 )
 _KEPT = Probe("with an encoder's keys and values in its cache", torch.float32, 2, 3, past=4)
 _HALF = Probe("in float16", torch.float16, 2, 3)
+_WIDE = Probe("in bfloat16, with angles in float32", torch.bfloat16, 2, 3, tables=torch.float32)
 
 
 class Reading(NamedTuple):
@@ -45,19 +47,26 @@ class Reading(NamedTuple):
     program: at the level of its ops.  but_half: it does not hold in float16.  lookup: where the table is whose rows, by
     the tokens' positions, are its sines and cosines side by side; "" where it is given them.
     parts: what the layer's forward reads of the modules in it (llmkern/swap/guard.py).
+    placed: paths of the modules that know the layer's place in its cache.  given: names of arguments that it was given.
+    tuple_of: elements of the tuple that it returns, 0 for the hidden states themselves; None where there is more in it.
+    wide_angles: its cosines and sines may be fp32 whatever its dtype is.
     """
 
     program: Program
     but_half: bool
     lookup: str
     parts: tuple[Part, ...]
+    placed: tuple[Path, ...]
+    given: frozenset[str]
+    tuple_of: int | None
+    wide_angles: bool
 
 
 class _Run(NamedTuple):
     """One run of a copy.
 
     by_dtype: whether the source goes by dtypes.  encodes: whether all its attention is said not to be causal.
-    lookup, parts: as in `Reading`.
+    The others: as in `Reading`.
     """
 
     program: Program
@@ -65,6 +74,9 @@ class _Run(NamedTuple):
     encodes: bool
     lookup: str
     parts: tuple[Part, ...]
+    placed: tuple[Path, ...]
+    given: frozenset[str]
+    tuple_of: int | None
 
 
 def layer_program(module: nn.Module) -> Reading:
@@ -84,15 +96,19 @@ def layer_program(module: nn.Module) -> Reading:
             raise NoProgram(f"{_KEPT.how} its forward computes something else:\n{tidy(later)}")
     if all(each.encodes for each in runs):  # BERT takes a cache where it is a decoder
         found = _without_caches(found, ("append",))
-    but_half = any(each.by_dtype for each in runs) and not _holds_in_half(module, found)
+    but_half = any(each.by_dtype for each in runs) and not _holds(module, found, _HALF)
+    wide_angles = "cos" in found.inputs and _holds(module, found, _WIDE)
     parts = merged(tuple(itertools.chain.from_iterable([each.parts for each in runs])))
-    return Reading(tidy(found), but_half, runs[0].lookup, parts)
+    placed = tuple(dict.fromkeys(path for each in runs for path in each.placed))
+    given = frozenset(name for each in runs for name in each.given)
+    tuple_of = runs[0].tuple_of if len({each.tuple_of for each in runs}) == 1 else None
+    return Reading(tidy(found), but_half, runs[0].lookup, parts, placed, given, tuple_of, wide_angles)
 
 
-def _holds_in_half(module: nn.Module, program: Program) -> bool:
-    """Whether a layer that goes by dtypes has the same program in float16."""
+def _holds(module: nn.Module, program: Program, probe: Probe) -> bool:
+    """Whether the layer has the same program in another run."""
     try:
-        return _merged(program, _recorded(module, _HALF).program) is not None
+        return _merged(program, _recorded(module, probe).program) is not None
     except NoProgram:
         return False
 
@@ -121,10 +137,13 @@ def _recorded(module: nn.Module, probe: Probe) -> _Run:
             continue
         if recorder.reason or sources.reason:
             raise NoProgram(recorder.reason or sources.reason)
+        returned = out
         out = out[0] if isinstance(out, tuple) else out
+        if not isinstance(out, Tensor):
+            raise NoProgram(f"it returns a {type(out).__name__}")
         try:
             program = recorder.program(out)
-        except Refused as error:
+        except (Refused, ProgramError) as error:
             refused = refused or str(error)
             continue
         if probe.dtype in _TOLERANCE:
@@ -135,9 +154,32 @@ def _recorded(module: nn.Module, probe: Probe) -> _Run:
         parts = noted(copy)
         if parts is None:
             raise NoProgram(UNSEEN)
-        encodes = recorder.causal == {False}
-        return _Run(program, sources.goes_by_dtype, encodes, recorder.lookup, (*parts, *weights.parts))
+        placed, parts = _without_index(parts) if call.past is not None else ((), parts)
+        return _Run(
+            program=program,
+            by_dtype=sources.goes_by_dtype,
+            encodes=recorder.causal == {False},
+            lookup=recorder.lookup,
+            parts=(*parts, *weights.parts),
+            placed=placed,
+            given=frozenset(name for name, value in call.arguments.items() if value is not None),
+            tuple_of=_tuple_of(returned),
+        )
     raise NoProgram(refused or raised)
+
+
+def _without_index(parts: tuple[Part, ...]) -> tuple[tuple[Path, ...], tuple[Part, ...]]:
+    """Where the layer's place in its cache was read, and the parts without it: it is read at each call, and differs
+    from layer to layer.  A forward that reads it where there is no cache goes by it otherwise."""
+    placed = tuple([part.path for part in parts if any(read.name == _INDEX for read in part.reads)])
+    kept = [part._replace(reads=tuple([read for read in part.reads if read.name != _INDEX])) for part in parts]
+    return placed, tuple(kept)
+
+
+def _tuple_of(returned: Any) -> int | None:
+    if not isinstance(returned, tuple):
+        return 0
+    return len(returned) if all(other is None for other in returned[1:]) else None
 
 
 def _in_order(program: Program) -> Program:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "linear_like",
     "probe",
     "remembered",
+    "remembering_refusals",
     "stand_in",
     "why_elsewhere",
 ]
@@ -50,7 +52,8 @@ class Match:
         is called, what the report names instead of a backend, by the same names.
     around: for a module that calls no op itself (`only_for_children`), the op of the modules for whose sake it is
         swapped; "" for any.
-    is_whole: it is served without the modules within it being called.  Its rule's switches must all be on.
+    is_whole: it is served without the modules within it being called.  Its switches must all be on.
+    switches: those of `optimize_` that it depends on, where they are not all of its rule's.
     """
 
     kind: str
@@ -63,6 +66,7 @@ class Match:
     served: Mapping[str, str] = field(default_factory=dict)
     around: str = ""
     is_whole: bool = False
+    switches: tuple[str, ...] = ()
 
     @property
     def only_for_children(self) -> bool:
@@ -74,12 +78,29 @@ _REMEMBERED = 8  # of one key: modules that differ in an attribute, and classes 
 _known: dict[Any, deque[Match]] = {}
 
 
+_refusals: dict[Any, Match] | None = None
+
+
+@contextlib.contextmanager
+def remembering_refusals() -> Iterator[None]:
+    """Within the block a module is not probed again that is like one which was refused in it, attributes included."""
+    global _refusals
+    before, _refusals = _refusals, {}
+    try:
+        yield
+    finally:
+        _refusals = before
+
+
 def remembered(key: Any, module: nn.Module, find: Callable[[], Match | None]) -> Match | None:
     """Return `find()`, or its earlier result for a module with an equal key if the guard of that match holds for this
     module: the guard has all that the forward reads, so a probe would see the same again.
 
     key: what `find` depends on and no guard looks at, classes and sizes.
     """
+    own = None if _refusals is None else (key, tuple(map(_plain_attributes, module.modules())))
+    if own is not None and own in (_refusals or {}):
+        return _refusals[own]  # type: ignore[index]
     known = _known.setdefault(key, deque(maxlen=_REMEMBERED))
     for found in known:
         guard: Guard = found.cls._llmkern_guard  # type: ignore[union-attr]
@@ -88,7 +109,16 @@ def remembered(key: Any, module: nn.Module, find: Callable[[], Match | None]) ->
     result = find()
     if result is not None and result.cls is not None:
         known.appendleft(result)
+    elif result is not None and own is not None and _refusals is not None:
+        _refusals[own] = result
     return result
+
+
+def _plain_attributes(module: nn.Module) -> tuple[Any, ...]:
+    """Names and values of numbers and the like, and which other objects there are; the place in a cache, which is
+    another in each layer, is left out."""
+    own = [(k, v) for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and k != "layer_idx"]
+    return tuple([(k, v if isinstance(v, (bool, int, float, str, type(None))) else id(v)) for k, v in own])
 
 
 def is_stateless(module: nn.Module) -> bool:

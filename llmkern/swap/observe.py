@@ -1,8 +1,8 @@
-"""How a forward computes what it computes: the operators between its parts, and the decisions in its source.
+"""How a forward computes what it computes: the decisions in its source.
 
-A probe compares values, on a few small inputs.  What begins elsewhere (a scale that grows with the position, a branch
-for long inputs, another formula in half precision) has the same values there, but not the same operators, or it has a
-comparison in its source.  Both are looked at here.
+A probe compares values, on a few small inputs.  What begins elsewhere (a branch for long inputs, another formula in
+half precision) has the same values there, but a comparison in its source, for which is looked here; the operators of
+a layer are looked at where its program is read (llmkern/swap/record.py).
 """
 
 from __future__ import annotations
@@ -18,17 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Between", "Sources", "aside", "settled", "why_undecided"]
+__all__ = ["Sources", "aside", "settled", "why_undecided"]
 
-# Views of a tensor, and copies of one that compute nothing.
-_MOVES = frozenset(
-    ("_reshape_alias", "_unsafe_view", "alias", "cat", "chunk", "clone", "detach", "expand", "permute", "reshape")
-    + ("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten")
-    + ("unsqueeze", "view")
-)
 # Whose functions go by what is no part of a model: flags, versions, names of attributes.
 _LIBRARIES = (
     *("torch", "llmkern", "transformers.configuration_utils", "transformers.modeling_layers"),
@@ -58,7 +51,7 @@ def settled() -> Iterator[None]:
 
 
 def aside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a part, into which `Sources` and `Between` do not look."""
+    """`function` as a part, into which `Sources` does not look."""
 
     @functools.wraps(function)
     def unseen(*args: Any, **kwargs: Any) -> Any:
@@ -120,24 +113,6 @@ class Sources:
             return ran
 
         return None if self._probed is None else ran
-
-
-class Between(TorchDispatchMode):
-    """Looks at the operators within the block, but for those of parts (`aside`); `reason` says what is more than to add
-    tensors and to move them, "" where nothing is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reason = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        operands = args[:2]
-        adds = name == "add" and all(isinstance(x, Tensor) for x in operands) and not kwargs
-        scales_by_one = name == "mul" and any(not isinstance(x, Tensor) and x == 1 for x in operands)
-        if name not in _MOVES and not adds and not scales_by_one and not self.reason:
-            self.reason = f"between its parts its forward computes {name}"
-        return func(*args, **(kwargs or {}))
 
 
 def _is_of_a_library(module: str) -> bool:

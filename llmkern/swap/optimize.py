@@ -16,12 +16,12 @@ from llmkern import dispatch
 from llmkern.checks import check_choice
 from llmkern.memory import move_back_, move_to_huge_pages_
 from llmkern.swap import derive
-from llmkern.swap.decoder_stack import forget
 from llmkern.swap.edit import Edit, edited, edits_of
-from llmkern.swap.match import Match, linear_like
+from llmkern.swap.layer_stack import forget
+from llmkern.swap.match import Match, linear_like, remembering_refusals
 from llmkern.swap.observe import settled
 from llmkern.swap.report import SwapReport, SwapRow, current, forget_report, record_report
-from llmkern.swap.rules import RULES
+from llmkern.swap.rules import rules
 from llmkern.swap.rules.attention import skipping_masks
 
 __all__ = ["optimize_", "patched", "restore_"]
@@ -85,7 +85,7 @@ def optimize_(
         "linear": linear,
         "kv_cache": kv_cache,
     }
-    with settled():  # for the probes
+    with settled(), remembering_refusals():  # for the probes
         sites = _resolved(list(_sites(model, switches, filter_fn)))
     wanted = [s for s in sites if not s.excluded and not s.found.reason]
     if filter_fn is not None and sites and not wanted:
@@ -171,15 +171,16 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # compiled: its class cannot be changed
             continue
-        for rule in RULES:
+        for rule in rules():
             found = rule.find(derive.as_before(module))
             if found is None or id(module) in absorbed:
                 continue
             found = _chosen(found, module, switches[rule.SWITCHES[0]])
             excluded = ""
             if not _is_swapped(module, found):
-                off = [f"{switch}={switches[switch]}" for switch in rule.SWITCHES if not switches[switch]]
-                if off and (found.is_whole or len(off) == len(rule.SWITCHES)):
+                needed = found.switches or rule.SWITCHES
+                off = [f"{switch}={switches[switch]}" for switch in needed if not switches[switch]]
+                if off and (found.is_whole or len(off) == len(needed)):
                     excluded = f"switched off by {' and '.join(off)}"
                 elif filter_fn is not None and not found.only_for_children and not filter_fn(module, path):
                     excluded = "left out by filter_fn"
@@ -203,9 +204,11 @@ def _chosen(found: Match, module: nn.Module, choice: Any) -> Match:
 def _resolved(sites: list[_Site]) -> list[_Site]:
     """Resolve nesting: a layer is fused only if all its parts may be swapped.
 
-    Linear layers do not count as parts; a fused layer reads their weights directly.
+    Linear layers do not count as parts; a fused layer reads their weights directly.  Nor do parts that no op serves by
+    themselves: what they compute was read with the layer.
     """
-    left = [site.path for site in sites if (site.excluded or site.found.reason) and not linear_like(site.module)]
+    stays = [site for site in sites if site.excluded or (site.found.reason and site.found.op)]
+    left = [site.path for site in stays if not linear_like(site.module)]
     settled: list[_Site] = []
     absorbed: set[int] = set()
     for site in sites:  # a layer comes before what is within it
@@ -264,18 +267,22 @@ def _row(model: nn.Module, site: _Site) -> SwapRow:
         return SwapRow(site.path, found.kind, found.op, "left", "", reason)
     if found.served:
         served = next(found.served[choice] for choice, edit in found.edits.items() if edit == found.edit)
-    else:
-        served = _serving(model, site)
-    return SwapRow(site.path, found.kind, found.op, "swapped", served, "")
+        return SwapRow(site.path, found.kind, found.op, "swapped", served, "")
+    return SwapRow(site.path, found.kind, found.op, "swapped", *_serving(model, site))
 
 
-def _serving(model: nn.Module, site: _Site) -> str:
-    """The backend that serves the site for inputs of its parameters' dtype on their device."""
+def _serving(model: nn.Module, site: _Site) -> tuple[str, str, str, str]:
+    """The backend that serves the site for inputs of its parameters' dtype on their device, "", the backend's source
+    and the site's program."""
     parameters = itertools.chain(site.module.parameters(), model.parameters())
     like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     assert site.found.sample is not None  # whatever can be swapped has one
+    call = site.found.sample(like.dtype, like.device)
     with torch.no_grad():
-        return dispatch.select(site.found.op, site.found.sample(like.dtype, like.device)).backend.name
+        serving = dispatch.select(site.found.op, call)
+    if site.found.is_whole and not serving.backend.kernels:
+        return "its parts", "", "", ""
+    return serving.backend.name, "", serving.source, dispatch.about(site.found.op, call)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ class SwapRow:
     backend: the one that serves it here, for inputs of the parameters' dtype on their device, or the cache that a
         model makes; "" if left.
     reason: why it was left alone; "" if swapped.
+    source: the file of the kernel or function that serves it, seen from the root of the repository; "" if left.
+    program: of a layer that is swapped as a whole, what it computes (llmkern/programs/program.py); "" of others.
     """
 
     path: str
@@ -33,6 +35,8 @@ class SwapRow:
     action: Literal["swapped", "left"]
     backend: str
     reason: str
+    source: str = ""
+    program: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class SwapReport:
         return tuple(row for row in self.rows if row.action == "left")
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"rows": [{"path", "kind", "op", "action", "backend", "reason"}], "moved_bytes": …}`."""
+        """`{"rows": [{"path", "kind", "op", "action", "backend", "reason", "source", "program"}],
+        "moved_bytes": …}`."""
         return {"rows": [asdict(row) for row in self.rows], "moved_bytes": self.moved_bytes}
 
     def __iter__(self) -> Iterator[SwapRow]:
@@ -72,7 +77,9 @@ class SwapReport:
         title = f"{len(self.swapped)} swapped, {len(self.left)} left alone"
         if self.moved_bytes:
             title += f"; {self.moved_bytes / 1e6:.0f} MB of weights moved to huge pages"
-        return render(title, ("module", "×", "kind", "op", "served by", "left alone because"), cells)
+        table = render(title, ("module", "×", "kind", "op", "served by", "left alone because"), cells)
+        programs = collapse((row.path, (row.program,)) for row in self.rows if row.program)
+        return "\n".join([table, *[f"{path} {count}: {text}" for path, count, (text,), _ in programs]])
 
 
 _reports: weakref.WeakKeyDictionary[nn.Module, SwapReport] = weakref.WeakKeyDictionary()
@@ -86,7 +93,8 @@ def record_report(model: nn.Module, report: SwapReport) -> None:
     """
     served: dict[str, list[str]] = {}
     for row in report.swapped:
-        served.setdefault(row.path, []).append(f"{row.op} on {row.backend}" if row.op else row.backend)
+        text = f"{row.op} on {row.backend}" if row.op else row.backend
+        served.setdefault(row.path, []).append(f"{text}\n{row.program}" if row.program else text)
     for path, texts in served.items():
         describe(model.get_submodule(path), ", ".join(texts))
     earlier = _reports.get(model)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from operator import contains, getitem, is_
+from collections.abc import Iterable, Mapping
+from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Snapshot"]
 
+_DTYPE = attrgetter("dtype")
+
 
 class Snapshot:
-    """What was in dictionaries, of which class modules were, where tensors lay."""
+    """What was in dictionaries, of which class modules were, where tensors lay, of which dtype they were."""
 
     def __init__(self) -> None:
         self._known: set[tuple[int, Any]] = set()
@@ -24,6 +27,8 @@ class Snapshot:
         self._empty: list[Mapping[Any, Any]] = []
         self._attributes: list[tuple[Any, str, Any]] = []
         self._places: list[tuple[Tensor, tuple[Any, ...]]] = []
+        self._tensors: list[Tensor] = []
+        self._dtypes: list[torch.dtype] = []
 
     def entry(self, held: Mapping[Any, Any], name: Any) -> None:
         """`held[name]` is the same object, or still absent."""
@@ -67,6 +72,12 @@ class Snapshot:
         """The tensor's data lie where they lay, as they did."""
         self._places.append((tensor, _place(tensor)))
 
+    def dtypes(self, tensors: Iterable[Tensor | None]) -> None:
+        """The tensors have the same dtypes, which `weight.data = …` may change."""
+        given = [tensor for tensor in tensors if tensor is not None]
+        self._tensors += given
+        self._dtypes += map(_DTYPE, given)
+
     def holds(self) -> bool:
         """Whether all is as it was."""
         held, names, values = self._held
@@ -84,6 +95,7 @@ class Snapshot:
             list(map(type, self._modules)) == self._classes
             and self._whole[0] == self._whole[1]
             and not any(self._empty)
+            and list(map(_DTYPE, self._tensors)) == self._dtypes
             and all([getattr(holder, name, None) is value for holder, name, value in self._attributes])
             and all([_place(tensor) == place for tensor, place in self._places])
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmkern import _native, dispatch, explain, ops
 from llmkern.config import reload, settings
-from llmkern.testing.case import Make, cases
+from llmkern.testing.case import Make
 from llmkern.testing.cases.layers_ import decoder
 from llmkern.testing.cases.quantized_linear import random_packed
 from llmkern.testing.compare import as_list, assert_same_bits
@@ -87,16 +87,6 @@ def attention_decode(make: Make) -> Call:
     return {"q": make.randn(MOST, 4, 1, 32), **cache, "seq_lens": lengths, **none, **SOFTMAX}
 
 
-def layer(op: str, make: Make, name: str) -> Call:
-    """A case of the op with as many sequences as there are rows, of its first token or tokens."""
-    case = next(case for case in cases(op) if str(case) == name)
-    call = case.make(dtype=make.dtype)
-    for argument in BATCHED[op]:
-        if call[argument] is not None:
-            call[argument] = make.randn(MOST, *call[argument].shape[1:], dtype=call[argument].dtype)
-    return call
-
-
 BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "rms_norm": ("rms_norm", lambda make: norm(make, offset=True)),
     "layer_norm": ("layer_norm", norm),
@@ -131,8 +121,6 @@ BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "attention": ("attention", attention),
     "attention-one": ("attention", lambda make: attention(make, queries=1)),
     "attention_decode": ("attention_decode", attention_decode),
-    "decoder_layer_": ("decoder_layer_", lambda make: layer("decoder_layer_", make, "smollm2-float32")),
-    "encoder_layer": ("encoder_layer", lambda make: layer("encoder_layer", make, "minilm-float32")),
     "cross_entropy": ("cross_entropy", cross_entropy),
     "layers_": ("layers_", lambda make: decoder(make, 1, 33, batch=MOST, hidden=72, heads=(3, 1), dim=24, inner=96)),
 }
@@ -146,8 +134,6 @@ BATCHED = {
     "int8_matmul": ("a_q", "a_scale", "residual"),
     "attention": ("q", "k", "v"),
     "attention_decode": ("q", "k_cache", "v_cache", "seq_lens"),
-    "decoder_layer_": ("hidden", "k_cache", "v_cache"),
-    "encoder_layer": ("hidden",),
     "cross_entropy": ("logits", "labels"),
     "layers_": ("hidden", "inputs", "caches"),
 }
@@ -236,7 +222,7 @@ def test_every_op_is_here_and_who_promises_is_known() -> None:
     assert all(impl.rows_alone == "no" for impl in dispatch.implementations(unpromised))
     for op, _ in BUILD.values():
         for impl in dispatch.implementations(op):
-            on_request = op in ("linear", "int8_linear", "decoder_layer_", "encoder_layer", "layers_")
+            on_request = op in ("linear", "int8_linear", "layers_")
             expected = ("on request" if on_request else "always") if impl.backend.name == "cpu" else "no"
             assert impl.rows_alone == expected, f"{op} on {impl.backend.name}"
 

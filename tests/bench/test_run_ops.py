@@ -20,7 +20,7 @@ from llmkern.testing.judge import reference
 from llmkern.why import sizes
 
 CPU = torch.device("cpu")
-WHOLE_LAYERS = {"decoder_layer_", "encoder_layer", "layers_"}
+WHOLE_LAYERS = {"layers_"}
 """`llmkern bench model` measures them, where there is a model around them to compare with."""
 # Their public functions return less than their ops, which the judge of sweeps cannot compare yet.
 LOSSES = {"cross_entropy", "linear_cross_entropy"}

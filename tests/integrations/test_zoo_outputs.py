@@ -40,7 +40,7 @@ class Record:
         self.reasons: list[str] = []
 
     def served(self, op: str, *rest: Any) -> None:
-        self.served_ops.add("decoder_layer_" if op == "decoder_layers_" else op)  # all layers in one call
+        self.served_ops.add(op)
 
     def fell_back(self, op: str, call: dict[str, Any], to: str, reason: str) -> None:
         self.reasons.append(reason)

@@ -132,7 +132,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "window": ([-1, -1], [0, 0], [2, 1], [3, -1], [-1, 0]),
 }
 FREE = ("weight", "bias", "residual", "attn_mask", "key_padding_mask", "sinks")  # may be absent by themselves
-LAYERS = ("decoder_layer_", "encoder_layer", "layers_")  # whose arguments hang together; their cases have each of them
+LAYERS = ("layers_",)  # whose arguments hang together; its cases have each of them
 
 
 def changes(op: str, call: Call) -> dict[str, list[Any]]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import llmkern
 from llmkern import dispatch
+from llmkern.ops._layer_plan import plan_of
 
 needs_kernels = pytest.mark.skipif(
-    dispatch.implementation("decoder_layer_", "cpu").backend.missing is not None, reason="needs the CPU kernels"
+    dispatch.implementation("layers_", "cpu").backend.missing is not None, reason="needs the CPU kernels"
 )
 
 SIZES = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -98,22 +99,47 @@ def pieces(tokens: Tensor) -> list[Tensor]:
 
 
 PROMPT, *STEPS = pieces(TOKENS)
-TOGETHER = ["decoder_layers_"]
-APART = ["decoder_layer_"] * 2
+TOGETHER = ["all layers"]
+APART = ["a layer"] * 2
+
+
+class Layers:
+    """Calls of `layers_`: for all layers by a plan, or for one by its parameters; whoever listens already hears of
+    them too."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.outer = dispatch._state.recorder
+
+    def served(self, op: str, call: dict[str, Any], *rest: Any) -> None:
+        if op == "layers_":
+            self.calls.append("a layer" if plan_of(call["parameters"]) is None else "all layers")
+        if self.outer is not None:
+            self.outer.served(op, call, *rest)
+
+    def fell_back(self, *call: Any) -> None:
+        if self.outer is not None:
+            self.outer.fell_back(*call)
 
 
 def whole_layers(function: Callable[[], Any]) -> list[str]:
-    """The operators for whole layers that torch was asked for, whether or not the dispatcher heard of it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    """The calls of `layers_`, of which torch was asked for as many as the dispatcher says."""
+    layers = Layers()
+    with (
+        dispatch.recording(layers),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
         function()
-    return [e.name.removeprefix("llmkern::") for e in profile.events() if e.name.startswith("llmkern::decoder_layer")]
+    native = [event for event in profile.events() if event.name == "llmkern::layers_"]
+    assert len(native) >= len(layers.calls)  # some to no avail
+    return layers.calls
 
 
 @contextlib.contextmanager
 def layers_alone() -> Iterator[None]:
     """Within the block a decoder's loop runs over its layers, whatever could compute them together."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmkern.swap.decoder_stack._element", lambda *_: None)
+        patch.setattr("llmkern.swap.layer_stack._elements", lambda *_: [])
         yield
 
 

@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), n
 
 def together(make: Any) -> list[str]:
     """What this family's forward calls: Qwen2's layers have different windows here, and so different masks."""
-    return APART if make is DECODERS["qwen2"] else TOGETHER
+    return TOGETHER * 2 if make is DECODERS["qwen2"] else TOGETHER
 
 
 @decoders
@@ -271,14 +271,14 @@ def test_who_listens_chooses_or_is_strict_sees_what_runs_otherwise(monkeypatch: 
     record = Record()
     with dispatch.recording(record):
         assert sequence.give(second) == TOGETHER
-    assert record.ops.count("decoder_layers_") == 1
+    assert record.ops.count("layers_") == 1
     assert not record.reasons
     with llmkern.use_backend("cpu"):
         assert sequence.give(third) == TOGETHER
     with monkeypatch.context() as patch:
         patch.setattr(settings, "strict", True)
         assert sequence.give(fourth) == TOGETHER
-    (row,) = [row for row in llmkern.explain(model, TOKENS) if row.op == "decoder_layers_"]
+    (row,) = [row for row in llmkern.explain(model, TOKENS) if row.op == "layers_"]
     assert (row.site, row.backend, row.shapes) == ("model", "cpu", {"hidden": (2, 10, 32)})
 
 
@@ -286,11 +286,16 @@ def test_who_listens_chooses_or_is_strict_sees_what_runs_otherwise(monkeypatch: 
 def test_another_backend_is_given_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     untouched, model = built(DECODERS["llama"]), optimized(DECODERS["llama"])
     sequence = Sequence(untouched, model)
-    for tokens, name in zip(pieces(TOKENS), ("torch", "reference"), strict=False):
-        with llmkern.use_backend(name):
-            assert sequence.give(tokens) == []
-            reasons = recorded(lambda: model(TOKENS)).reasons
-        assert f"the backend {name!r} is forced, which does not compute all layers at once" in reasons
+    first, second, third, _ = pieces(TOKENS)
+    with llmkern.use_backend("torch"):
+        assert sequence.give(first) == []
+        reason = "layers_: the forced backend 'torch' cannot serve this call: it does not implement layers_"
+        assert reason in recorded(lambda: model(TOKENS)).reasons
+    with llmkern.use_backend("reference"):
+        record = recorded(lambda: model(TOKENS, use_cache=False))
+    assert record.ops.count("layers_") == 1
+    assert not record.reasons
+    assert [sequence.give(tokens) for tokens in (second, third)] == [TOGETHER, TOGETHER]
 
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])

@@ -255,7 +255,7 @@ def with_decoder(cls: Any, model: Any) -> Any:
         (TupleForEach, APART),
         (OneMoreAfterThem, [*TOGETHER, *APART[:1]]),
         (OneMoreBeforeThem, [*APART[:1], *TOGETHER]),
-        (TwoMasks, APART),
+        (TwoMasks, TOGETHER * 2),
         (ByAProperty, APART),
         (Twice, [*TOGETHER, *TOGETHER]),
         (ShiftedBetweenThem, APART),

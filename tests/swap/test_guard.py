@@ -175,7 +175,7 @@ def test_masks_of_the_layers_that_differ_since() -> None:
         model.model.layers[1].attention_type = "of another kind"  # by which transformers 4 chose the mask
     assert sequence.give(STEPS[0]) == APART
     again = Sequence(*sequence.models)
-    assert again.give(PROMPT) == APART
+    assert again.give(PROMPT) == TOGETHER * 2  # each with those of its kind
     for model in sequence.models:
         del model.model.layers[1].attention_type
     assert again.give(STEPS[2]) == TOGETHER
@@ -192,8 +192,7 @@ def test_kinds_of_layers_that_the_config_names_otherwise_since() -> None:
         assert sequence.give(tokens) == TOGETHER
     for model in sequence.models:
         model.config.layer_types[1] = "full_attention"
-    for tokens in STEPS[1:]:
-        assert sequence.give(tokens) == APART
+    assert [sequence.give(tokens) for tokens in STEPS[1:]] == [APART, TOGETHER * 2]
 
 
 def other_activation(layer: Any) -> None:

@@ -63,6 +63,29 @@ class Plain:
             x = layer(x, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
         return x
 
+    def by_position(self, x, mask, cache, flag):
+        for layer in self.layers:
+            x = layer(x, mask, cache if not (self.checkpointing and self.training) else None, flag=flag or self.flag)
+        return x
+
+    def drops_layers_in_training(self, x, mask):
+        for _, layer in enumerate(self.layers):
+            if self.training and self.layerdrop > 0.0:
+                drawn = self.draw()
+                if drawn < self.layerdrop:
+                    continue
+            x = layer(x, mask)
+        return x
+
+    def drops_layers_by_a_flag(self, x, mask, synced):
+        for layer in self.layers:
+            to_drop = False
+            if self.training and self.layerdrop > 0.0:
+                to_drop = self.draw() < self.layerdrop
+            if not to_drop or synced:
+                x = layer(x, mask)
+        return x
+
     def between_other_statements(self, x, mask):
         x = self.embedding(x)
         for name in self.names:
@@ -146,9 +169,28 @@ class Other:
             x = layer(x + 1)
         return x
 
-    def two_arguments(self, x, mask):
+    def some_by_a_star(self, x, masks):
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, *masks)
+        return x
+
+    def drops_layers_in_evaluation(self, x):
+        for layer in self.layers:
+            if self.layerdrop > 0.0:
+                continue
+            x = layer(x)
+        return x
+
+    def a_flag_that_means_otherwise(self, x):
+        for layer in self.layers:
+            to_drop = True
+            if not to_drop:
+                x = layer(x)
+        return x
+
+    def attribute_of_the_layer(self, x):
+        for layer in self.layers:
+            x = layer(x, scale=layer.scale)
         return x
 
     def many_arguments(self, x):

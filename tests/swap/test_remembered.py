@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import llmkern
 from llmkern.swap import match
-from llmkern.swap.rules import decoder_layer
+from llmkern.swap.rules import layer as rule
 
 pytestmark = [pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning"), needs_kernels]
 
@@ -27,8 +27,8 @@ def model() -> Any:
 
 def test_layers_that_are_alike_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(match, "_known", {})
-    probed, own = [], decoder_layer._probed
-    monkeypatch.setattr(decoder_layer, "_probed", lambda module, layer: probed.append(module) or own(module, layer))
+    probed, own = [], rule.layer_program
+    monkeypatch.setattr(rule, "layer_program", lambda module: probed.append(module) or own(module))
     for _ in range(2):  # and another model's like them not at all
         llmkern.optimize_(model())
     assert len(probed) == 1

@@ -7,6 +7,15 @@ propose, what it computes on a probe decides, and the name of its class never co
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 from llmkern.discovery import import_children
 
-RULES = import_children(__name__)
+__all__ = ["rules"]
+
+
+@functools.cache
+def rules() -> list[ModuleType]:
+    """All rule files; when first asked for, as some of them build on what reads others' (llmkern/swap/parts.py)."""
+    return import_children(__name__)

@@ -1,16 +1,16 @@
-"""Decoders that call their layers in a plain loop: it runs over one element, which computes all of them at once."""
+"""Models that call their layers in a plain loop: it runs over one element, which computes all of them at once."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from llmkern.swap.decoder_stack import one_element
 from llmkern.swap.derive import as_before
 from llmkern.swap.layer_loop import layer_loop
+from llmkern.swap.layer_stack import one_element
 from llmkern.swap.match import Match
-from llmkern.swap.rules import decoder_layer
+from llmkern.swap.rules import layer
 
-SWITCHES = decoder_layer.SWITCHES
+SWITCHES = layer.SWITCHES
 
 
 def find(module: nn.Module) -> Match | None:
@@ -18,8 +18,10 @@ def find(module: nn.Module) -> Match | None:
         return None
     loop = layer_loop(type(module).forward)
     layers = None if loop is None else module._modules.get(loop.layers)
-    if loop is None or type(layers) is not nn.ModuleList or not hasattr(module, "config"):
+    if loop is None or type(layers) is not nn.ModuleList or (loop.counted and not hasattr(module, "config")):
         return None
     first = next(iter(layers), None)
-    layer = None if first is None else decoder_layer.find(as_before(first))
-    return None if layer is None or layer.reason else Match("layer", "", edit=one_element(loop), around=layer.op)
+    found = None if first is None else layer.find(as_before(first))
+    if found is None or found.reason:
+        return None
+    return Match("layer", "", edit=one_element(loop), around=found.op, switches=found.switches)

@@ -43,11 +43,6 @@ _GATED: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-def function_of(activation: str) -> Callable[[Tensor], Tensor]:
-    """The activation of a found MLP, as the probe expects it."""
-    return _GATED[activation][1]
-
-
 def find(module: nn.Module) -> Match | None:
     linears: dict[str, Any] = {name: child for name, child in module._modules.items() if linear_like(child)}
     if len(linears) not in (2, 3) or module._parameters or not is_stateless(module):

@@ -35,7 +35,7 @@ class _Form:
 
 def find(module: nn.Module) -> Match | None:
     forward = type(module).forward
-    for name, function in rotary_functions(forward).items():
+    for name, function in _rotary_functions(forward).items():
         form = _form(function)
         if form is None:
             return Match("rope", "", f"{name} is not the rotary embedding of ops.rope")
@@ -44,14 +44,7 @@ def find(module: nn.Module) -> Match | None:
     return None
 
 
-def form_of(module: nn.Module) -> _Form | None:
-    """The form of the rotary embedding that the module's forward calls; None where it calls none, or another."""
-    for function in rotary_functions(type(module).forward).values():
-        return _form(function)
-    return None
-
-
-def rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def _rotary_functions(forward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {
         name: value
         for name, value in mentioned_globals(forward).items()

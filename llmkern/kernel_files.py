@@ -1,0 +1,30 @@
+"""Where the kernels of the native library are: for each backend and op the file under csrc/ to read first."""
+
+from __future__ import annotations
+
+__all__ = ["kernel_file"]
+
+_NORMS = ("rms_norm", "layer_norm")
+_STEMS = {
+    **{f"{add}{norm}{quant}": "norm" for add in ("", "add_") for norm in _NORMS for quant in ("", "_quant")},
+    **{f"{norm}_backward": "norm_backward" for norm in _NORMS},
+    **dict.fromkeys(("gelu", "swiglu", "swiglu_quant"), "activate"),
+    **dict.fromkeys(("gelu_backward", "swiglu_backward"), "activate_backward"),
+    **dict.fromkeys(("cross_entropy_backward", "cross_entropy_in_place_backward"), "cross_entropy"),
+    **dict.fromkeys(("linear_cross_entropy", "linear_cross_entropy_backward"), "cross_entropy"),
+    "int8_linear": "int8_matmul",  # behind quantize_int8
+    "layers_": "layers/run",
+}
+# On the CPU products have a folder of their own, and one kernel for all weights that are not packed in blocks.
+_PRODUCTS = {
+    **{op: f"products/{op}" for op in ("attention", "attention_decode", "linear")},
+    **dict.fromkeys(("int8_linear", "int8_matmul"), "products/linear"),
+    "quantized_linear": "products/packed_linear",
+}
+_SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
+
+
+def kernel_file(op: str, backend: str) -> str:
+    """The file of the kernel, seen from the root of the repository; backend is "cpu" or "cuda"."""
+    stem = (_PRODUCTS if backend == "cpu" else {}).get(op) or _STEMS.get(op, op)
+    return f"csrc/{backend}/{stem}{_SUFFIXES[backend]}"

@@ -1,0 +1,75 @@
+"""The forward of a layer that was swapped as a whole: one op where it can be, else the layer's own forward.
+
+All is looked up at the call: who keeps nothing lets weights go that are taken away between two calls (offloading).  A
+decoder's or an encoder's layers are computed together where they can be (llmkern/swap/layer_stack.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from llmkern import dispatch
+from llmkern.swap.bound import Bound
+from llmkern.swap.layer_caches import cached_by_one
+from llmkern.swap.whole_layer import (
+    OP,
+    NotServed,
+    Outdated,
+    WholeLayer,
+    arguments_of,
+    at,
+    check_guard,
+    inputs_of,
+    run_parts,
+    why_not_fused,
+)
+
+__all__ = ["by_kernels", "forward"]
+
+
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    hidden: Any = args[0] if args else None
+    reason = why_not_fused(self, hidden) if isinstance(hidden, Tensor) else "it is called without hidden states first"
+    if reason is None:
+        try:
+            return _whole(self, self._llmkern_layer, hidden, args[1:], kwargs)
+        except NotServed as unserved:
+            reason = str(unserved)
+    return run_parts(self, reason, args, kwargs)
+
+
+def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+    arguments = arguments_of((whole,), args, kwargs)
+    check_guard(self)
+    bound = Bound(whole.program, self, hidden.dtype, whole.packed)
+    cache = arguments.get("past_key_values") if whole.index is not None else None
+    index = 0 if whole.index is None else at(self, whole.index).layer_idx
+    past, buffers, written = cached_by_one(cache, index, whole, hidden)
+    head = whole.program.inputs
+    out = by_kernels(
+        hidden=hidden,
+        programs=[bound.text(hidden, head)],
+        parameters=bound.parameters,
+        inputs=inputs_of(whole, head[1:], arguments, hidden, past + hidden.shape[1]),
+        caches=list(buffers),
+        past=past,
+        schemes=bound.schemes(hidden),
+    )
+    written()
+    return whole.returned(out)
+
+
+def by_kernels(**call: Any) -> Tensor:
+    """`layers_`, whose call is known to be right; `NotServed` where no kernel takes it, `Outdated` where the native
+    library finds parameters that are no longer what they were.
+
+    A cache holds what it held where that is so: what has been written to it does not count yet."""
+    try:
+        out: Tensor = dispatch.dispatch_to_kernels(OP, call)
+    except dispatch.Refused as refused:
+        raise NotServed(str(refused)) from None
+    except RuntimeError as error:
+        raise Outdated(str(error)) from None
+    return out
