@@ -247,18 +247,32 @@ def _dispatch(op: str, check: Callable[..., None] | None, call: dict[str, Any]) 
     return _run(op, call, select(op, call))
 
 
-def dispatch_to_kernels(op: str, call: dict[str, Any]) -> Any:
+def dispatch_to_kernels(
+    op: str, call: dict[str, Any], judged: dict[Any, tuple[Any, Implementation]] | None = None, form: Any = None
+) -> Any:
     """Run a call whose arguments are known to be right on a kernel backend, or on the one that is forced.
 
+    judged: what the caller keeps between calls, so that calls of one `form` are chosen for once; the form has all that
+    a choice may go by which differs between them.
     For callers that have other means: raises `Refused` with the reason where neither serves it.
     """
     if _state.interceptor is not None:
         return _state.interceptor(op, call)
+    if judged is None:
+        return _run(op, call, _of_kernels(op, call))
+    key = (form, _state.forced, settings.backend, settings.strict, settings.batch_invariant)
+    known = judged.get(key)
+    if known is None or known[0] is not OPS[op].implementations:
+        known = judged[key] = OPS[op].implementations, _of_kernels(op, call)
+    return _run(op, call, known[1])
+
+
+def _of_kernels(op: str, call: dict[str, Any]) -> Implementation:
     impl = select(op, call)
     if not impl.backend.kernels and forced_backend() is None:
         others = [other for other in implementations(op) if other.backend.kernels]
         raise Refused(next(filter(None, [other.why_not(**call) for other in others]), f"{op} has no kernel"))
-    return _run(op, call, impl)
+    return impl
 
 
 def _run(op: str, call: dict[str, Any], impl: Implementation) -> Any:

@@ -49,6 +49,8 @@ def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict
     past, buffers, written = cached_by_one(cache, index, whole, hidden)
     head = whole.program.inputs
     out = by_kernels(
+        None,
+        None,
         hidden=hidden,
         programs=[bound.text(hidden, head)],
         parameters=bound.parameters,
@@ -61,13 +63,13 @@ def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict
     return whole.returned(out)
 
 
-def by_kernels(**call: Any) -> Tensor:
+def by_kernels(judged: dict[Any, Any] | None, form: Any, **call: Any) -> Tensor:
     """`layers_`, whose call is known to be right; `NotServed` where no kernel takes it, `Outdated` where the native
-    library finds parameters that are no longer what they were.
+    library finds parameters that are no longer what they were.  judged, form: as of `dispatch_to_kernels`.
 
     A cache holds what it held where that is so: what has been written to it does not count yet."""
     try:
-        out: Tensor = dispatch.dispatch_to_kernels(OP, call)
+        out: Tensor = dispatch.dispatch_to_kernels(OP, call, judged, form)
     except dispatch.Refused as refused:
         raise NotServed(str(refused)) from None
     except RuntimeError as error:

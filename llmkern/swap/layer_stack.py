@@ -208,6 +208,7 @@ class _Stack:
             if whole.index is not None and at(layer, whole.index).layer_idx != i:
                 raise NotServed("the layers are not in the order of the cache")
         self.plans: dict[str, tuple[Tensor, str]] = {}  # by what "auto" means
+        self.judged: dict[Any, Any] = {}  # who serves calls of a form
 
     def holds(self) -> bool:
         """Whether all is as it was when the layers were looked up."""
@@ -293,9 +294,20 @@ class _Stack:
             found = inputs_of(whole, of_this, arguments, hidden, keys)
             inputs = [mine if other is None else other for mine, other in zip(inputs, found, strict=True)]
         plan, schemes = self._planned(hidden)
+        forms = [None if tensor is None else (tensor.dtype, tensor.stride(-1)) for tensor in (*inputs, *caches[:1])]
         try:
+            if hidden.shape[1] > 1 and not self.snapshot.dtypes_hold():
+                raise Outdated("a parameter has another dtype than it had when the layers were looked up")
             out = by_kernels(
-                hidden=hidden, programs=[], parameters=[plan], inputs=inputs, caches=caches, past=past, schemes=schemes
+                self.judged,
+                (schemes, len(caches), *forms),
+                hidden=hidden,
+                programs=[],
+                parameters=[plan],
+                inputs=inputs,
+                caches=caches,
+                past=past,
+                schemes=schemes,
             )
         except Outdated:
             self.outdated = True

@@ -73,7 +73,7 @@ class Snapshot:
         self._places.append((tensor, _place(tensor)))
 
     def dtypes(self, tensors: Iterable[Tensor | None]) -> None:
-        """The tensors have the same dtypes, which `weight.data = …` may change."""
+        """The tensors have the same dtypes, which `weight.data = …` may change; `dtypes_hold` looks at them."""
         given = [tensor for tensor in tensors if tensor is not None]
         self._tensors += given
         self._dtypes += map(_DTYPE, given)
@@ -90,12 +90,16 @@ class Snapshot:
         except (KeyError, RuntimeError):  # an entry is gone, or two tensors are not one
             return False
 
+    def dtypes_hold(self) -> bool:
+        """Whether tensors are of the dtypes of which they were.  Apart from `holds`: after matrix products that have
+        emptied the caches, hundreds of tensors take long to look at."""
+        return list(map(_DTYPE, self._tensors)) == self._dtypes
+
     def _modules_hold(self) -> bool:
         return (
             list(map(type, self._modules)) == self._classes
             and self._whole[0] == self._whole[1]
             and not any(self._empty)
-            and list(map(_DTYPE, self._tensors)) == self._dtypes
             and all([getattr(holder, name, None) is value for holder, name, value in self._attributes])
             and all([_place(tensor) == place for tensor, place in self._places])
         )

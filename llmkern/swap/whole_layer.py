@@ -161,6 +161,8 @@ def inputs_of(
             if mask is None and whole.needs_mask:
                 raise NotServed("without a mask its attention is not what the program says")
             found.append(None if mask is None else _mask(mask, hidden, keys))
+        elif name == "alibi":
+            found.append(_alibi(arguments.get("alibi"), keys))
         else:
             raise NotServed(f"there is no way yet to give the op {name}")
     return found
@@ -175,6 +177,13 @@ def _angles(whole: WholeLayer, angles: Any, hidden: Tensor) -> tuple[Tensor, Ten
     if width != whole.turned and 2 * width != whole.turned:
         raise NotServed(f"the rotary embeddings have {width} columns, and {whole.turned} of a head turn")
     return angles
+
+
+def _alibi(bias: Any, keys: int) -> Tensor:
+    """What is added to the scores of each key, [B*heads, 1, keys]."""
+    if type(bias) not in PLAIN_TENSORS or bias.dim() != 3 or bias.shape[-1] != keys:
+        raise NotServed("there is no ALiBi with a number for every key")
+    return bias
 
 
 def _mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:

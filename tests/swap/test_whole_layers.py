@@ -418,6 +418,7 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(make) -> None:
 # Families whose layers nothing here was written for: as many calls of the op as there are runs of layers of one kind.
 READ = {"granite": 1, "cohere2": 2, "olmo3": 1, "starcoder2": 1, "persimmon": 1, "gemma3": 1, "stablelm-parallel": 1}
 READ |= {"gpt2": 1, "gpt-neox": 1, "opt": 1, "phi": 1, "electra": 1, "modernbert": 2}
+READ |= {"falcon-7b": 2, "falcon-alibi": 2}  # whose loop looks at what a layer returns
 
 
 @pytest.mark.parametrize("name", READ)

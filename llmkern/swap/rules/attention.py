@@ -44,7 +44,7 @@ def find(module: nn.Module) -> Match | None:
         register_once()
         edits = {choice: _edit(type(module).forward, name, choice == _SKIPPED) for choice in (_MADE, _SKIPPED)}
         return Match("attention", "attention", edit=edits[_MADE], edits=edits, sample=partial(_sample, module))
-    if _attends(module):
+    if is_named(module):
         return Match("attention", "", "its forward does not look its attention up in transformers' AttentionInterface")
     return None
 
@@ -94,7 +94,7 @@ def skipping_masks(decoder: nn.Module, attentions: dict[str, Match]) -> tuple[Ed
     return Edit(rebinds=rebinds, when=attend), edits
 
 
-def _attends(module: nn.Module) -> bool:
+def is_named(module: nn.Module) -> bool:
     """Whether its layers or its name say that it is an attention: then leaving it deserves a line in the report."""
     if isinstance(module, nn.MultiheadAttention):  # has a rule of its own
         return False

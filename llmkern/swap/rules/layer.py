@@ -31,13 +31,14 @@ from llmkern.swap.layer_program import NoProgram, Reading, layer_program
 from llmkern.swap.layer_stack import FORGETTING
 from llmkern.swap.match import Match, linear_like, remembered
 from llmkern.swap.parts import is_linear, linear_sizes
+from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.surroundings import classes_within
 from llmkern.swap.whole_layer import ALIASES, OP, WholeLayer
 
 SWITCHES = ("attention", "norms", "mlp", "rope")
 
 _CACHE = "past_key_values"
-_GIVEN = ("hidden", "cos", "sin", "mask")  # what calls of layers have for the op
+_GIVEN = ("hidden", "cos", "sin", "mask", "alibi")  # what calls of layers have for the op
 _Shapes = tuple[tuple[str, tuple[Any, ...]], ...]
 
 
@@ -67,6 +68,11 @@ def _holds_both(module: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
+    """Whether it looks like an attention; its layer's program says whether it is one."""
+    return _asks(module) or attention_rule.is_named(module)
+
+
+def _asks(module: nn.Module) -> bool:
     """Whether its forward looks its attention function up."""
     return _looks_up(getattr(type(as_before(module)), "forward", None))  # a scripted module's class has none
 
@@ -117,7 +123,7 @@ def _recognise(module: nn.Module) -> Match:
 
 
 def _attentions(module: nn.Module) -> list[Any]:
-    return [child for child in module.modules() if _attends(child)]
+    return [child for child in module.modules() if _asks(child)]
 
 
 def _check(module: nn.Module, reading: Reading, program: Program) -> None:
