@@ -34,21 +34,24 @@ void score(const RouteParams& p, const T* logits, float* scores) {
   });
 }
 
-// All but the largest `top` become 0.
+// All but the largest `top` become 0, whatever these are: who reads the weights has room for so many experts of a row.
 void keep_top(const RouteParams& p, float* scores) {
   float kept[kMostExperts] = {};
+  int64_t chosen[kMostExperts];
   float total = 0.0f;
   for (int64_t i = 0; i < p.top; ++i) {
     int64_t best = -1;
     for (int64_t e = 0; e < p.experts; ++e)
       if (scores[e] >= 0.0f || scores[e] != scores[e])
         if (best < 0 || is_more(scores[e], scores[best])) best = e;
+    chosen[i] = best;
     kept[best] = scores[best];
     total += scores[best];
     scores[best] = -1.0f;  // taken: no score is negative
   }
   const float factor = p.normalized ? p.scale / total : p.scale;
-  for (int64_t e = 0; e < p.experts; ++e) scores[e] = kept[e] * factor;
+  for (int64_t i = 0; i < p.top; ++i) kept[chosen[i]] *= factor;
+  std::memcpy(scores, kept, p.experts * sizeof(float));
 }
 
 }  // namespace

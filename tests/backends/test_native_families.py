@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from instruction_sets import here, on
+from test_native_programs import attempt
 from torch import Tensor
 
 from llmkern import _native, dispatch
@@ -96,6 +99,31 @@ def test_a_sequence_does_not_depend_on_others(name: str, natively: Any) -> None:
         with on(isa):
             for together, alone in zip(natively(both), natively(first), strict=True):
                 assert torch.equal(together[:1], alone), isa
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+def test_a_row_whose_experts_cannot_be_chosen_stays_alone(value: float, natively: Any) -> None:
+    for name in ("mixtral", "gpt-oss"):
+        call = call_of(Make(torch.float32, "cpu", 0), FAMILIES[name], 1, experts=40)
+        expected = natively(call)[0]
+        call["hidden"][0, 0, 3] = value
+        out = natively(call)[0]
+        assert torch.equal(out[1], expected[1])
+        assert not torch.equal(out[0], expected[0])
+
+
+CALLS = {name: call_of(Make(torch.float32, "cpu", 0), text, 2, 3) for name, text in FAMILIES.items()}
+PIECES = sorted({piece for call in CALLS.values() for piece in re.findall(r"[\w.@]+|\S", call["programs"][0])})
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from([*CALLS]), at=st.integers(15, 700), pieces=st.lists(st.sampled_from(PIECES), max_size=3),
+       cut=st.integers(0, 12))  # fmt: skip
+def test_a_damaged_program_is_a_sentence_or_runs(name: str, at: int, pieces: list[str], cut: int) -> None:
+    program = CALLS[name]["programs"][0]
+    changed = program[:at] + " ".join(pieces) + program[at + cut :]
+    out = attempt(CALLS[name] | {"programs": [changed], "caches": cloned(CALLS[name]["caches"])})
+    assert out.shape == (2, 2, 32) if isinstance(out, Tensor) else out.strip()
 
 
 def wrong(name: str, **how: Any) -> Call:
