@@ -68,7 +68,8 @@ inline F32 silu(F32 x) {
   return x / (1.0f + exp(-x));
 }
 
-// x / (1 + e^(-1.702 x)) within 3 ulp where x > -1, and as the exponent is rounded, 70 at -50.
+// x / (1 + e^(-1.702 x)) within 3 ulp where x > -1, and as the exponent is rounded by 2^-18 there, and 1.702 by 2e-8,
+// 85 at -50.
 inline F32 quick_gelu(F32 x) {
   return x / (1.0f + exp(x * -1.702f));
 }

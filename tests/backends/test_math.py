@@ -123,7 +123,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
         (gelu_tanh, -1.0, 30.0, 3),
         (gelu_tanh, -6.0, 0.0, 70),
         (quick_gelu, -1.0, 40.0, 3),
-        (quick_gelu, -50.0, 0.0, 70),
+        (quick_gelu, -50.0, 0.0, 85),
     ],
 )
 def test_activations(functions: ctypes.CDLL, exact, low: float, high: float, most: float) -> None:
