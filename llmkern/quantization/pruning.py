@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmkern.quantization.inputs import calibration_batches, random_tokens
 from llmkern.quantization.undo import plainly
+from llmkern.swap.derive import is_swapped
 from llmkern.table import render
 
 __all__ = ["PruneReport", "PruneRow", "prune_"]
@@ -85,6 +86,8 @@ def _prune(model: Any, shares: dict[str, float], calib: Any, tokenizer: Any) -> 
     if not any(shares.values()):
         raise ValueError("prune_: nothing is to be removed, expected mlp, heads or layers above 0")
     path, stack = _decoder(model)
+    if any(is_swapped(module) for module in model.modules()):
+        raise ValueError("prune_: model is optimized, expected one before optimize_ (restore_ takes that back)")
     _check(path, stack, shares)
     batches = random_tokens(model) if calib is None else calibration_batches(model, calib, tokenizer)
     seen = _observe(model, stack, batches)

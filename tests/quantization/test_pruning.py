@@ -103,6 +103,9 @@ def test_bad_input(unchanged) -> None:
     with pytest.raises(TypeError, match="model is a Linear, expected a language model"):
         prune_(torch.nn.Linear(4, 4), mlp=0.5)
     check()
+    with pytest.raises(ValueError, match="model is optimized, expected one before optimize_"), llmkern.patched(model):
+        prune_(model, mlp=0.5)
+    check()
     llmkern.quantize_(model)
     with pytest.raises(
         ValueError, match=r"model.layers.0.mlp.gate_proj is a Int8Linear, expected nn.Linear \(prune bef"
