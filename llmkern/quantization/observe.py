@@ -40,20 +40,31 @@ def observe(
     layers: Iterable[nn.Module],
     batches: list[dict[str, Any]],
     products_of: Collection[nn.Module] = (),
+    others: list[dict[str, Any]] | None = None,
 ) -> Observed:
     """Run the batches through the model in evaluation mode, without gradients; the model is as before afterwards.
 
     products_of: the layers whose products are wanted.
+    others: batches that are run too, in so far as the model takes them, and count for everything but the products.
     """
-    watch = _Watch(list(layers), max(1, MAX_ROWS // max(1, len(batches))), products_of)
+    others = others or []
+    watch = _Watch(list(layers), max(1, MAX_ROWS // max(1, len(batches) + len(others))), products_of)
     device = next(model.parameters()).device
+
+    def run(batch: dict[str, Any]) -> None:
+        kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+        positional = (kwargs.pop(""),) if "" in kwargs else ()
+        with watch:
+            outputs = model(*positional, **kwargs)
+        watch.end_of_forward(outputs)
+
     with _evaluating(model), watch.hooked(model), torch.no_grad():
         for batch in batches:
-            kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
-            positional = (kwargs.pop(""),) if "" in kwargs else ()
-            with watch:
-                outputs = model(*positional, **kwargs)
-            watch.end_of_forward(outputs)
+            run(batch)
+        watch.multiplies = False
+        with contextlib.suppress(Exception):  # whatever the model says of inputs that nobody but us chose
+            for batch in others:
+                run(batch)
     return watch.observed()
 
 
@@ -84,6 +95,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, layers: list[nn.Module], rows_per_call: int, products_of: Collection[nn.Module]) -> None:
         super().__init__()
+        self.multiplies = True
         self._products_of = set(products_of)
         self._products: dict[nn.Module, Tensor] = {}
         self._shares: dict[nn.Module, nn.Module] = {}  # a layer, and the one that has had the same inputs each time
@@ -166,7 +178,7 @@ class _Watch(TorchFunctionMode):
         rows = x.detach().reshape(-1, x.shape[-1])
         if not rows.shape[0]:
             return
-        if module in self._products_of:
+        if self.multiplies and module in self._products_of:
             self._add_product(module, x, rows)
         amax = rows.abs().amax(0).float()
         self._amax[module] = torch.maximum(self._amax[module], amax) if module in self._amax else amax

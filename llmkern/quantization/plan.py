@@ -58,7 +58,7 @@ def plan_layer(
     if reason := why_not_in_blocks(*layer.shape, BLOCK):
         max_error = scheme.max_error if isinstance(scheme, Int8) else Int8.max_error
         return _plan_int8(layer, observed, s, max_error, because=reason)
-    return _plan_packed(layer, observed, _candidates(scheme, layer.module, observed, columns))
+    return _plan_packed(layer, observed, s, _candidates(scheme, layer.module, observed, s, columns))
 
 
 @dataclass(frozen=True)
@@ -70,41 +70,55 @@ class _Candidate:
     reason: str = ""
 
 
-def _candidates(scheme: Int8 | Int4, module: nn.Module, observed: Observed, columns: int) -> Iterator[_Candidate]:
+def _candidates(
+    scheme: Int8 | Int4, module: nn.Module, observed: Observed, s: Tensor | None, columns: int
+) -> Iterator[_Candidate]:
     """The narrowest first."""
     if isinstance(scheme, Int4):
         group = max(size for size in GROUPS if size <= scheme.group and columns % size == 0)
         yield _Candidate(
-            partial(_pack_int4, scheme=scheme, group=group, module=module, observed=observed),
+            partial(_pack_int4, scheme=scheme, group=group, module=module, observed=observed, s=s),
             scheme.max_error,
             "" if group == scheme.group else f"its {columns} columns are no multiple of {scheme.group}",
         )
     yield _Candidate(pack_int8_blocks, MAX_WEIGHT_ONLY_ERROR)
 
 
-def _pack_int4(weight: Tensor, *, scheme: Int4, group: int, module: nn.Module, observed: Observed) -> PackedWeight:
+def _pack_int4(
+    weight: Tensor, *, scheme: Int4, group: int, module: nn.Module, observed: Observed, s: Tensor | None
+) -> PackedWeight:
+    """s: what the weight has been multiplied by, and its inputs will be divided by."""
     products, rows = observed.products.get(module), observed.rows.get(module)
     if products is not None:
+        if s is not None:
+            products = products / torch.outer(s, s).to(products)
         return pack_int4_with_feedback(weight, products.to(weight.device), group, symmetric=scheme.symmetric)
+    if rows is not None and s is not None:
+        rows = rows / s.to(rows)
     importance = None if rows is None else rows.float().square().mean(0).to(weight.device)
     return pack_int4(weight, group, symmetric=scheme.symmetric, importance=importance)
 
 
-def _plan_packed(layer: Layer, observed: Observed, candidates: Iterator[_Candidate]) -> Plan:
+def _plan_packed(layer: Layer, observed: Observed, s: Tensor | None, candidates: Iterator[_Candidate]) -> Plan:
     module = layer.module
     weight = weight_out_in(module).detach()
+    weight = weight if s is None else weight * s.to(weight)
     rows = observed.rows.get(module)
     unseen = bool(observed.rows) and rows is None
-    failed = ""
+    failed, weight_error = "", 0.0
+
+    def row(action: str, why: str, error: float | None) -> QuantRow:
+        return _row(layer, action, why, weight_error, error, smoothed=s is not None)
+
     for candidate in candidates:
         packed = PackedLinear.from_linear(module, candidate.pack(weight))
         weight_error = relative_error(weight.float(), packed.dequantized_weight(torch.float32))
-        error = None if unseen else _output_error(module, None, rows, _without_bias(packed))
+        error = None if unseen else _output_error(module, s, rows, _without_bias(packed))
         reason = failed or candidate.reason or ("no input reached it" if unseen else "")
         if error is None or error <= candidate.max_error:
-            return Plan(layer, _row(layer, packed.kind, reason, weight_error, error), packed)
+            return Plan(layer, row(packed.kind, reason, error), packed)
         failed = f"its {packed.kind} error is {100 * error:.1f}%, beyond {100 * candidate.max_error:g}%"
-    return Plan(layer, _row(layer, "left", failed, weight_error, error))
+    return Plan(layer, row("left", failed, error), rescale=s)
 
 
 def _without_bias(packed: PackedLinear) -> Callable[[Tensor], Tensor]:

@@ -65,7 +65,7 @@ def quantize_(
     go the embedding tied to it, which shares its codes and scales, and a language model's input embedding; tables of
     positions and types stay in floating point.  transformers' `resize_token_embeddings` keeps the codes of the tokens
     that stay, and `tie_weights` ties scales as well.
-    Smoothing, of int8 by channel: where a norm's output goes to quantized layers alone, its loud channels are divided
+    Smoothing, of int8: where a norm's output goes to quantized layers alone, its loud channels are divided
     by a power of two and the weights multiplied by it, which leaves the floating-point model the same to the bit
     (SmoothQuant, arXiv:2211.10438, α = 0.4; `quantization/smooth.py`).
 
@@ -73,10 +73,10 @@ def quantize_(
     filter_fn: takes (module, path), as torchao's does; a layer for which it is false is left.  It warns where that
         leaves nothing.
     calib: a list of texts (then `tokenizer` too; each is cut at 512 tokens), of tensors (the model's first
-        argument) or of dicts (keyword arguments).  With it, each column's error of int4 is made up for by the columns
-        after it (GPTQ, arXiv:2210.17323).  Without it a transformers model that takes input_ids is run on
-        4×128 random tokens, always the same; for others the errors are those of normal noise, nothing is smoothed,
-        and the report says so.  Scales of int4 are searched for the least error on these inputs.
+        argument) or of dicts (keyword arguments).  Each column's error of int4 is then made up for by the columns after
+        it (GPTQ, arXiv:2210.17323).  A transformers model that takes input_ids is run on 4×128 random tokens as well,
+        always the same, and on these alone without calib; for other models the errors are then those of normal noise,
+        nothing is smoothed, and the report says so.  Scales of int4 are searched for the least error on these inputs.
     Left alone whatever is asked: layers that share their weight with anything but plain embeddings, subclasses of
     nn.Linear and nn.Embedding (scaled embeddings, for one), embeddings with max_norm, layers with a forward of their
     own, adapters, and layers whose weight was read during that forward without the layer being called.
@@ -203,7 +203,7 @@ def _unless_unnamed(found: EmbeddingLayer, scheme: ByLayer) -> EmbeddingLayer:
 
 def _smooths(scheme: Int8 | Int4 | None) -> bool:
     """Whether a layer's loud channels may be folded into its weight under this scheme."""
-    return isinstance(scheme, Int8) and scheme.smooth and scheme.block is None
+    return scheme is not None and scheme.smooth
 
 
 def _observe(
@@ -215,7 +215,10 @@ def _observe(
         batches = calibration_batches(model, calib, tokenizer)
         needed = sum(4 * weight_out_in(module).shape[1] ** 2 for module in four)
         products_of = four if needed <= MOST_PRODUCTS else []
-        return observe(model, layers, batches, products_of), f"{len(batches)} calibration inputs"
+        # Prose has no tokens of a chat, and a model smoothed for prose alone may answer nonsense.
+        others = random_tokens(model)
+        more = f" and {RANDOM_SHAPE[0]}×{RANDOM_SHAPE[1]} random tokens" if others else ""
+        return observe(model, layers, batches, products_of, others), f"{len(batches)} calibration inputs{more}"
     batches = random_tokens(model)
     if not batches:
         return Observed(), "normal noise (calib= measures on real inputs, and smooths)"

@@ -28,7 +28,7 @@ class Int8:
         llama.cpp's Q8_0 has them: nearly lossless, for a sixteenth more memory.
     max_error: by channel, a layer whose W8A8 output error (`quantize_`) is larger keeps floating-point activations; 0
         makes every layer weight-only.
-    smooth: by channel, fold the loud channels of activations into the weights (SmoothQuant); blocks need it not.
+    smooth: fold the loud channels of activations into the weights (SmoothQuant).
     Raises ValueError for a max_error that is negative or NaN, and for other blocks.
     """
 
@@ -56,6 +56,7 @@ class Int4:
     group: int = 128
     symmetric: bool = True
     max_error: float = 0.2
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         _check_error("Int4", self.max_error)

@@ -152,7 +152,7 @@ def test_texts_need_a_tokenizer(tiny_llama, unchanged) -> None:
         quantize_(tiny_llama, calib=["some text"])
     check()
     report = reported(tiny_llama, calib=["some text", "more of it"], tokenizer=tokenizer)
-    assert report.measured_on == "2 calibration inputs"
+    assert report.measured_on == "2 calibration inputs and 4×128 random tokens"
 
 
 def test_skip_names_parts_of_paths_and_filter_fn_chooses(tiny_llama) -> None:
@@ -290,6 +290,24 @@ def test_a_calibration_that_fails_changes_nothing(tiny_llama, unchanged) -> None
         quantize_(tiny_llama, calib=[torch.full((1, 4), 999)])
     check()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llama.modules())
+
+
+def test_random_tokens_are_run_beside_the_calibration(tiny_llama) -> None:
+    """Tokens of a chat, which no prose has, are loud in channels of their own."""
+    from llmkern.quantization.inputs import calibration_batches
+    from llmkern.quantization.observe import observe
+    from llmkern.quantization.quantize import _observe
+
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[5, 7] = 100.0
+    layer = tiny_llama.model.layers[0].self_attn.q_proj
+    calib = [torch.randint(6, 128, (2, 16), generator=torch.Generator().manual_seed(3))]
+    alone = observe(tiny_llama, [layer], calibration_batches(tiny_llama, calib, None), [layer])
+    both, words = _observe(tiny_llama, [layer], calib, None, [layer])
+    assert words == "1 calibration inputs and 4×128 random tokens"
+    assert both.amax[layer][7] > 2 * alone.amax[layer][7]
+    assert len(both.rows[layer]) > len(alone.rows[layer])
+    assert torch.equal(both.products[layer], alone.products[layer])
 
 
 def test_bad_input(tiny_llama, unchanged) -> None:
