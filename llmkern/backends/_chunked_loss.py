@@ -17,8 +17,8 @@ WORDS_AT_ONCE = 8192
 """Words of an int8 weight that are widened, and of a half-precision gradient that are added in fp32, at a time."""
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes logits [n, V], labels [n] and scales [n]; returns the losses [n], and leaves the gradients of the losses times
-`scales` in the logits' place."""
+"""Takes logits [n, V], targets [n, ...] and scales [n]; returns the losses [n], and leaves the gradients of the losses
+times `scales` in the logits' place."""
 
 
 def linear_loss(
@@ -26,26 +26,27 @@ def linear_loss(
     weight: Tensor,
     bias: Tensor | None,
     weight_scale: Tensor | None,
-    labels: Tensor,
+    targets: Tensor,
     scale: Tensor | None,
-    ignore_index: int,
+    counts: Tensor,
     reduction: str,
     hidden_grad: bool,
     weight_grad: bool,
     row_loss: RowLoss,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the outputs of linear_cross_entropy, the loss of a chunk's logits being computed by `row_loss`.
+    """Return loss, dhidden, dweight and dbias, the loss of a chunk's logits being computed by `row_loss`.
 
-    Rows that are ignored are left out on the CPU; on other devices to count them would wait for the device.
+    targets: what `row_loss` compares each row with.  Rows that do not count, by `counts` [N], are left out on the CPU;
+    on other devices `row_loss` sees them: to find them would wait for the device.
     """
     rows, words = hidden.shape[0], weight.shape[0]
     losses = hidden.new_zeros(rows, dtype=loss_dtype(hidden))
     kept = None
     if hidden.is_cpu:
-        kept = (labels != ignore_index).nonzero()[:, 0]
+        kept = counts.nonzero()[:, 0]
         kept = None if kept.numel() == rows else kept
     scale = torch.ones_like(losses) if scale is None else scale.contiguous()
-    x, y, factors = (t if kept is None else t[kept] for t in (hidden, labels, scale))
+    x, y, factors = (t if kept is None else t[kept] for t in (hidden, targets, scale))
     none = hidden.new_empty(0)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if hidden_grad else none
     sums = _Sums(hidden, weight, bias) if weight_grad else None

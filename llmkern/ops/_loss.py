@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -17,7 +20,7 @@ from llmkern.checks import (
     check_shape,
 )
 
-__all__ = ["check_labels", "check_loss", "loss_dtype", "row_scale", "wide_weight"]
+__all__ = ["backward_of_linear_loss", "check_labels", "check_loss", "loss_dtype", "row_scale", "wide_weight"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -101,3 +104,34 @@ def row_scale(
         in_range = labels.clamp(0, weight.shape[0] - 1)
         count = torch.where(kept, weight[in_range], 0).sum()
     return one / torch.where(count == 0, one, count)
+
+
+def backward_of_linear_loss(
+    op: str,
+    ctx: Any,
+    dloss: Tensor,
+    scale: Tensor | None,
+    gradients: Sequence[Tensor],
+    again: Callable[[Tensor, bool, bool], Sequence[Tensor]],
+    hint: str,
+) -> list[Tensor | None]:
+    """Return the gradients of hidden, weight and bias, the first inputs of an op that may have kept them.
+
+    ctx.kept: whether `gradients` has that of hidden, and those of weight and bias.  again: computes them, for these
+    factors of the rows' losses.  hint: what can be differentiated again, as this cannot.
+    """
+    if torch.is_grad_enabled():  # create_graph=True, and the gradients were made without one
+        raise RuntimeError(f"{op}: its gradient cannot be differentiated again; {hint}")
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    factor: Tensor | None = dloss
+    if ctx.reduction == "none" or any(want and not kept for want, kept in zip(wanted, ctx.kept, strict=True)):
+        factor = None
+        rows = ctx.saved_tensors[0].shape[:1]
+        gradients = again(dloss.expand(rows) if scale is None else scale * dloss, *wanted)
+    elif not is_compiling() and type(dloss) is Tensor and dloss.is_cpu and float(dloss) == 1.0:
+        factor = None  # another pass over a gradient as large as the weight
+    needed = (wanted[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+    return [
+        None if not need else gradient if factor is None else gradient * factor.to(gradient.dtype)
+        for gradient, need in zip(gradients, needed, strict=True)
+    ]

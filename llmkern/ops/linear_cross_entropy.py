@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from llmkern.checks import (
     check_dtype,
@@ -20,7 +19,7 @@ from llmkern.checks import (
 )
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._loss import check_labels, check_loss, loss_dtype, row_scale, wide_weight
+from llmkern.ops._loss import backward_of_linear_loss, check_labels, check_loss, loss_dtype, row_scale, wide_weight
 
 __all__ = ["linear_cross_entropy"]
 
@@ -164,16 +163,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True, and the gradients were made without one
-        raise RuntimeError(
-            "linear_cross_entropy: its gradient cannot be differentiated again; cross_entropy of the logits can"
-        )
     hidden, weight, bias, weight_scale, labels, class_weight, scale, *gradients = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    factor: Tensor | None = dloss
-    if ctx.reduction == "none" or any(want and not kept for want, kept in zip(wanted, ctx.kept, strict=True)):
-        factor = None
-        _, *gradients = dispatch(
+
+    def again(scale: Tensor, hidden_grad: bool, weight_grad: bool) -> list[Tensor]:
+        _, *found = dispatch(
             _OP,
             hidden=hidden.detach(),
             weight=weight.detach(),
@@ -181,23 +174,19 @@ def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
             weight_scale=weight_scale,
             labels=labels,
             class_weight=class_weight,
-            scale=dloss.expand(labels.shape) if scale is None else scale * dloss,
+            scale=scale,
             ignore_index=ctx.ignore_index,
             label_smoothing=ctx.label_smoothing,
             z_loss=ctx.z_loss,
             softcap=ctx.softcap,
             reduction="sum",
-            hidden_grad=wanted[0],
-            weight_grad=wanted[1],
+            hidden_grad=hidden_grad,
+            weight_grad=weight_grad,
         )
-    elif not is_compiling() and type(dloss) is Tensor and dloss.is_cpu and float(dloss) == 1.0:
-        factor = None  # another pass over a gradient as large as the weight
-    needed = (wanted[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-    results = [
-        None if not need else gradient if factor is None else gradient * factor.to(gradient.dtype)
-        for gradient, need in zip(gradients, needed, strict=True)
-    ]
-    return *results, *[None] * 11
+        return found
+
+    hint = "cross_entropy of the logits can"
+    return *backward_of_linear_loss(_OP, ctx, dloss, scale, gradients, again, hint), *[None] * 11
 
 
 # hidden [N, H], weight [V, H], labels [N], scale [N] and class_weight [V] in the dtype of the loss.  The loss is the

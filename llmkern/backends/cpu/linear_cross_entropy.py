@@ -42,7 +42,7 @@ def _linear_cross_entropy(
         return _in_place(logits, labels, class_weight, scale, ignore_index, *numbers)
 
     tensors = (hidden, weight, bias, weight_scale, labels, scale)
-    return linear_loss(*tensors, ignore_index, reduction, hidden_grad, weight_grad, row_loss)
+    return linear_loss(*tensors, labels != ignore_index, reduction, hidden_grad, weight_grad, row_loss)
 
 
 def _refuse(hidden: Tensor, class_weight: Tensor | None, **_: Any) -> str | None:
