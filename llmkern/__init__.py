@@ -11,6 +11,7 @@ from llmkern.integrations.transformers.by_name import register_when_imported as 
 from llmkern.quantization import Int4, Int8, PruneReport, QuantReport, dequantize_, load, prune_, quantize_
 from llmkern.report import Report, is_optimized, report
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
+from llmkern.training import distill
 from llmkern.verify import Accuracy, verify
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "SwapReport",
     "SwapRow",
     "dequantize_",
+    "distill",
     "explain",
     "implements",
     "info",

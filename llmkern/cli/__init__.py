@@ -21,7 +21,7 @@ from llmkern.dispatch import Refused, backend_named
 
 __all__ = ["app", "main", "run"]
 
-COMMANDS = ("info", "why", "check", "generate", "serve", "batch", "demo", "bench", "tune")
+COMMANDS = ("info", "why", "check", "generate", "serve", "batch", "demo", "bench", "tune", "distill")
 BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError, Refused)
 # typer carries click under one name or another; this is the class whose message is for the user.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
