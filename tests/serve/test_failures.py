@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 from processes import process
-from tiny_server import Served, serving, tiny_model, tiny_tokenizer
+from tiny_server import PATIENCE, Served, get, post, serving, tiny_model, tiny_tokenizer
 
 from llmkern.serve import sampling
 
@@ -34,7 +34,7 @@ def body(text: str, tokens: int = 20) -> dict[str, Any]:
 
 def ask_all(served: Served, texts: list[str]) -> list[httpx.Response]:
     async def all_of_them() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as client:
             return await asyncio.gather(*[client.post(CHAT, json=body(text)) for text in texts])
 
     return asyncio.run(all_of_them())
@@ -61,7 +61,7 @@ def test_a_forward_that_fails_for_one_request_ends_that_one(tokenizer: Any) -> N
         assert "no such embedding" in answers[2].json()["error"]["message"]
         assert contents([answers[0], answers[1], answers[3]]) == alone
         served.wait_idle()
-        assert httpx.get(served.url + "/health").status_code == 200
+        assert get(served.url + "/health").status_code == 200
 
 
 def test_sampling_that_fails_for_one_request_ends_that_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_sampling_that_fails_for_one_request_ends_that_one(tokenizer: Any, monke
     with serving(tiny_model(), tokenizer, max_concurrent=4) as served:
 
         async def three() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as client:
                 bad = body("bad") | {"logit_bias": {"42": 1}}
                 return await asyncio.gather(*[client.post(CHAT, json=each) for each in (body("one"), bad, body("two"))])
 
@@ -93,14 +93,14 @@ def test_a_dead_worker_turns_health_red(tokenizer: Any) -> None:
             raise MemoryError("no pages")
 
         served.engine.manager.batch_processor.scheduler.schedule_batch = die
-        answer = httpx.post(served.url + CHAT, json=body("x"), timeout=60)
+        answer = post(served.url + CHAT, json=body("x"), timeout=PATIENCE)
         assert answer.status_code in (500, 503)
         assert "no pages" in answer.json()["error"]["message"]
-        give_up = time.monotonic() + 30
-        while httpx.get(served.url + "/health").status_code != 503 and time.monotonic() < give_up:
+        give_up = time.monotonic() + PATIENCE
+        while get(served.url + "/health").status_code != 503 and time.monotonic() < give_up:
             time.sleep(0.05)
-        assert httpx.get(served.url + "/health").status_code == 503
-        assert httpx.post(served.url + CHAT, json=body("x")).status_code == 503
+        assert get(served.url + "/health").status_code == 503
+        assert post(served.url + CHAT, json=body("x")).status_code == 503
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +113,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sigterm_finishes_what_runs_and_exits_0(checkpoint: Path) -> None:
     with process([str(checkpoint), "--served-model-name", "tiny"]) as (server, url):
-        assert httpx.get(url + "/health", timeout=30).status_code == 200
+        assert get(url + "/health", timeout=PATIENCE).status_code == 200
         request = body("hello", 300) | {"stream": True}
-        with httpx.stream("POST", url + CHAT, json=request, timeout=60) as stream:
+        with httpx.stream("POST", url + CHAT, json=request, timeout=PATIENCE) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.send_signal(signal.SIGTERM)
             data = [line.removeprefix("data: ") for line in lines if line]
         assert data[-1] == "[DONE]"
         assert json.loads(data[-2])["timings"]["predicted_n"] == 300
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(url + "/health")
+            get(url + "/health")
 
 
 def test_a_dead_worker_ends_the_process_with_an_error(checkpoint: Path) -> None:
@@ -138,8 +138,6 @@ def die(self, *args):
 FIFOScheduler.schedule_batch = die
 """
     with process([str(checkpoint), "--served-model-name", "tiny"], prelude) as (server, url):
-        answer = httpx.post(url + CHAT, json=body("x"), timeout=60)
+        answer = post(url + CHAT, json=body("x"), timeout=PATIENCE)
         assert answer.status_code in (500, 503)
-        begin = time.monotonic()
-        assert server.wait(30) == 1
-        assert time.monotonic() - begin < 20
+        assert server.wait(PATIENCE) == 1

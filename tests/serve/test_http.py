@@ -14,14 +14,14 @@ from urllib.parse import urlparse
 
 import httpx
 import pytest
-from tiny_server import Served, serving, tiny_model
+from tiny_server import PATIENCE, Served, get, serving, tiny_model
 
 CHAT = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 
 
 def post(served: Served, path: str, **options: Any) -> httpx.Response:
-    return httpx.post(served.url + path, timeout=60, **options)
+    return httpx.post(served.url + path, timeout=PATIENCE, **options)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_a_body_past_the_limit_is_a_413(served: Served) -> None:
 
 
 def test_other_endpoints(served: Served) -> None:
-    assert httpx.get(served.url + "/health").json() == {"status": "ok"}
-    assert set(httpx.get(served.url + "/version").json()) == {"version"}
-    assert httpx.get(served.url + "/nothing").status_code == 404
-    assert httpx.get(served.url + CHAT).status_code == 405
+    assert get(served.url + "/health").json() == {"status": "ok"}
+    assert set(get(served.url + "/version").json()) == {"version"}
+    assert get(served.url + "/nothing").status_code == 404
+    assert get(served.url + CHAT).status_code == 405
     tokens = post(served, "/tokenize", json={"prompt": "héllo"}).json()
     assert (tokens["count"], tokens["max_model_len"]) == (6, 512)
     chat = post(served, "/tokenize", json={"messages": GOOD["messages"]}).json()
@@ -103,7 +103,7 @@ def test_metrics_have_vllms_names(served: Served) -> None:
     prompt = {"messages": [{"role": "user", "content": "the same page twice " * 10}]}
     for _ in range(2):
         assert post(served, CHAT, json=GOOD | prompt).status_code == 200
-    text = httpx.get(served.url + "/metrics").text
+    text = get(served.url + "/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
 
     def value(name: str, labels: str = "") -> float:
@@ -127,7 +127,7 @@ def test_curl_sees_tokens_as_they_come(served: Served) -> None:
         ["curl", "-sN", served.url + CHAT, "-H", "Content-Type: application/json", "-d", body],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     ).stdout
     lines = out.split("\n\n")
@@ -161,7 +161,7 @@ def test_malformed_and_abandoned_requests_leave_the_server_well(served: Served) 
 
     statuses = set()
     for _ in range(120):
-        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as connection:
             connection.sendall(nonsense())
             if dice.random() < 0.3:
                 connection.settimeout(0.2)
@@ -173,7 +173,7 @@ def test_malformed_and_abandoned_requests_leave_the_server_well(served: Served) 
                     statuses.add(int(answer.split()[1]))
     assert statuses <= {200, 400, 404, 405, 413, 422, 429, 501}
     served.wait_idle()
-    assert httpx.get(served.url + "/health").status_code == 200
+    assert get(served.url + "/health").status_code == 200
     assert post(served, CHAT, json=GOOD).status_code == 200
 
 
@@ -181,7 +181,7 @@ def test_a_full_queue_is_a_429_and_what_was_accepted_finishes(tokenizer: Any) ->
     with serving(tiny_model(), tokenizer, max_concurrent=2, max_queue=2) as served:
 
         async def ask_all() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as client:
                 body = GOOD | {"max_tokens": 100, "temperature": 0}
                 return await asyncio.gather(*[client.post(CHAT, json=body) for _ in range(16)])
 
@@ -197,7 +197,7 @@ def test_a_full_queue_is_a_429_and_what_was_accepted_finishes(tokenizer: Any) ->
                 assert answer.json()["usage"]["completion_tokens"] == 100
         served.wait_idle()
         rejected = f'llmkern:request_rejected_total{{model_name="tiny"}} {statuses.count(429)}.0'
-        assert rejected in httpx.get(served.url + "/metrics").text
+        assert rejected in get(served.url + "/metrics").text
 
 
 def test_a_key_is_asked_for(tokenizer: Any) -> None:
@@ -205,10 +205,10 @@ def test_a_key_is_asked_for(tokenizer: Any) -> None:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "se cret"}):
             answer = post(served, CHAT, json=GOOD, headers=headers)
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
-            assert httpx.get(served.url + "/v1/models", headers=headers).status_code == 401
+            assert get(served.url + "/v1/models", headers=headers).status_code == 401
         assert post(served, CHAT, json=GOOD, headers={"Authorization": "Bearer se cret"}).status_code == 200
-        assert httpx.get(served.url + "/health").status_code == 200
-        assert httpx.get(served.url + "/").status_code == 200
+        assert get(served.url + "/health").status_code == 200
+        assert get(served.url + "/").status_code == 200
 
 
 def test_a_request_that_takes_too_long_is_a_504(tokenizer: Any) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from browser import Browser, browser, why_no_browser
-from tiny_server import Served, serving, tiny_model
+from tiny_server import Served, get, serving, tiny_model
 
 
 def test_the_page_asks_no_other_host(served: Served) -> None:
-    answer = httpx.get(served.url + "/")
+    answer = get(served.url + "/")
     assert answer.status_code == 200
     assert not re.search(r"(src|href|url|fetch|import)\W{1,3}(https?:)?//", answer.text)
     assert "default-src 'none'" in answer.headers["content-security-policy"]

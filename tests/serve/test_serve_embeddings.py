@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 from openai import AsyncOpenAI
-from tiny_server import CONTEXT, Served, serving, tiny_model
+from tiny_server import CONTEXT, Served, get, post, serving, tiny_model
 
 import llmkern
 
@@ -72,10 +72,10 @@ def test_many_at_once(encoder: Served, tokenizer: Any) -> None:
     ids=str,
 )
 def test_what_is_not_served(encoder: Served, change: dict[str, Any], status: int, field: str) -> None:
-    answer = httpx.post(f"{encoder.url}/v1/embeddings", json={"model": "tiny", "input": "x"} | change)
+    answer = post(f"{encoder.url}/v1/embeddings", json={"model": "tiny", "input": "x"} | change)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, field)
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
-    assert httpx.post(f"{encoder.url}/v1/chat/completions", json=chat).status_code == 404
+    assert post(f"{encoder.url}/v1/chat/completions", json=chat).status_code == 404
 
 
 def test_a_text_that_fails_leaves_the_others(tokenizer: Any) -> None:
@@ -97,9 +97,9 @@ def test_a_text_that_fails_leaves_the_others(tokenizer: Any) -> None:
                 ]
 
         assert asyncio.run(both()) == [200, 500, 200]
-        assert httpx.get(served.url + "/health").status_code == 200
+        assert get(served.url + "/health").status_code == 200
 
 
 def test_a_language_model_has_none(served: Served) -> None:
     assert tiny_model().can_generate()
-    assert httpx.post(f"{served.url}/v1/embeddings", json={"model": "tiny", "input": "x"}).status_code == 404
+    assert post(f"{served.url}/v1/embeddings", json={"model": "tiny", "input": "x"}).status_code == 404

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import torch
 import uvicorn
 from openai import OpenAI
@@ -20,6 +22,9 @@ from llmkern.serve.options import ServeOptions
 __all__ = ["CONTEXT", "Served", "serving", "tiny_model", "tiny_tokenizer"]
 
 CONTEXT = 512
+PATIENCE = 120
+"""Seconds until a test fails that waits for something: many times what it takes on a machine with other work."""
+get, post = (functools.partial(ask, timeout=PATIENCE) for ask in (httpx.get, httpx.post))
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
     "{{ raise_exception('system comes first') }}{% endif %}"
@@ -65,9 +70,9 @@ class Served:
         self.url, self.engine, self._loop = url, app.state.engine, loop
 
     def client(self, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60, **options)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE, **options)
 
-    def wait_idle(self, seconds: float = 20.0) -> None:
+    def wait_idle(self, seconds: float = PATIENCE) -> None:
         """Until no sequence has a place, in the server or in the worker."""
         end = time.monotonic() + seconds
         manager = getattr(self.engine, "manager", None)
@@ -91,7 +96,7 @@ def serving(model: Any, tokenizer: Any, **options: Any) -> Iterator[Served]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not server.started:
         assert thread.is_alive(), "the server ended while it started"
         assert time.monotonic() < end
@@ -101,5 +106,5 @@ def serving(model: Any, tokenizer: Any, **options: Any) -> Iterator[Served]:
         yield Served(f"http://127.0.0.1:{port}", app, loops[0])
     finally:
         server.should_exit = True
-        thread.join(120)
+        thread.join(PATIENCE)
         assert not thread.is_alive(), "the server did not end"
