@@ -82,7 +82,7 @@ def compile_all(text: list[str], pattern: str, tool: list[str], tag: str = "", f
 def compile_kernels(text: list[str], host: list[str], machine: str, folder: Path = OBJECTS) -> list[Path]:
     """The CPU kernels for every instruction set of a machine, by the compiler and flags `host`."""
     objects = []
-    for isa, flags in isas(machine).items():
+    for isa, flags in reversed(isas(machine).items()):
         tool = [*host, *KERNEL, *flags, f"-DLLMKERN_ISA={isa}"]
         patterns = ["cpu/products/*.cpp"] + ([] if isa in PRODUCTS else ["cpu/*.cpp"])
         objects += [made for pattern in patterns for made in compile_all(text, pattern, tool, f".{isa}", folder)]
@@ -92,11 +92,8 @@ def compile_kernels(text: list[str], host: list[str], machine: str, folder: Path
 def library(text: list[str], output: Path, nvcc: str | None) -> None:
     compiler, torch = find_compiler(), folder_of("torch")
     host, stable = [compiler, *COMMON, *HOST, *WARN], ["-isystem", str(torch / "include"), ABI]
-    objects = compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
-    objects += compile_all(text, "bindings/*.cpp", [*host, *stable], ".cpu")
-    objects += compile_all(text, "cpu/layers/*.cpp", host)
-    objects += compile_kernels(text, host, platform.machine())
-    link = [compiler, *CHECKS] if SANITIZE else [compiler]
+    # ninja starts files in this order: what takes longest comes first, so that no core waits for another at the end.
+    link, objects = [compiler, *CHECKS] if SANITIZE else [compiler], []
     if nvcc:  # it compiles the CUDA bindings and links too: it alone knows where its headers and libraries are
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
         gencode += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]  # PTX, for devices to come
@@ -105,6 +102,10 @@ def library(text: list[str], output: Path, nvcc: str | None) -> None:
         bindings = [*device, *stable, "-DUSE_CUDA", "-DLLMKERN_CUDA"]
         objects += compile_all(text, "bindings/*.cpp", bindings, ".cuda")
         link = [nvcc, "-ccbin", compiler, "-cudart", "static"]
+    objects += compile_kernels(text, host, platform.machine())
+    objects += compile_all(text, "bindings/cpu/*.cpp", [*host, *stable])
+    objects += compile_all(text, "bindings/*.cpp", [*host, *stable], ".cpu")
+    objects += compile_all(text, "cpu/layers/*.cpp", host)
     link += ["-shared", f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-Xlinker", "--exclude-libs=ALL"]
     build(text, "link", output, objects, link, "-ltorch -ltorch_cpu -Xlinker -z -Xlinker defs")
 
