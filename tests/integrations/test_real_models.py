@@ -1,7 +1,9 @@
-"""The two real models, optimized: the same perplexity, the same tokens, the same embeddings.  And their loaders."""
+"""The two real models, optimized: the same perplexity, the same tokens, the same embeddings.  Quantized: nearly.
+And their loaders."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 
 import llmkern
 from llmkern.testing import real_models
-from llmkern.testing.perplexity import perplexity
+from llmkern.testing.perplexity import divergence, perplexity
 
-TOKENS = 20_480
+# Both models read the same text, so that its sampling error is common to them; of 20,480 tokens the README has them.
+TOKENS = 4_096
 CONTEXT = 512
 QUESTIONS = ("Name the capital of France.", "Explain in two sentences why the sky is blue.")
 SENTENCES = (
@@ -36,16 +39,41 @@ def minilm() -> tuple[Any, Any]:
     return real_models.load_minilm()
 
 
+@pytest.fixture(scope="module")
+def tokens(smollm2: tuple[Any, Any]) -> torch.Tensor:
+    found = smollm2[1](real_models.prose(), return_tensors="pt")["input_ids"][0][:TOKENS]
+    assert len(found) == TOKENS
+    return found
+
+
+@pytest.fixture(scope="module")
+def untouched(smollm2: tuple[Any, Any], tokens: torch.Tensor) -> float:
+    """The model's own perplexity."""
+    return perplexity(smollm2[0], tokens, context=CONTEXT)
+
+
 @pytest.mark.real_model
-def test_smollm2_keeps_its_perplexity(smollm2: tuple[Any, Any]) -> None:
-    model, tokenizer = smollm2
-    tokens = tokenizer(real_models.prose(), return_tensors="pt")["input_ids"][0][:TOKENS]
-    assert len(tokens) == TOKENS
-    untouched = perplexity(model, tokens, context=CONTEXT)
+def test_smollm2_keeps_its_perplexity(smollm2: tuple[Any, Any], tokens: torch.Tensor, untouched: float) -> None:
     assert 15 < untouched < 40  # a model that reads the text: 49152 would be none
-    with llmkern.patched(model) as report:
+    with llmkern.patched(smollm2[0]) as report:
         assert len(report.swapped) >= 30 * 5 + 1  # two norms, MLP, rope and attention in each layer; the last norm
-        assert perplexity(model, tokens, context=CONTEXT) == pytest.approx(untouched, rel=1e-3)
+        assert perplexity(smollm2[0], tokens, context=CONTEXT) == pytest.approx(untouched, rel=1e-5)
+
+
+@pytest.mark.real_model
+def test_int8_costs_at_most_1_percent_of_perplexity(
+    smollm2: tuple[Any, Any], tokens: torch.Tensor, untouched: float
+) -> None:
+    model = copy.deepcopy(smollm2[0])
+    report = llmkern.report(llmkern.quantize_(model)).quantization
+    assert not report.left
+    within = [row for row in report if row.path.startswith("model.layers.")]
+    w8a8 = sum(row.shape[0] * row.shape[1] for row in within if row.action == "int8 w8a8")
+    assert w8a8 >= 0.5 * sum(row.shape[0] * row.shape[1] for row in within), "most arithmetic is int8 on both sides"
+    assert report.bytes_after <= 0.3 * report.bytes_before
+    assert perplexity(model, tokens, context=CONTEXT) <= 1.01 * untouched
+    found = divergence(model, smollm2[0], tokens[: 2 * CONTEXT], context=CONTEXT)
+    assert found.mean <= 0.02
 
 
 @pytest.mark.real_model
