@@ -102,6 +102,7 @@ class Bound:
     def _bind_linear(self, path: str) -> None:
         *above, name = steps_of(path)
         holder = at(self.layer, tuple(above))
+        weight: Tensor | None
         scale: Tensor | None = None
         scheme: str | None = None
         if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
@@ -114,7 +115,8 @@ class Bound:
             reason = why_hooks(path, state)
             if reason is not None:
                 raise NotServed(reason)
-            weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
+            weight = state["_parameters"].get("weight")
+            bias = state["_parameters"].get("bias")
             if bias is None and getattr(module, "bias", None) is not None:
                 raise NotServed(f"the bias of {path} is no parameter")
             if cls is Int8Linear:
