@@ -16,6 +16,6 @@ def _environment() -> Iterator[None]:
     not compile, and with another compiler the SIMT machine would be built a second time."""
     before = dict(os.environ)
     yield
-    if os.environ != before:
-        os.environ.clear()
-        os.environ.update(before)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
