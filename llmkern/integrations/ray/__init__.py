@@ -57,7 +57,8 @@ def cluster(address: str | None) -> Iterator[Machines]:
 
     ours = not ray.is_initialized()
     if ours:
-        # Nothing is reported to Ray's makers, and nothing listens but on loopback.
+        # Nothing is reported to Ray's makers.  Its processes listen on every interface, whatever address they are
+        # given: who connects to a cluster of this machine must have its token, unless RAY_AUTH_MODE says otherwise.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         address = address or os.environ.get("RAY_ADDRESS")
