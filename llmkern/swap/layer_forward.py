@@ -22,6 +22,7 @@ from llmkern.swap.whole_layer import (
     at,
     check_guard,
     inputs_of,
+    none_is_causal,
     run_parts,
     why_not_fused,
 )
@@ -48,13 +49,14 @@ def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict
     index = 0 if whole.index is None else at(self, whole.index).layer_idx
     past, buffers, written = cached_by_one(cache, index, whole, hidden)
     head = whole.program.inputs
+    causal = arguments.get("attention_mask") is not None or none_is_causal(self, whole)
     out = by_kernels(
         None,
         None,
         hidden=hidden,
         programs=[bound.text(hidden, head)],
         parameters=bound.parameters,
-        inputs=inputs_of(whole, head[1:], arguments, hidden, past + hidden.shape[1]),
+        inputs=inputs_of(whole, head[1:], arguments, hidden, past + hidden.shape[1], causal),
         caches=list(buffers),
         past=past,
         schemes=bound.schemes(hidden),

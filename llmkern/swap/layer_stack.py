@@ -40,6 +40,7 @@ from llmkern.swap.whole_layer import (
     at,
     check_guard,
     inputs_of,
+    none_is_causal,
     why_not_fused,
 )
 
@@ -103,22 +104,21 @@ def _elements(decoder: Any, holder: Any, loop: LayerLoop) -> list[Any]:
     types = getattr(config, "layer_types", None) or ()
     whole = stacks.get(0)
     if whole is not None and whole.layers == layers and len(set(types)) <= 1:  # its guard has the attribute
-        return [_element(decoder, 0, layers)]
+        return [_element(decoder, stacks, 0, layers)]
     kinds = [(types[i] if i < len(types) else None, getattr(layer, _KIND, None)) for i, layer in enumerate(layers)]
     runs = [tuple([i for i, _ in run]) for _, run in itertools.groupby(enumerate(kinds), key=lambda each: each[1])]
     for first in stacks.keys() - {run[0] for run in runs}:
-        del stacks[first]
-    elements = [_element(decoder, run[0], tuple([layers[i] for i in run])) for run in runs]
+        stacks.pop(first, None)  # another thread may have been here
+    elements = [_element(decoder, stacks, run[0], tuple([layers[i] for i in run])) for run in runs]
     if len(elements) == 1:
         return elements
     return [turn for element in elements for turn in element.turns()]
 
 
-def _element(decoder: Any, first: int, layers: tuple[Any, ...]) -> Element:
-    stacks = _stacks[decoder]
+def _element(decoder: Any, stacks: dict[int, _Stack], first: int, layers: tuple[Any, ...]) -> Element:
     stack = stacks.get(first)
     if stack is not None and (stack.layers != layers or not stack.holds()):
-        del stacks[first]
+        stacks.pop(first, None)
         stack = None
     return Element(decoder, first, layers, stack)
 
@@ -207,6 +207,7 @@ class _Stack:
             self._keep_layer(layer, whole)
             if whole.index is not None and at(layer, whole.index).layer_idx != i:
                 raise NotServed("the layers are not in the order of the cache")
+        self.causal = all(map(none_is_causal, layers, self.wholes))
         self.plans: dict[str, tuple[Tensor, str]] = {}  # by what "auto" means
         self.judged: dict[Any, Any] = {}  # who serves calls of a form
 
@@ -291,7 +292,7 @@ class _Stack:
         inputs: list[Tensor | None] = [None] * (len(self.head) - 1)
         for whole in self.different:
             of_this = [name if name in whole.program.inputs else "" for name in self.head[1:]]
-            found = inputs_of(whole, of_this, arguments, hidden, keys)
+            found = inputs_of(whole, of_this, arguments, hidden, keys, self.causal)
             inputs = [mine if other is None else other for mine, other in zip(inputs, found, strict=True)]
         plan, schemes = self._planned(hidden)
         forms = [None if tensor is None else (tensor.dtype, tensor.stride(-1)) for tensor in (*inputs, *caches[:1])]

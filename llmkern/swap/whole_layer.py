@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llmkern import dispatch
 from llmkern.checks import PLAIN_TENSORS
-from llmkern.integrations.transformers.attention import WEIGHTS
+from llmkern.integrations.transformers.attention import INTERFACE, WEIGHTS
 from llmkern.programs.program import Program
+from llmkern.swap.edit import edits_of
 from llmkern.swap.guard import Path
 from llmkern.swap.surroundings import why_hooks_for_all, why_untouched
 
@@ -26,6 +27,7 @@ __all__ = [
     "at",
     "check_guard",
     "inputs_of",
+    "none_is_causal",
     "run_parts",
     "why_not_fused",
 ]
@@ -63,6 +65,7 @@ class WholeLayer:
     turned: columns of a head that cosines and sines turn, 0 for none.
     but_half, wide_angles: as of `Reading` (llmkern/swap/layer_program.py).
     needs_mask: without a mask its attention is not what the program says.
+    causal: paths of the attentions that are causal without a mask, where their function says so of None.
     packed: linear layers of which the program takes some rows, and how many rows they have.
     """
 
@@ -76,6 +79,7 @@ class WholeLayer:
     but_half: bool = False
     wide_angles: bool = False
     needs_mask: bool = False
+    causal: tuple[Path, ...] = ()
     packed: tuple[tuple[str, int], ...] = ()
 
     def returned(self, hidden: Tensor) -> Any:
@@ -119,6 +123,17 @@ def at(module: Any, path: Path) -> Any:
     return module
 
 
+def none_is_causal(layer: Any, whole: WholeLayer) -> bool:
+    """Whether no mask stands for a causal one; under eager attention it means that every key is seen, unless the
+    decoder leaves such masks out (llmkern/swap/rules/attention.py)."""
+    for path in whole.causal:
+        rebinds = [rebind for edit in edits_of(at(layer, path)) for rebind in edit.rebinds]
+        asked = [instead for name, instead in rebinds if name == INTERFACE]
+        if not asked or not asked[0].function.keywords["none_may_be_causal"]:
+            return False
+    return True
+
+
 def arguments_of(wholes: Iterable[WholeLayer], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a layer's call by name, the hidden states left out.
 
@@ -143,11 +158,13 @@ def arguments_of(wholes: Iterable[WholeLayer], args: Sequence[Any], kwargs: dict
 
 
 def inputs_of(
-    whole: WholeLayer, heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor, keys: int
+    whole: WholeLayer, heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor, keys: int, causal: bool
 ) -> list[Tensor | None]:
     """What the op is given for these names of a program's head, None for "".
 
-    keys: of the past and of the hidden states.  Raises `NotServed` where an argument is not what the op takes."""
+    keys: of the past and of the hidden states.  causal: no mask stands for a causal one.
+    Raises `NotServed` where an argument is not what the op takes.
+    """
     if whole.but_half and hidden.dtype is torch.float16:
         raise NotServed("its forward goes by dtypes, and computes something else in float16")
     found: list[Tensor | None] = []
@@ -158,7 +175,7 @@ def inputs_of(
             found.append(_angles(whole, arguments.get("position_embeddings"), hidden)[name == "sin"])
         elif name == "mask":
             mask = arguments.get("attention_mask")
-            if mask is None and whole.needs_mask:
+            if mask is None and (whole.needs_mask or not causal):
                 raise NotServed("without a mask its attention is not what the program says")
             found.append(None if mask is None else _mask(mask, hidden, keys))
         elif name == "alibi":

@@ -75,7 +75,7 @@ def test_every_config_stays_the_object_that_it_is(entry: Entry) -> None:
 @torch.no_grad()
 def test_a_decoder_under_eager_attention_makes_no_mask_that_says_nothing_new() -> None:
     untouched, model = gemma2(), gemma2()
-    llmkern.optimize_(model)
+    llmkern.optimize_(model, mlp=False)  # else the layers are computed as a whole, and the op is not called by itself
     # Gemma 2's layers have a window, and none, by turns; a window that no key falls out of is in no mask.
     assert masks(model, input_ids=TOKENS) == [(None, True, WINDOW - 1), (None, True, -1)]
     padded = torch.ones_like(TOKENS)
@@ -91,12 +91,15 @@ def test_a_decoder_under_eager_attention_makes_no_mask_that_says_nothing_new() -
 @torch.no_grad()
 def test_an_attention_that_is_left_alone_is_given_the_masks_that_it_knows(path: str) -> None:
     untouched, model = gemma2(), gemma2()
-    llmkern.optimize_(model, filter_fn=lambda _, at: at != path)
+    llmkern.optimize_(model, mlp=False, filter_fn=lambda _, at: at != path)
     (seen,) = masks(model, input_ids=TOKENS)
     assert seen[:2] == (torch.float32, False)
     assert_alike(model, untouched, input_ids=TOKENS)
-    llmkern.optimize_(model)
+    llmkern.optimize_(model, mlp=False)
     assert masks(model, input_ids=TOKENS)[0][0] is None
+    assert_alike(model, untouched, input_ids=TOKENS)
+    llmkern.optimize_(model)
+    assert masks(model, input_ids=TOKENS) == []
     assert_alike(model, untouched, input_ids=TOKENS)
 
 
@@ -151,6 +154,18 @@ def test_without_a_mask_eager_attention_sees_every_key() -> None:
         each.model.layers[0].self_attn(x, position_embeddings=angles, attention_mask=None)[0]
         for each in (model, untouched)
     )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_layer_that_is_called_without_a_mask(attention: str) -> None:
+    """By itself a layer under eager attention sees every key; in a decoder that leaves masks out, those before it."""
+    untouched, model = llama(attention), llama(attention)
+    llmkern.optimize_(model.model.layers[0])
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    given = {"position_embeddings": untouched.model.rotary_emb(x, torch.arange(5)[None]), "attention_mask": None}
+    out, expected = (each.model.layers[0](x, **given) for each in (model, untouched))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -23,6 +23,7 @@ from llmkern.integrations.transformers.attention import HARMLESS, INTERFACE, reg
 from llmkern.ops._layer_sizes import needs_of
 from llmkern.programs.passes import fused
 from llmkern.programs.program import ACTIVATIONS, Program
+from llmkern.swap.bound import steps_of
 from llmkern.swap.derive import as_before, is_own, mentioned_globals
 from llmkern.swap.guard import guarded
 from llmkern.swap.layer_call import hidden_size
@@ -159,6 +160,7 @@ def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str
         for place in step.places
         if place.rows is not None
     }
+    causal = tuple([steps_of(path) for path, child in module.named_modules() if _asks(child)])
     return WholeLayer(
         program=program,
         positional=tuple([p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][2:]),
@@ -170,6 +172,7 @@ def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str
         but_half=reading.but_half,
         wide_angles=reading.wide_angles,
         needs_mask=any(step.option("window") is not None and not step.option("causal") for step in attending),
+        causal=causal if any(step.option("causal") for step in attending) else (),
         packed=tuple(packed.items()),
     )
 
