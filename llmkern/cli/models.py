@@ -25,6 +25,7 @@ HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2, demo:sm
 DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
 DTYPE_HELP = "float32, bfloat16 or float16; auto takes the checkpoint's own."
 CALIBRATION_ARTICLES = 8
+MORE_ARTICLES = 32  # for int4, whose errors are made up for by what inputs have in common
 CALIBRATION_TOKENS = 512
 DEMOS = ("demo:smollm2", "demo:smollm2-offgrid", "demo:minilm")
 
@@ -196,10 +197,11 @@ def quantize(model: nn.Module, loaded: Loaded, scheme: str = "int8") -> QuantRep
     from llmkern.report import report
     from llmkern.testing.real_models import prose
 
+    count = MORE_ARTICLES if scheme.startswith("int4") else CALIBRATION_ARTICLES
     batches = None
     if loaded.tokenizer is not None:
         with contextlib.suppress(ModuleNotFoundError):
-            batches = [_calibration(loaded, text) for text in prose().splitlines()[-CALIBRATION_ARTICLES:]]
+            batches = [_calibration(loaded, text) for text in prose().splitlines()[-count:]]
     with working(f"quantizing to {scheme}"):
         quantize_(model, scheme, calib=batches)
     found = report(model).quantization

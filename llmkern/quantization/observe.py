@@ -23,14 +23,15 @@ MAX_ROWS = 256
 class Observed:
     """rows: a sample of each layer's inputs, [rows, in].  amax: the largest magnitude of each input channel, fp32.
 
-    products: XᵀX of all inputs X of the layers that it was asked for, [in, in] fp32; one where layers share inputs.
+    products: XᵀX of all inputs X of the layers that it was asked for, [in, in] fp32, and how many inputs; one where
+        layers share inputs.
     groups: a norm, and the layers that use its output where nothing else does.
     read_elsewhere: modules whose weight was read while none that holds it was running.
     """
 
     rows: dict[nn.Module, Tensor] = field(default_factory=dict)
     amax: dict[nn.Module, Tensor] = field(default_factory=dict)
-    products: dict[nn.Module, Tensor] = field(default_factory=dict)
+    products: dict[nn.Module, tuple[Tensor, int]] = field(default_factory=dict)
     groups: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     read_elsewhere: set[nn.Module] = field(default_factory=set)
 
@@ -97,7 +98,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.multiplies = True
         self._products_of = set(products_of)
-        self._products: dict[nn.Module, Tensor] = {}
+        self._products: dict[nn.Module, tuple[Tensor, int]] = {}
         self._shares: dict[nn.Module, nn.Module] = {}  # a layer, and the one that has had the same inputs each time
         self._first: tuple[Tensor, nn.Module] | None = None
         self._layers, self._rows_per_call = set(layers), rows_per_call
@@ -198,7 +199,8 @@ class _Watch(TorchFunctionMode):
         if same is module:
             part = rows.float().T @ rows.float()
             known = self._products.get(module)
-            self._products[module] = part if known is None else known.add_(part)
+            count = rows.shape[0]
+            self._products[module] = (part, count) if known is None else (known[0].add_(part), known[1] + count)
 
     def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._inside -= 1

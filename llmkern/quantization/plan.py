@@ -88,11 +88,12 @@ def _pack_int4(
     weight: Tensor, *, scheme: Int4, group: int, module: nn.Module, observed: Observed, s: Tensor | None
 ) -> PackedWeight:
     """s: what the weight has been multiplied by, and its inputs will be divided by."""
-    products, rows = observed.products.get(module), observed.rows.get(module)
-    if products is not None:
+    rows = observed.rows.get(module)
+    if module in observed.products:
+        products, count = observed.products[module]
         if s is not None:
             products = products / torch.outer(s, s).to(products)
-        return pack_int4_with_feedback(weight, products.to(weight.device), group, symmetric=scheme.symmetric)
+        return pack_int4_with_feedback(weight, products.to(weight.device), count, group, symmetric=scheme.symmetric)
     if rows is not None and s is not None:
         rows = rows / s.to(rows)
     importance = None if rows is None else rows.float().square().mean(0).to(weight.device)

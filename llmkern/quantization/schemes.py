@@ -50,13 +50,14 @@ class Int4:
     symmetric: levels −8 … 7 times the scale; else an integer zero point for each group too, which costs a byte, and
         which stock transformers does not load (5.23 expects zero points that are not packed; vLLM does).
     max_error: a layer whose output error (`quantize_`) is larger gets int8 in blocks of 32 instead.
+    smooth: as of Int8.
     Raises ValueError for other groups, and a max_error that is negative or NaN.
     """
 
     group: int = 128
     symmetric: bool = True
     max_error: float = 0.2
-    smooth: bool = False
+    smooth: bool = True
 
     def __post_init__(self) -> None:
         _check_error("Int4", self.max_error)
