@@ -21,10 +21,14 @@ _PRODUCTS = {
     **dict.fromkeys(("int8_linear", "int8_matmul"), "products/linear"),
     "quantized_linear": "products/packed_linear",
 }
+IN_PYTHON = frozenset({("linear_kl_div", "cpu")})
+"""Ops and backends whose kernel is PyTorch's operators on chunks, in the backend's own file."""
 _SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
 
 
 def kernel_file(op: str, backend: str) -> str:
     """The file of the kernel, seen from the root of the repository; backend is "cpu" or "cuda"."""
+    if (op, backend) in IN_PYTHON:
+        return f"llmkern/backends/{backend}/{op}.py"
     stem = (_PRODUCTS if backend == "cpu" else {}).get(op) or _STEMS.get(op, op)
     return f"csrc/{backend}/{stem}{_SUFFIXES[backend]}"

@@ -63,10 +63,13 @@ def linear_kl_div(
     once, in hidden, weight and bias.
     Raises TypeError for other dtypes, ValueError for other shapes, devices or values.
     """
-    check_floating(_OP, hidden=hidden, **given(bias=bias))
+    check_floating(_OP, hidden=hidden, weight=weight, **given(bias=bias))
     check_has_hidden(_OP, "hidden", hidden)
     check_floating(
-        _OP, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, **given(teacher_bias=teacher_bias)
+        _OP,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        **given(teacher_bias=teacher_bias, scale=scale),
     )
     check_has_hidden(_OP, "teacher_hidden", teacher_hidden)
     _check(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
@@ -77,14 +80,14 @@ def linear_kl_div(
     rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.numel() else hidden.flatten(0, -2)
     given_rows = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]) if rows.numel() else teacher_hidden.flatten(0, -2)
     if labels is None:
-        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        labels = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
     check_dtype(_OP, "labels", labels, torch.int64)
     check_shape(_OP, "labels", labels, hidden.shape[:-1], "the shape of hidden without its last dimension")
     check_shape(_OP, "scale", scale, labels.shape, "the shape of labels")
     check_same_device(_OP, "hidden", hidden, labels=labels, scale=scale)
     targets = labels.reshape(-1)
     factor = row_scale(_OP, reduction, targets, None, ignore_index, num_items, loss_dtype(rows))
-    factor = torch.where(targets == ignore_index, 0, factor.expand(targets.shape))
+    factor = factor.expand(targets.shape).masked_fill(targets == ignore_index, 0)
     factor = factor if scale is None else scale.detach().reshape(-1) * factor
     keep = torch.is_grad_enabled() and reduction != "none" and rows.dtype != torch.float16
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)

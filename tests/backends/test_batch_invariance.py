@@ -286,4 +286,4 @@ def test_explain_says_who_does_not_promise() -> None:
 
     told = explain(Module(), torch.randn(9, 8))
     assert [row.batch_invariant for row in told] == [True, False]
-    assert str(told).splitlines()[-1] == "a row's bits may depend on the rows beside it: linear on torch"
+    assert "a row's bits may depend on the rows beside it: linear on torch" in str(told).splitlines()

@@ -150,19 +150,19 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("code", "seconds", "message"),
     [
-        ("import os, signal; input(); os.kill(os.getpid(), signal.SIGSEGV)", "the process ended by SIGSEGV"),
-        ("input(); raise SystemExit('no memory')", "the process ended with status 1: no memory"),
-        ('print(\'{"error": "not supported"}\', flush=True); input()', "not supported"),
-        ("import time; time.sleep(60)", "no answer within 2 s"),
+        ("import os, signal; input(); os.kill(os.getpid(), signal.SIGSEGV)", 60, "the process ended by SIGSEGV"),
+        ("input(); raise SystemExit('no memory')", 60, "the process ended with status 1: no memory"),
+        ('print(\'{"error": "not supported"}\', flush=True); input()', 60, "not supported"),
+        ("import time; time.sleep(60)", 1, "no answer within 1 s"),
     ],
 )
-def test_a_process_that_ends_is_an_error(module, code: str, message: str) -> None:
+def test_a_process_that_ends_is_an_error(module, code: str, seconds: int, message: str) -> None:
     worker = WorkerProcess(1, module=module(code))
     try:
         with pytest.raises(Failed, match=f"^{message}$"):
-            worker.ask("load", timeout=2)
+            worker.ask("load", timeout=seconds)
     finally:
         worker.close()
 

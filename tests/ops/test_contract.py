@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -231,7 +232,11 @@ def test_an_argument_that_is_none_or_no_number_is_named(op: str) -> None:
     for argument in getattr(torch.ops.llmkern, op).default._schema.arguments:
         wrong: tuple[Any, ...] = ()
         if str(argument.type) == "Tensor":
-            wrong = (None, [1.0])
+            wrong = (
+                ([1.0],)
+                if inspect.signature(getattr(ops, op)).parameters[argument.name].default is None
+                else (None, [1.0])
+            )
         elif str(argument.type) == "float":
             wrong = ("1", [1.0], torch.ones(2))
         for value in wrong:

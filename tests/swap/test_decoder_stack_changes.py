@@ -165,11 +165,11 @@ def own_forward(module: nn.Module) -> None:
 
 
 CALLED = ("", "mlp", "mlp.up_proj", "self_attn", "self_attn.o_proj", "post_attention_layernorm")
-FOLLOWED = (in_place, data, loaded, fewer_rows)  # the same tensors: nothing is looked up again
+FOLLOWED = (in_place, data, loaded, fewer_rows, layout)  # the same tensors: nothing is looked up again
 LOOKED_UP = (loaded_as_they_are, weight, norm_weight, bias, no_bias, linear, mlp)  # when there is a prompt again
 LEFT = (  # to the layers themselves
     *(class_of_a_linear, class_of_a_norm, class_of_the_layer, eps, eps_of_one_norm, parametrization),
-    *(layout, layout_of_a_norm, layout_of_a_bias),
+    *(layout_of_a_norm, layout_of_a_bias),
     *[part(path, plain_tensor) for path in ("self_attn.q_proj", "post_attention_layernorm")],
     *[part(path, hook) for path in CALLED],
     *[part(path, pre_hook) for path in CALLED if path != "self_attn"],  # whose arguments have names

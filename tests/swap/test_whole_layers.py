@@ -189,7 +189,7 @@ def with_another_norm(model: nn.Module) -> None:
 
 def with_columns(model: nn.Module) -> None:
     layer = model.model.layers[0].mlp.up_proj
-    layer.weight = nn.Parameter(layer.weight.T.contiguous().T)
+    layer.weight = nn.Parameter(layer.weight.repeat_interleave(2, 1)[:, ::2])
 
 
 def nothing(model: nn.Module) -> None:
@@ -213,7 +213,7 @@ def filled(model: Any) -> dict[str, Any]:
         (with_pre_hook, {}, "self_attn.q_proj has hooks"),
         (with_another_linear, {}, "up_proj is a Scaled, not a plain linear layer"),
         (with_another_norm, {}, "input_layernorm is a LayerNorm, not a plain LlamaRMSNorm"),
-        (with_columns, {}, "up_proj: weight has rows of stride"),
+        (with_columns, {}, "up_proj: weight has strides (64, 2)"),
         (nothing, {"output_attentions": True}, "attention weights are asked for"),
         (nothing, static, "the cache is a StaticCache, not a"),
         (nothing, filled, "the cache is a DynamicCache with tokens in it"),

@@ -99,7 +99,7 @@ def is_named(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):  # has a rule of its own
         return False
     queries_and_keys = ({"q_proj", "k_proj"}, {"q_lin", "k_lin"}, {"query", "key"}, {"q", "k"})
-    by_layers = any(module._modules.keys() >= names for names in queries_and_keys)
+    by_layers = any(names.issubset(module._modules.keys()) for names in queries_and_keys)
     by_name = "attention" in type(module).__name__.lower() and sum(map(linear_like, module.children())) > 1
     return by_layers or by_name
 
