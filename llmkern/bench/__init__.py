@@ -9,6 +9,7 @@ models/<name>.json   published shapes, for models without weights
 peers/<peer>.py      one adapter per library that we are compared with: its ops, its models, or why it is absent
 sweep.py, timers.py, accuracy.py, run_ops.py      ops: check first, then time, interleaved
 worker.py, workers.py, variants.py, run_models.py   models: each variant in a process of its own, interleaved
+families.py            every family, untouched beside optimized; shapes in models/families/
 tables.py, liger_csv.py, plots.py, html.py, compare.py, readme.py   what becomes of a result
 ===================  =================================================================================================
 """

@@ -4,7 +4,7 @@
 
 A row is one number with its spread:
 
-suite           "ops", "model" or "serve"
+suite           "ops", "model", "serve" or "families"
 name            the op or the model
 provider        who computed: "llmkern", "torch", a peer; of models the variant and its dtype; of serving the server
 metric, unit    ops: time_us (a call, as Python makes it), kernel_us (replayed in a CUDA graph)
@@ -13,13 +13,15 @@ metric, unit    ops: time_us (a call, as Python makes it), kernel_us (replayed i
                 intermediate results), sentences_per_s, perplexity
                 serving: throughput_tokens_per_s (generated, of all clients), ttft_ms and itl_ms as clients see them,
                 peak_memory_mb (of the server's process)
+                families: phases_per_s (prompts, inputs or generated tokens, by x["phase"])
 x               what the number belongs to: sizes, dtype, mode, batch, lengths …; "sweep" names the line of a plot
 p20, p50, p80   percentiles over the repetitions, in `unit`; null where nothing was measured
 speed_of_light  the share of the device's measured ceiling, by bytes or operations, whichever is nearer; ops only
 accuracy        what was checked, and the numbers: {"error", "baseline"} by the accuracy rule (the largest
                 absolute error and PyTorch's own), or {"relative_error", "approximate"}; of models {"top1", "max_abs",
                 "rel", "perplexity", "cosine"}, or {"unjudged": reason} where a peer gives out no logits
-detail          bytes, operations, gb_per_s, tflop_per_s of ops; n, p90, p99; ratio: {"to", "p20", "p50", "p80"}, how
+detail          of families: ratio, untouched (its percentiles), layers ("whole", or why they are not)
+                bytes, operations, gb_per_s, tflop_per_s of ops; n, p90, p99; ratio: {"to", "p20", "p50", "p80"}, how
                 many times as good as that provider, pair by pair
 error           null, or the sentence why there is no number
 """
@@ -50,6 +52,7 @@ METRICS = {
     "peak_memory_mb": "MB",
     "model_memory_mb": "MB",
     "sentences_per_s": "sentences/s",
+    "phases_per_s": "1/s",
     "perplexity": "",
 }
 """Every metric and its unit."""
@@ -64,7 +67,7 @@ def lower_is_better(metric: str) -> bool:
 class Row:
     """One number; the module's docstring describes the fields."""
 
-    suite: Literal["ops", "model", "serve"]
+    suite: Literal["ops", "model", "serve", "families"]
     name: str
     provider: str
     metric: str

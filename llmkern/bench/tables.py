@@ -42,7 +42,29 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for suite, make in (("ops", _op_table), ("model", _model_table), ("serve", _serve_table)):
         names = dict.fromkeys(row.name for row in rows if row.suite == suite)
         found += [make(name, [row for row in rows if row.suite == suite and row.name == name]) for name in names]
-    return found
+    together = [row for row in rows if row.suite == "families"]
+    return [*found, _families_table(together)] if together else found
+
+
+def _families_table(rows: list[Row]) -> Table:
+    """A line for each family, dtype and phase: ratios above 1 are faster than untouched."""
+    headers = ["family", "layers", "dtype", "phase", "optimized ÷ untouched (20–80%)", "ms", "run whole", "note"]
+    cells = []
+    for row in rows:
+        ratio = row.detail.get("ratio")
+        cells.append(
+            [
+                f"{row.name} ({row.x['of']})",
+                str(row.x["layers"]),
+                row.x["dtype"],
+                row.x["phase"],
+                f"{ratio['p50']:.2f}× ({ratio['p20']:.2f}–{ratio['p80']:.2f})" if ratio else "–",
+                number(1e3 / row.p50 if row.p50 else None),
+                row.detail.get("layers", "–"),
+                row.error or "",
+            ]
+        )
+    return "families, untouched beside optimized", headers, cells
 
 
 def _op_table(name: str, rows: list[Row]) -> Table:
