@@ -33,23 +33,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 
 LEAST_COSINE = 0.99
 VOCABULARY = 4096
-PARAMETERS = 750_000_000  # two models in fp32 and one in packing stay under 8 GB
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 _LAYERS += ("encoder_layers", "decoder_layers")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_TOKENS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
     """layers: at most; tokens: of a prompt or of what is encoded; steps: tokens decoded in each round; seconds: of
-    measuring for each dtype, but at least `rounds` rounds."""
+    measuring for each dtype, but at least `rounds` rounds; parameters: as many fit, in layers, so that two models in
+    fp32 and what is packed at the moment stay under 8 GB."""
 
     layers: int = 6
     tokens: int = 128
     steps: int = 16
     rounds: int = 5
     seconds: float = 4.0
+    parameters: int = 750_000_000
 
 
 @dataclass(frozen=True)
@@ -76,15 +84,16 @@ class Family:
         made: Any = getattr(transformers, self.model)
         return (getattr(transformers, self.config_class) if self.config_class else made.config_class)(**values)
 
-    def build(self, layers: int) -> tuple[nn.Module, int]:
-        """Random weights in fp32, and the number of layers: at most `layers`, fewer where memory asks for it."""
+    def build(self, layers: int, most: int) -> tuple[nn.Module, int]:
+        """Random weights in fp32, and the number of layers: at most `layers`, fewer where these have more
+        than `most` parameters."""
         import transformers
 
         make: Any = getattr(transformers, self.model)
         for count in range(layers, 0, -1):
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in make(self.settings(count)).parameters())
-            if parameters <= PARAMETERS:
+            if parameters <= most:
                 break
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -180,20 +189,21 @@ def _judged(untouched: _Side, optimized: _Side, dtype: str) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> str:
-    """ "whole", or why layers are not."""
+    """ "whole", or how many layers are and why the others are not."""
     swap = report(model).swap
     rows = [row for row in as_list(swap.rows if swap else []) if row.kind == "layer"]
     reasons = dict.fromkeys(row.reason for row in rows if row.action == "left")
-    if reasons or not rows:
-        return "; ".join(reasons) or "no layer was recognised"
-    return "whole"
+    whole = sum(row.action == "swapped" for row in rows)
+    if not reasons:
+        return "whole" if whole else "no layer was recognised"
+    return "; ".join([*([f"{whole} whole"] if whole else []), *reasons])
 
 
 def measure_family(name: str, family: Family, dtypes: Sequence[str], sizes: Sizes) -> list[Row]:
     """Rows of each dtype and phase; a dtype that fails, or is judged wrong, is a row with its error."""
     rows: list[Row] = []
     with torch.inference_mode(False), torch.no_grad():
-        base, layers = family.build(sizes.layers)
+        base, layers = family.build(sizes.layers, sizes.parameters)
         for dtype in dtypes:
             x = {"dtype": dtype, "of": family.of, "layers": layers, "tokens": sizes.tokens}
             try:

@@ -60,7 +60,8 @@ def families(
     device = torch.device("cpu")
     as_json, _ = recorded(record, "families", device, as_json, None)
     outputs = Outputs(as_json, None, None)
-    sizes = suite.Sizes(layers=2, tokens=64, steps=8, rounds=3, seconds=0.5) if quick else suite.Sizes()
+    quickly = suite.Sizes(layers=2, tokens=64, steps=8, rounds=3, seconds=0.5, parameters=250_000_000)
+    sizes = quickly if quick else suite.Sizes()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
