@@ -130,7 +130,7 @@ class _Side:
         self.inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
         self.token = torch.full((1, 1), 5)
         self.both = bool(getattr(model.config, "is_encoder_decoder", False))
-        self.decodes = self.both or bool(self.model.can_generate())
+        self.decodes = self.both or bool(model.can_generate())  # type: ignore[operator]
 
     @property
     def phase(self) -> str:
@@ -138,8 +138,7 @@ class _Side:
 
     def first(self) -> Tensor:
         if self.both:
-            encode: Any = self.model.get_encoder()
-            encoded = encode(**self.inputs)
+            encoded = self.model.get_encoder()(**self.inputs)
             self.state = {"encoder_outputs": encoded, "past_key_values": None}
             return encoded.last_hidden_state
         if not self.decodes:
