@@ -1,4 +1,4 @@
-"""The parameters that a program mentions, as one layer holds them at a call: for `layers_`, and for `run`."""
+"""Look up the parameters that a program names in one layer, at each call; used by `layers_` and by `run`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Bound", "steps_of"]
 
 
 class Bound:
-    """A program's parameters in a layer; `Weights` of llmkern/programs/run.py.
+    """A program's parameters in one layer; implements `Weights` of llmkern/programs/run.py.
 
     dtype: of the rows.  packed: linear layers that must have this many rows.
     Raises `NotServed` with the reason where a parameter is not what the ops take: another dtype or kind of tensor, a
@@ -54,8 +54,9 @@ class Bound:
 
     @property
     def parameters(self) -> list[Tensor | None]:
-        """As `layers_` takes them: weight, scale and bias of a linear layer, weight and bias of a norm, or one tensor;
-        in the order of the first mention."""
+        """Return the parameters in the order and form that `layers_` takes: weight, scale and bias of a linear layer,
+        weight and bias of a norm, or a single tensor; each once, in the order of first mention.
+        """
         found: list[Tensor | None] = []
         for kind, path in self.mentioned:
             if kind == "linear":
@@ -67,7 +68,9 @@ class Bound:
         return found
 
     def schemes(self, like: Tensor) -> str:
-        """The schemes of the int8 weights, of each linear layer with commas, one where all are alike."""
+        """Return the schemes of the int8 weights: one per linear layer, separated by commas, or a single one if all
+        agree.
+        """
         named = [path for kind, path in self.mentioned if kind == "linear"]
         each = [self._linears[path][3] for path in named]
         known = {scheme: "w8a8" if scheme is None else resolve_scheme(scheme, like) for scheme in set(each)}
@@ -75,8 +78,7 @@ class Bound:
         return found[0] if len(set(found)) == 1 else ",".join(found)
 
     def text(self, like: Tensor, head: tuple[str, ...]) -> str:
-        """The program with this head, in which int8 codes are made where only weights that take them read what is
-        made."""
+        """Return the program's text with this head, producing int8 codes wherever only int8 weights read the result."""
         coded = [
             path
             for path, (_, scale, _, scheme) in self._linears.items()
@@ -162,7 +164,7 @@ class Bound:
 
 @functools.cache
 def steps_of(path: str) -> Path:
-    """The names in a dotted path; () for ""."""
+    """Split a dotted path into its names; () for ""."""
     return tuple(path.split(".")) if path else ()
 
 
@@ -180,7 +182,7 @@ def _coded(program: Program, coded: frozenset[str], head: tuple[str, ...]) -> st
 
 @functools.cache
 def _is_plain(cls: Any) -> bool:
-    """Whether the class's own forward is x · weightᵀ + bias (of transformers' Conv1D: x · weight + bias)."""
+    """Check that the class's own forward computes x · weightᵀ + bias (x · weight + bias for transformers' Conv1D)."""
     if cls.forward is nn.Linear.forward:
         return True
     draw = torch.Generator().manual_seed(0)

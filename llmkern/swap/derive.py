@@ -1,4 +1,4 @@
-"""How a module is swapped: its class becomes a subclass of the one it had, and nothing else about it changes.
+"""Swap a module by giving it a subclass of its own class; nothing else about it changes.
 
 The instance keeps its parameters, hooks, attributes and identity; `isinstance` and names stay what they were, and a
 printed module says what serves it; undoing it is assigning the old class.  Other instances keep their class.
@@ -41,7 +41,7 @@ _served_by: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
 
 def describe(module: nn.Module, text: str) -> None:
-    """Let a swapped module print as one that is `text`, "rms_norm on cpu" for one."""
+    """Let a swapped module print `text` behind its class, for example "rms_norm on cpu"."""
     _served_by[module] = text
 
 
@@ -49,7 +49,7 @@ class Swapped:
     """Mixin of every class made by `derive`.  A swapped module pickles as the original would."""
 
     def extra_repr(self) -> str:
-        """What the module's own class says of it, and what serves it: `print(model)` shows both."""
+        """Return the class's own text followed by what serves the module, as `print(model)` shows them."""
         own: str = super().extra_repr()  # type: ignore[misc]  # nn.Module's
         served = _served_by.get(self)
         return ", ".join(filter(None, (own, f"llmkern: {served}" if served else "llmkern")))
@@ -69,8 +69,9 @@ class Swapped:
 
 
 def derive(cls: type[nn.Module], forward: Callable[..., Any] | None, *attributes: tuple[str, Any]) -> type[nn.Module]:
-    """The subclass of `cls` with this `forward`, its own where None, and these class attributes: the same one for the
-    same arguments."""
+    """Return the subclass of `cls` with this `forward` (None keeps the class's own) and these class attributes; equal
+    arguments give the same class.
+    """
     key: Any = cls  # mypy takes nn.Module's __hash__ for its metaclass's
     return _derive(key, forward, attributes)
 
@@ -89,25 +90,25 @@ def _derive(cls: Any, forward: Callable[..., Any] | None, attributes: tuple[tupl
 
 
 def untouched(module: Any, op: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A swapped module's call by its original forward, on record with the reason why `op` cannot serve it."""
+    """Call a swapped module's original forward and record why `op` could not serve the call."""
     tensors = {name: v for name, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)}
     dispatch.record_fallback(op, type(module).__name__, reason, {str(name): v for name, v in tensors.items()})
     return module._llmkern_original.forward(module, *args, **kwargs)
 
 
 def is_own(cls: Any, name: str) -> bool:
-    """Whether the class's method of that name is code of the file in which the class is defined."""
+    """Check that the class's method of that name comes from the file that defines the class."""
     code = getattr(getattr(cls, name), "__code__", None)
     return code is not None and code.co_filename == getattr(sys.modules.get(cls.__module__), "__file__", None)
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the module's class is one that `derive` made, or derives from one."""
+    """Return True if the module's class was made by `derive`, or derives from such a class."""
     return isinstance(module, Swapped)
 
 
 def as_before(module: nn.Module) -> nn.Module:
-    """The module as rules should see it: a shell of its former class, if it is swapped already."""
+    """Return the module as rules should see it: a shell of its original class if it is swapped already."""
     if not is_swapped(module):
         return module
     shell: nn.Module = object.__new__(original_class(module))
@@ -116,7 +117,7 @@ def as_before(module: nn.Module) -> nn.Module:
 
 
 def original_class(module: object) -> Any:
-    """The class that the module had before it was swapped; its own class if it is not swapped."""
+    """Return the class that the module had before it was swapped, or its own class if it is not swapped."""
     return getattr(type(module), "_llmkern_original", type(module))
 
 
@@ -126,7 +127,7 @@ _HOLDERS = ("forward", "_old_forward")
 
 
 def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether calling the module runs something else than its class's forward."""
+    """Return True if calling the module would not run its class's forward."""
     return "forward" in vars(module) and not _holders(module)
 
 
@@ -136,14 +137,14 @@ def _holders(module: nn.Module) -> list[str]:
 
 
 def set_class(module: nn.Module, cls: Any) -> None:
-    """Give the module a class, and that class's forward to whatever holds the one of its former class."""
+    """Give the module a class; wherever the former class's forward is stored on the instance, store the new one."""
     for name in _holders(module):
         vars(module)[name] = types.MethodType(cls.forward, module)
     module.__class__ = cls
 
 
 def rebind(function: Any, name: str, replacement: Any) -> Any:
-    """`function` as it would be if the global `name` of its module were `replacement`.
+    """Return a copy of `function` in which the global `name` is `replacement`.
 
     Decorators are followed through their closures.  The function itself is returned where nothing refers to `name`.
     """
@@ -158,7 +159,9 @@ def rebind(function: Any, name: str, replacement: Any) -> Any:
 
 
 def rename(function: Any, name: str, instead: str) -> Any:
-    """`function` as it would be if it read the attribute `instead` wherever it reads `name`; otherwise as `rebind`."""
+    """Return a copy of `function` that reads the attribute `instead` wherever it reads `name`; otherwise like
+    `rebind`.
+    """
 
     def changed(code: types.CodeType, scope: dict[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:
         if name in code.co_names:
@@ -169,7 +172,7 @@ def rename(function: Any, name: str, instead: str) -> Any:
 
 
 def _copied(function: Any, changed: Callable[..., tuple[Any, Any]], _above: tuple[Any, ...] = ()) -> Any:
-    """`function`, and what its decorators wrap, with what `changed` makes of their code and globals."""
+    """Copy `function` and everything its decorators wrap, with `changed` applied to their code and globals."""
     if not isinstance(function, types.FunctionType) or function in _above:
         return function
     code, scope = changed(function.__code__, function.__globals__)
@@ -188,12 +191,12 @@ def _copied(function: Any, changed: Callable[..., tuple[Any, Any]], _above: tupl
 
 
 def mentioned_globals(function: Any) -> dict[str, Any]:
-    """The globals that the function, or what its decorators wrap, refers to by name."""
+    """Return the globals that the function, or anything its decorators wrap, mentions by name."""
     return {name: scope[name] for scope, name in mentions(function)}
 
 
 def mentions(function: Any, _above: tuple[Any, ...] = ()) -> list[tuple[dict[str, Any], str]]:
-    """Their names, each with the dictionary that it is a key of."""
+    """Return the names of these globals, each with the dictionary that holds it."""
     if not isinstance(function, types.FunctionType) or function in _above:
         return []
     found = [(function.__globals__, n) for n in function.__code__.co_names if n in function.__globals__]
@@ -203,7 +206,9 @@ def mentions(function: Any, _above: tuple[Any, ...] = ()) -> list[tuple[dict[str
 
 
 def wrapped_functions(function: Any, _above: tuple[Any, ...] = ()) -> list[types.FunctionType]:
-    """The function and those that its decorators wrap, as they will run: by closures, not by `__wrapped__`."""
+    """Return the function and those its decorators wrap, as they will run: found through closures, not
+    `__wrapped__`.
+    """
     if not isinstance(function, types.FunctionType) or function in _above:
         return []
     found = [function]
@@ -213,7 +218,7 @@ def wrapped_functions(function: Any, _above: tuple[Any, ...] = ()) -> list[types
 
 
 def _cells(function: types.FunctionType) -> list[tuple[types.CellType, Any]]:
-    """The closure's cells with their contents (None for a cell that is still empty)."""
+    """Return the closure's cells and their contents (None for a cell that is still empty)."""
     found = []
     for cell in function.__closure__ or ():
         try:

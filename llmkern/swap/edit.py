@@ -1,4 +1,4 @@
-"""The second way to swap: a class's own forward, in which some globals and attributes mean something else.
+"""Swap a class by editing its own forward: some globals and attributes are replaced, the rest runs as written.
 
 Several rules may edit one class: rope and attention that of an attention module; a decoder's cache, masks and loop over
 its layers that of the decoder.  Their edits become one derived class with one guard.
@@ -21,7 +21,7 @@ __all__ = ["Edit", "edited", "edits_of"]
 
 
 class Edit(NamedTuple):
-    """What one rule changes of a module's class; equal edits are one.
+    """Replacements that one rule makes in a module's class; equal edits compare equal.
 
     op: the op that the replacements lead to; a call that runs untouched goes on record as a fallback from it.
         "" where no single op stands behind them.
@@ -41,13 +41,13 @@ class Edit(NamedTuple):
 
 
 def edits_of(module: nn.Module) -> tuple[Edit, ...]:
-    """The edits that the module's class has."""
+    """Return the edits that the module's class has."""
     edits: tuple[Edit, ...] = vars(type(module)).get("_llmkern_edits", ())
     return edits
 
 
 def edited(module: nn.Module, edits: Iterable[Edit]) -> type[nn.Module]:
-    """The class of the module with these edits; the one that it had before it was swapped where there are none."""
+    """Return the module's class with these edits, or its original class if there are none."""
     original: Any = original_class(module)
     chosen = tuple(dict.fromkeys(edits))
     if not chosen:
@@ -72,7 +72,7 @@ def _seen(forward: Callable[..., Any]) -> tuple[tuple[str, int], ...]:
 def _forward(
     original: Callable[..., Any], edits: tuple[Edit, ...], seen: tuple[tuple[str, int], ...]
 ) -> Callable[..., Any] | None:
-    """The forward with the edits that apply at the call; None where they leave it as it is.
+    """Return the forward with the edits that apply to this call, or None if none of them do.
 
     seen: the globals that it mentions, by identity: what is rebound keeps those that there are now.
     """

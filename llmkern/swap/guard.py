@@ -1,4 +1,4 @@
-"""Whether everything is still what it was when a module was swapped: one guard for modules, layers and stacks of them.
+"""Guard swapped modules: at each call, check that everything their forwards rely on is unchanged.
 
 What a module computes is found out by a probe, and holds while all that its forward goes by is what it was:
 
@@ -57,8 +57,9 @@ _NOT_NOTED = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"trai
 
 
 class Read(NamedTuple):
-    """An attribute that is read: `name` in the dictionary `holder` of the module ("" for its own attributes, "config"
-    for its config's); and the value that it had, `_ABSENT` where there was none (the class may have one)."""
+    """An attribute that a forward reads: `name` in the dictionary `holder` of the module ("" for its own attributes,
+    "config" for its config's), with its value, or `_ABSENT` if the instance had none (its class may).
+    """
 
     holder: str
     name: str
@@ -66,8 +67,9 @@ class Read(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The module itself (path ()) or one that is computed without being called: where it is from there, the class
-    that it had when it was found out what it computes, and what is read of it."""
+    """A guarded module: the swapped one (path ()) or one that is computed without being called.  Holds its path from
+    the swapped module, the class it had when it was probed, and what is read from it.
+    """
 
     path: Path
     cls: type[nn.Module]
@@ -83,7 +85,7 @@ _ABSENT = _Absent()
 
 
 class _Partial(NamedTuple):
-    """A functools.partial by what it does: modules of one class have one each."""
+    """A functools.partial compared by function and arguments: every module of a class has a partial of its own."""
 
     function: Any
     args: tuple[Any, ...]
@@ -91,7 +93,7 @@ class _Partial(NamedTuple):
 
 
 class _Method(NamedTuple):
-    """A method of the module itself, which it keeps as an attribute."""
+    """A method of the module itself that is stored as an attribute."""
 
     function: Any
 
@@ -101,14 +103,15 @@ _IDENTICAL = (types.FunctionType, types.BuiltinFunctionType, type, _Absent)
 
 
 def _own_class(module: nn.Module) -> Any:
-    """The class of the module, or what it was before it was swapped: not that of a class which was swapped and then
-    derived from."""
+    """Return the module's class, or the original one if it is swapped; a class derived from a swapped class stays
+    itself.
+    """
     cls = type(module)
     return cls.__dict__.get("_llmkern_original", cls)
 
 
 def shell_class(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class for a shell of the module that notes what is read, and the attributes that the shell is to have."""
+    """Return a class for a shell of the module that records which attributes are read, and the shell's attributes."""
     attributes = {**vars(module), _NOTES: set()}
     config = attributes.get(_CONFIG)
     if hasattr(config, "__dict__"):
@@ -141,7 +144,9 @@ class _NotedConfig:
 
 
 def noted(shell: Any, live: str | float = "", path: Path = ()) -> tuple[Part, ...] | None:
-    """The parts that a shell consists of, with what has been read of them; stand-ins that are no shells are left out.
+    """Return the parts of a shell with every attribute that was read; skip stand-ins that are not shells.
+    live: an attribute that the swapped forward reads at each call.
+    Returns None if a change to something that was read could go unnoticed, as in the middle of a list.
 
     live: an attribute that the swapped forward reads at each call.
     None where a change of what was read would not be seen, as in the middle of a list.
@@ -163,8 +168,9 @@ def noted(shell: Any, live: str | float = "", path: Path = ()) -> tuple[Part, ..
 
 
 def stated(module: nn.Module, *names: str) -> tuple[Part, ...] | None:
-    """The module with attributes of these names, and the modules that have one of these names in it, which are not in
-    training; for a forward of which it is known what it reads.  None as of `noted`."""
+    """Guard the named attributes, and child modules of these names, which must not be in training.  For forwards whose
+    reads are known without tracing.  Returns None in the same cases as `noted`.
+    """
     parts = [_part(module, (), _own_class(module), {("", name) for name in names})]
     for name in names:
         child = module._modules.get(name)
@@ -175,12 +181,12 @@ def stated(module: nn.Module, *names: str) -> tuple[Part, ...] | None:
 
 
 def below(path: Path, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """The parts of the module at the path, as seen from where the path begins."""
+    """Return the parts of the module at the path, with their paths counted from where this path begins."""
     return tuple([part._replace(path=path + part.path) for part in parts])
 
 
 def merged(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """One part for each module, with all that is read of it."""
+    """Merge parts so that there is one per module, with everything that is read from it."""
     found: dict[tuple[Path, Any], dict[Read, None]] = {}
     for part in parts:
         found.setdefault((part.path, part.cls), {}).update(dict.fromkeys(part.reads))
@@ -189,14 +195,14 @@ def merged(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Guard:
-    """What a swapped class takes for granted; classes with equal guards are one."""
+    """Conditions that a swapped class relies on; classes with equal guards are the same class."""
 
     parts: tuple[Part, ...]
     surroundings: Surroundings
     skips: bool  # whether modules within it are not called
 
     def broken(self, module: nn.Module) -> str | None:
-        """The sentence what of it is no longer so; None where all is."""
+        """Return the guard's first broken condition as a sentence, or None."""
         if torch.compiler.is_compiling():
             reason = self.surroundings.why_traced()
         else:
@@ -221,7 +227,7 @@ def guarded(
     within: tuple[type, ...] = (),
     places: tuple[Place, ...] = (),
 ) -> type[nn.Module]:
-    """The class to swap in for `cls`, with this forward, these attributes, and its guard as `_llmkern_guard`.
+    """Return the class to swap in for `cls`, with this forward, these attributes, and its guard as `_llmkern_guard`.
 
     op: what `forward` calls; where the guard has a reason not to, the original forward runs, on record.  "" leaves it
         to `forward` to ask.  None for the forward that the class has.
@@ -248,7 +254,7 @@ def _asking(forward: Callable[..., Any], op: str) -> Callable[..., Any]:
 
 
 def _changed(module: nn.Module, part: Part) -> str | None:
-    """The sentence which says what of the part is no longer what it was; None where nothing is."""
+    """Return a sentence naming what has changed in the part, or None."""
     path, cls, reads = part
     child: Any = module
     for name in path:
@@ -276,7 +282,9 @@ def _changed(module: nn.Module, part: Part) -> str | None:
 
 
 def places(module: nn.Module, part: Part) -> Iterator[tuple[Any, str]]:
-    """The dictionaries, or configs, in which what is read of the module lies, or would lie, with the names."""
+    """Return the dictionaries or configs that hold, or would hold, the attributes read from the module, and their
+    names.
+    """
     state = vars(module)
     for holder, name, _ in part.reads:
         if holder in _CONFIGS:
@@ -288,12 +296,12 @@ def places(module: nn.Module, part: Part) -> Iterator[tuple[Any, str]]:
 
 
 def are_inert(hooks: dict[int, Any]) -> bool:
-    """Whether these forward hooks do nothing unless transformers 5 collects outputs."""
+    """Return True if these forward hooks do nothing unless transformers 5 collects outputs."""
     return all(getattr(hook, "__qualname__", "") == _INERT for hook in hooks.values())
 
 
 def why_hooks(name: str, state: dict[str, Any]) -> str | None:
-    """The sentence why a module with these attributes has to be called; None where its hooks do nothing."""
+    """Return why a module with these attributes has to be called (it has hooks that act), or None."""
     forward = state["_forward_hooks"]
     if forward or state["_forward_pre_hooks"] or "forward" in state or _hears_gradients(state):
         if state["_forward_pre_hooks"] or "forward" in state or not are_inert(forward) or _hears_gradients(state):
@@ -320,7 +328,9 @@ def _part(module: nn.Module, path: Path, cls: type[nn.Module], names: set[tuple[
 
 
 def _read(module: nn.Module, cls: type[nn.Module], holder: str, name: str) -> Read | None:
-    """What has been read under that name; None for modules and tensors, which are parts or taken at the call."""
+    """Return what was read under that name; None for modules, which are parts, and tensors, which are read at each
+    call.
+    """
     state = vars(module)
     if holder == _CONFIG:
         config = state[_CONFIG]._llmkern_config
@@ -343,7 +353,7 @@ def _read(module: nn.Module, cls: type[nn.Module], holder: str, name: str) -> Re
 
 
 def _frozen(value: Any, owner: type[nn.Module]) -> Any:
-    """An attribute of an `owner` in a form that does not change; `_Unseen` where there is none."""
+    """Return an attribute of `owner` in an immutable form, or `_Unseen` if there is none."""
     if isinstance(value, _IDENTICAL):
         return value
     if isinstance(value, tuple):

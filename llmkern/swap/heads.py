@@ -1,4 +1,4 @@
-"""Finds the rows whose heads a tensor [B, heads, tokens, D] holds, and the rotation by positions in between."""
+"""Find the rows whose heads a tensor [B, heads, tokens, D] holds, and any rotary embedding applied in between."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNROTATED = "it multiplies queries or keys by cosines and sines otherwise than 
 
 
 class _Turn(NamedTuple):
-    """A rotary embedding: its tables, how many columns of a head turn, and how they are paired."""
+    """A rotary embedding: its tables, how many columns of each head it rotates, and how they are paired."""
 
     cos: Value
     sin: Value
@@ -27,7 +27,7 @@ class _Turn(NamedTuple):
 
 
 def heads(recorder: Recorder, arranged: Arranged, what: str) -> tuple[Value, int, float]:
-    """The value, the number of heads in it, and the number that multiplies it.  Raises `Refused`."""
+    """Return the value, its number of heads, and the factor it is multiplied by.  Raises `Refused`."""
     source, turn = _before_rope(recorder, arranged)
     factor = uniform(source.factor)
     seen = source.identities
@@ -46,7 +46,7 @@ def heads(recorder: Recorder, arranged: Arranged, what: str) -> tuple[Value, int
 
 
 def _repeated(seen: Tensor) -> int:
-    """How many heads in a row are the same one."""
+    """Return how many consecutive heads are copies of the same one."""
     group = 1
     while group < seen.shape[1] and torch.equal(seen[:, group], seen[:, 0]):
         group += 1
@@ -65,7 +65,7 @@ def _turned(recorder: Recorder, value: Value, turn: _Turn, dim: int) -> Value:
 
 
 def _before_rope(recorder: Recorder, arranged: Arranged) -> tuple[Arranged, _Turn | None]:
-    """What is turned, and how; as it is where nothing turns."""
+    """Return the value before rotation and the rotation; a value that is not rotated is returned unchanged."""
     seen = arranged.identities
     turning = torch.zeros(seen.shape, dtype=torch.bool)
     products = [value for value in recorder.values.all if value.kind == "terms" and value.terms]
@@ -119,7 +119,9 @@ def _pairing(
     rotary: int,
     tables: dict[str, Value],
 ) -> _Turn:
-    """The rotation that these products are: out[a] = x[a]·cos − x[b]·sin, out[b] = x[b]·cos + x[a]·sin of each pair."""
+    """Return the rotation that these products form: out[a] = x[a]·cos − x[b]·sin, out[b] = x[b]·cos + x[a]·sin per
+    pair.
+    """
     batch, _, tokens, dim = rows.shape
     columns = torch.arange(dim)
     if not torch.equal(turning, (columns < rotary).expand(turning.shape)) or rotary % 2:

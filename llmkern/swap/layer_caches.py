@@ -1,4 +1,4 @@
-"""Where `layers_` reads and writes the keys and values of a layer: the buffers of a cache, and what follows a call."""
+"""Locate the buffers where `layers_` reads and writes a layer's keys and values, and the work left after the call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _Cached = tuple[int, _Buffers, Callable[[], Any]]
 
 
 def cached_by_one(cache: Any, index: int, whole: WholeLayer, hidden: Tensor) -> _Cached:
-    """Tokens in the cache, the buffers of the layer at that place, and what to do once the op has written them."""
+    """Return the tokens in the cache, the buffers of the layer at that index, and a function to call once the op has
+    written them.
+    """
     if cache is None:
         return 0, (), _nothing
     _check_updates(cache)
@@ -41,7 +43,7 @@ def cached_by_one(cache: Any, index: int, whole: WholeLayer, hidden: Tensor) -> 
 def cached_by_all(
     cache: Any, first: int, wholes: list[WholeLayer], hidden: Tensor
 ) -> tuple[int, list[Tensor], list[Callable[[], Any]]]:
-    """The same of layers of a decoder, from the place of the first one on."""
+    """Like `cached_by_one`, for the layers of a decoder starting at the first one's index."""
     if cache is None:
         return 0, [], []
     _, kv_cache, kv_layers = _classes()
@@ -63,7 +65,7 @@ def cached_by_all(
 
 
 def _reserved(held: Any, whole: WholeLayer, hidden: Tensor) -> _Cached:
-    """The same for a layer of a KVCache, where the op writes what it holds."""
+    """Like `cached_by_one`, for a layer of a KVCache: the op writes directly into its storage."""
     if not held.is_initialized:
         heads, *columns = whole.cached
         held.lazy_initialization(*[hidden.new_empty((hidden.shape[0], heads, 0, each)) for each in columns])
@@ -84,7 +86,7 @@ def _nothing() -> None:
 
 
 def _check_updates(cache: Any) -> None:
-    """Raises `NotServed` where the cache's `update`, which is not called, or that of its layers is another one."""
+    """Raise `NotServed` if `update` of the cache or of its layers, which would be bypassed, has been overridden."""
     if any(["update" in vars(held) for held in (cache, *getattr(cache, "layers", ()))]):
         raise NotServed("the cache, or a layer of it, has an update of its own")
     updates, own = _updates()
@@ -95,7 +97,9 @@ def _check_updates(cache: Any) -> None:
 
 @once
 def _classes() -> tuple[Any, Any, tuple[Any, ...]]:
-    """DynamicCache, KVCache and its layers; transformers need not be there before a layer is given a cache of its."""
+    """Return DynamicCache, KVCache and its layer classes; imports transformers only once a layer is given one of its
+    caches.
+    """
     from transformers.cache_utils import DynamicCache
 
     from llmkern.integrations.transformers import kv_layers
@@ -107,7 +111,7 @@ def _classes() -> tuple[Any, Any, tuple[Any, ...]]:
 
 @once
 def _updates() -> tuple[Surroundings, bool]:
-    """Where the caches' methods `update` lie, and whether they are their classes' own."""
+    """Return where the caches' `update` methods are stored, and whether they are the classes' own."""
     dynamic, ours, layers = _classes()
     bases = dict.fromkeys(base for cls in (dynamic, ours, *layers) for base in cls.__mro__[:-1])
     own = all(is_own(base, "update") for base in bases if "update" in vars(base))

@@ -1,4 +1,4 @@
-"""What a layer is called with while its program is read: inputs by the names of its forward's arguments."""
+"""Build the arguments a layer is called with while its program is read, from the names of its forward's parameters."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Probe:
 
 
 class LayerCall:
-    """What a layer is called with: by the names of its forward's parameters."""
+    """Arguments of a layer's call, by the names of its forward's parameters."""
 
     def __init__(
         self, module: nn.Module, recorder: Recorder, weights: StandIns, probe: Probe, width: int | None, bias_dims: int
@@ -193,7 +193,7 @@ def _configs(module: nn.Module) -> Iterator[Any]:
 
 
 def hidden_size(module: nn.Module) -> int:
-    """Columns of the hidden states: of the first norm or linear layer within."""
+    """Return the width of the hidden states, taken from the first norm or linear layer inside."""
     for child in module.modules():
         child = as_before(child)
         columns = getattr(child, "in_features", None) or getattr(child, "nx", None)
@@ -218,7 +218,7 @@ def _head_count(module: nn.Module) -> int | None:
 
 
 def table_widths(module: nn.Module) -> list[int | None]:
-    """Columns of cosines and sines that the layer may be given, likely ones first; [None] where it takes none."""
+    """Return widths of cosines and sines to try, likely ones first; [None] if the layer takes none."""
     names = {parameter.name for parameter in _parameters(module)}
     if "position_embeddings" not in names:
         return [None]
@@ -244,5 +244,5 @@ def table_widths(module: nn.Module) -> list[int | None]:
 
 
 def bias_dims_of(module: nn.Module) -> list[int]:
-    """Dimensions of a bias of the scores that the layer may be given."""
+    """Return the numbers of dimensions to try for a bias that is added to the scores."""
     return [4, 3] if "position_bias" in {parameter.name for parameter in _parameters(module)} else [4]

@@ -1,4 +1,4 @@
-"""The forward of a layer that was swapped as a whole: one op where it can be, else the layer's own forward.
+"""Forward of a layer that is swapped as a whole: one op if possible, otherwise the layer's own forward.
 
 All is looked up at the call: who keeps nothing lets weights go that are taken away between two calls (offloading).  A
 decoder's or an encoder's layers are computed together where they can be (llmkern/swap/layer_stack.py).
@@ -66,8 +66,9 @@ def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict
 
 
 def by_kernels(judged: dict[Any, Any] | None, form: Any, **call: Any) -> Tensor:
-    """`layers_`, whose call is known to be right; `NotServed` where no kernel takes it, `Outdated` where the native
-    library finds parameters that are no longer what they were.  judged, form: as of `dispatch_to_kernels`.
+    """Call `layers_`, whose arguments are known to be valid.  Raises `NotServed` if no kernel takes the call,
+    `Outdated` if the native library finds that parameters have changed.  judged, form: see `dispatch_to_kernels`.
+    If it raises, the cache is unchanged: tokens that were already written to it do not count.
 
     A cache holds what it held where that is so: what has been written to it does not count yet."""
     try:

@@ -1,4 +1,4 @@
-"""Reads in a decoder's source how it calls its layers: one after the other, and nothing in between?"""
+"""Read in a decoder's source whether it calls its layers one after the other with nothing in between."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIXED = (ast.Name, ast.Constant, ast.Attribute, ast.IfExp, ast.BoolOp, ast.Unar
 
 
 class LayerLoop(NamedTuple):
-    """`for layer in self.<layers>: x = layer(x, …)`, in evaluation.
+    """A loop `for layer in self.<layers>: x = layer(x, …)`, in evaluation.
 
     counted: it runs over the first `config.num_hidden_layers` of them, not over all.
     """
@@ -29,8 +29,9 @@ class LayerLoop(NamedTuple):
 
 @functools.cache
 def layer_loop(forward: Callable[..., Any]) -> LayerLoop | None:
-    """The loop of a decoder's forward, below its decorators, where that is all that happens to the hidden states
-    between the first layer and the last; None where it is not, or where there is no source."""
+    """Return the loop of a decoder's forward (below its decorators) if nothing else happens to the hidden states
+    between the first layer and the last; None otherwise, or if there is no source.
+    """
     found, functions = [], wrapped_functions(forward)
     for function in functions:
         try:
@@ -69,8 +70,9 @@ def _plain(loop: ast.For) -> LayerLoop | None:
 
 
 def _in_evaluation(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements without those that leave layers out in training (LayerDrop, arXiv:1909.11556):
-    `if self.training and …:`, and the flag that it may set."""
+    """Drop the statements that skip layers in training (LayerDrop, arXiv:1909.11556): `if self.training and …:`, and
+    the flag that it may set.
+    """
     body = [each for each in body if not (isinstance(each, ast.If) and not each.orelse and _is_for_training(each.test))]
     if len(body) != 2 or not isinstance(body[0], ast.Assign) or not isinstance(body[1], ast.If) or body[1].orelse:
         return body
@@ -88,7 +90,7 @@ def _is_for_training(test: ast.expr) -> bool:
 
 
 def _is_alone(tree: ast.AST, loop: ast.For, found: LayerLoop) -> bool:
-    """Whether nothing but the loop mentions the layers, or what its variables hold when it has ended."""
+    """Check that only the loop mentions the layers, and that nothing reads its variables after it."""
     mentioned = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == found.layers]
     within = {id(node) for node in ast.walk(loop)}
     variables = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)} | {found.layers}
@@ -97,14 +99,14 @@ def _is_alone(tree: ast.AST, loop: ast.For, found: LayerLoop) -> bool:
 
 
 def _is_first_layers(index: ast.expr) -> bool:
-    """`: self.config.num_hidden_layers`"""
+    """Recognize `: self.config.num_hidden_layers`."""
     if not isinstance(index, ast.Slice) or index.lower is not None or index.step is not None:
         return False
     return index.upper is not None and ast.unparse(index.upper) == f"self.config.{_COUNT}"
 
 
 def _is_step(statement: ast.stmt, layer: str, index: str | None) -> bool:
-    """`x = layer(x, …)`, where all else that the layer is given is the same for each."""
+    """Recognize `x = layer(x, …)` in which every other argument is the same for each layer."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return False
     x, call = statement.targets[0], statement.value
@@ -117,8 +119,9 @@ def _is_step(statement: ast.stmt, layer: str, index: str | None) -> bool:
 
 
 def _is_fixed(value: ast.expr, x: str, layer: str, index: str | None) -> bool:
-    """Names, constants, attributes and choices between them, or what a dictionary has for layers of this one's kind:
-    the same object in every turn, where all layers are of one kind."""
+    """Recognize expressions that give the same object in every iteration if all layers are of one kind: names,
+    constants, attributes, choices between them, and a dictionary's entry for this layer's kind.
+    """
     kinds = (f"self.config.layer_types[{index}]", f"{layer}.attention_type")
     if isinstance(value, ast.Subscript) and ast.unparse(value.slice) in kinds:
         value = value.value

@@ -1,4 +1,4 @@
-"""The program of a layer: read off its forward, and judged beside it.
+"""Read a layer's program from its forward, and verify it against the forward.
 
 A copy of the layer is run a few times, near and far: short and long, with and without a past, at positions from a
 million on, on large values, in float64 and in bfloat16.  Each run has to give the same program, and the program's
@@ -42,7 +42,7 @@ _WIDE = Probe("in bfloat16, with angles in float32", torch.bfloat16, 2, 3, table
 
 
 class Reading(NamedTuple):
-    """What was read off a layer.
+    """Result of reading a layer.
 
     program: at the level of its ops.  but_half: it does not hold in float16.  lookup: where the table is whose rows, by
     the tokens' positions, are its sines and cosines side by side; "" where it is given them.
@@ -63,7 +63,7 @@ class Reading(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """One run of a copy.
+    """Result of one run of a copy.
 
     by_dtype: whether the source goes by dtypes.  encodes: whether all its attention is said not to be causal.
     The others: as in `Reading`.
@@ -80,7 +80,7 @@ class _Run(NamedTuple):
 
 
 def layer_program(module: nn.Module) -> Reading:
-    """The layer's program; raises `NoProgram` with the reason where there is none.
+    """Return the layer's program; raises `NoProgram` with the reason if it has none.
 
     Called under `settled()`, with the layer as it was before any swap."""
     runs = [_recorded(module, probe) for probe in _PROBES]
@@ -106,7 +106,7 @@ def layer_program(module: nn.Module) -> Reading:
 
 
 def _holds(module: nn.Module, program: Program, probe: Probe) -> bool:
-    """Whether the layer has the same program in another run."""
+    """Check that another run of the layer gives the same program."""
     try:
         return _merged(program, _recorded(module, probe).program) is not None
     except NoProgram:
@@ -114,7 +114,7 @@ def _holds(module: nn.Module, program: Program, probe: Probe) -> bool:
 
 
 def _recorded(module: nn.Module, probe: Probe) -> _Run:
-    """One run, in which the program has computed what the forward did."""
+    """Run the copy once; the recorded program must have computed what the forward did."""
     refused = raised = ""
     for width, bias_dims in itertools.product(table_widths(module), bias_dims_of(module)):
         recorder = Recorder(probe.dtype, (probe.batch, probe.length))
@@ -169,8 +169,9 @@ def _recorded(module: nn.Module, probe: Probe) -> _Run:
 
 
 def _without_index(parts: tuple[Part, ...]) -> tuple[tuple[Path, ...], tuple[Part, ...]]:
-    """Where the layer's place in its cache was read, and the parts without it: it is read at each call, and differs
-    from layer to layer.  A forward that reads it where there is no cache goes by it otherwise."""
+    """Return which module's layer index was read, and the parts without it (the index differs from layer to layer and
+    is read at each call).  A forward that reads its index without a cache depends on it otherwise.
+    """
     placed = tuple([part.path for part in parts if any(read.name == _INDEX for read in part.reads)])
     kept = [part._replace(reads=tuple([read for read in part.reads if read.name != _INDEX])) for part in parts]
     return placed, tuple(kept)
@@ -183,7 +184,7 @@ def _tuple_of(returned: Any) -> int | None:
 
 
 def _in_order(program: Program) -> Program:
-    """The program with its steps in the order in which they are needed, whatever order they ran in."""
+    """Sort the program's steps into the order in which their results are needed, whatever order they ran in."""
     program = unique(program)
     makers = {value: step for step in program.steps for value in step.results}
     ordered: dict[Step, None] = {}
@@ -200,7 +201,7 @@ def _in_order(program: Program) -> Program:
 
 
 def _merged(one: Program, other: Program) -> Program | None:
-    """The program of two runs, one of which may lack a cache or masks; None where they differ otherwise."""
+    """Merge the programs of two runs, one of which may lack a cache or masks; None if they differ in anything else."""
     if tidy(_in_order(_bare(one))) != tidy(_in_order(_bare(other))):
         return None
     cached = one if _is_cached(one) else other
@@ -222,7 +223,7 @@ def _merged(one: Program, other: Program) -> Program | None:
 
 
 def _heads_kept(module: nn.Module, program: Program) -> tuple[int, int]:
-    """Heads of an encoder's keys, and columns of a head."""
+    """Return the number of heads in an encoder's keys, and the columns of each."""
     steps = unique(program).steps
     keep = next(step for step in steps if step.op == "keep")
     reader = next(step for step in steps if step.op == "attention" and step.values[1] == keep.results[0])
@@ -239,7 +240,7 @@ def _heads_kept(module: nn.Module, program: Program) -> tuple[int, int]:
 
 
 def _kept(program: Program) -> Program:
-    """The program where an encoder's keys and values are in the cache."""
+    """Return the program for calls in which an encoder's keys and values are already in the cache."""
     program = unique(program)
     names: dict[str, str] = {}
     steps = []
@@ -258,7 +259,7 @@ def _is_cached(program: Program) -> bool:
 
 
 def _bare(program: Program) -> Program:
-    """The program without a cache and without masks."""
+    """Return the program without a cache and without masks."""
     return _without_caches(program, ("append", "keep"), masks=False)
 
 

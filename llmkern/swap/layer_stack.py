@@ -1,4 +1,4 @@
-"""All layers of a decoder or an encoder in one call of the native library.
+"""Run all layers of a decoder or an encoder in one native call.
 
 At batch 1 the Python around a layer takes about as long as the layer.  So the loop in which a model's forward calls its
 layers, and of which the source says that nothing else happens in it (llmkern/swap/layer_loop.py), runs over one element
@@ -53,12 +53,12 @@ _stacks: WeakKeyDictionary[nn.Module, dict[int, _Stack]] = WeakKeyDictionary()  
 
 
 def forget(decoder: nn.Module) -> None:
-    """Let go of what is known of its layers, and with it of weights that may be replaced."""
+    """Forget what was looked up about the layers, and with it references to weights that may be replaced."""
     _stacks.pop(decoder, None)
 
 
 def forgetting(name: str) -> tuple[str, Callable[..., Any]]:
-    """For a swapped class: the method of that name, before which stacks with the module let go of its weights.
+    """Return the method of that name for a swapped class; before it runs, stacks with the module release its weights.
 
     PyTorch may exchange parameters (set_swap_module_params_on_conversion), but only those that nobody else holds.
     """
@@ -82,7 +82,7 @@ FORGETTING = tuple(map(forgetting, ("_apply", "load_state_dict")))
 
 @functools.cache
 def one_element(loop: LayerLoop) -> Edit:
-    """The edit of a model that calls its layers in this loop."""
+    """Return the edit of a model that calls its layers in this loop."""
 
     def elements(self: Any) -> Any:
         layers = getattr(self, loop.layers)
@@ -94,7 +94,7 @@ def one_element(loop: LayerLoop) -> Edit:
 
 
 def _elements(decoder: Any, holder: Any, loop: LayerLoop) -> list[Any]:
-    """What the loop runs over instead of the layers; nothing where it leaves one of them out."""
+    """Return the elements that the loop runs over in place of the layers; none if it leaves a layer out."""
     if type(holder) is not nn.ModuleList:
         return []
     layers, config = tuple(holder._modules.values()), getattr(decoder, "config", None)
@@ -124,19 +124,20 @@ def _element(decoder: Any, stacks: dict[int, _Stack], first: int, layers: tuple[
 
 
 class Element:
-    """Layers of a decoder that come one after the other and are given the same arguments, called as one of them is."""
+    """Consecutive layers of a decoder that are given the same arguments, called as if they were one layer."""
 
     def __init__(self, decoder: Any, first: int, layers: tuple[Any, ...], stack: _Stack | None) -> None:
         self.decoder, self.first, self.layers, self.stack = decoder, first, layers, stack
 
     @property
     def attention_type(self) -> Any:
-        """The kind of all layers, by which the decoder chooses their mask."""
+        """Return the attention type shared by all layers, by which the decoder chooses their mask."""
         return self.layers[0].attention_type
 
     def turns(self) -> list[Any]:
-        """For a decoder that chooses arguments by a layer's place: one element for each layer, the last of which
-        computes all of them."""
+        """Return one element per layer, for a decoder that chooses arguments by the layer's index; the last one
+        computes all of them.
+        """
         return [_Turn(self, layer) for layer in self.layers[:-1]] + [self]
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +163,7 @@ class Element:
 
 
 class _Turn:
-    """The turn of a layer that is computed with those after it, which are given the same; it returns what it takes."""
+    """Placeholder for a layer that a later element computes with its own; it returns its input."""
 
     def __init__(self, element: Element, layer: Any) -> None:
         self.element, self.layer = element, layer
@@ -180,7 +181,7 @@ def _is_filled(cache: Any) -> bool:
 
 
 class _Stack:
-    """Layers, and what the op is to be told of them.  `NotServed` where one of them has to be called."""
+    """Layers and the op's arguments for them.  Raises `NotServed` if one of them has to be called."""
 
     def __init__(self, layers: tuple[Any, ...], first: int, hidden: Tensor) -> None:
         self.layers, self.first, self.dtype = layers, first, hidden.dtype
@@ -212,7 +213,7 @@ class _Stack:
         self.judged: dict[Any, Any] = {}  # who serves calls of a form
 
     def holds(self) -> bool:
-        """Whether all is as it was when the layers were looked up."""
+        """Check that nothing has changed since the layers were looked up."""
         known = not self.outdated and self._are_called()
         return known and all([guard.surroundings.hold() for guard in self.guards]) and self.snapshot.holds()
 
@@ -281,7 +282,7 @@ class _Stack:
             self.snapshot.empty(hooks)
 
     def computed(self, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states after the last layer; `NotServed` where the call is none for the op."""
+        """Return the hidden states after the last layer; raises `NotServed` if the op cannot take the call."""
         if self.collecting and collected_outputs():
             raise NotServed(WEIGHTS if collects_weights() else "outputs of the layers are collected")
         arguments = arguments_of(self.different, args, kwargs)
@@ -318,7 +319,7 @@ class _Stack:
         return out
 
     def _planned(self, hidden: Tensor) -> tuple[Tensor, str]:
-        """The plan, and the schemes of the int8 weights, for rows like these."""
+        """Return the plan, and the schemes of the int8 weights, for rows of this shape and dtype."""
         auto = resolve_scheme("auto", hidden)
         if auto not in self.plans:
             texts = [bound.text(hidden, self.head) for bound in self.bound]

@@ -1,4 +1,4 @@
-"""A rule's verdict on a module, and how a rule convinces itself."""
+"""Matches: what a rule decides about a module, and the probes by which it verifies the decision."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class Match:
 
     @property
     def only_for_children(self) -> bool:
-        """Whether it calls no op itself, and is swapped only so that the modules within it are called: no row."""
+        """Return True if it calls no op itself and is swapped only so that modules inside are called; it gets no report
+        row.
+        """
         return not self.op and not self.reason and not self.served
 
 
@@ -83,7 +85,7 @@ _refusals: dict[Any, Match] | None = None
 
 @contextlib.contextmanager
 def remembering_refusals() -> Iterator[None]:
-    """Within the block a module is not probed again that is like one which was refused in it, attributes included."""
+    """Within the block, skip probing a module that equals, attributes included, one that was refused in the block."""
     global _refusals
     before, _refusals = _refusals, {}
     try:
@@ -115,14 +117,15 @@ def remembered(key: Any, module: nn.Module, find: Callable[[], Match | None]) ->
 
 
 def _plain_attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Names and values of numbers and the like, and which other objects there are; the place in a cache, which is
-    another in each layer, is left out."""
+    """Return the values of plain attributes (numbers, strings …) by name, and the identities of other objects; leave
+    out the layer's index in the cache, which differs in every layer.
+    """
     own = [(k, v) for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and k != "layer_idx"]
     return tuple([(k, v if isinstance(v, (bool, int, float, str, type(None))) else id(v)) for k, v in own])
 
 
 def is_stateless(module: nn.Module) -> bool:
-    """Whether running the module's forward can leave no trace: it holds nothing that a call could fill."""
+    """Check that running the forward has no side effects: the module holds nothing that a call could fill."""
     plain = (bool, int, float, str, bytes, tuple, type(None), torch.dtype, torch.device)
     own = [v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and k not in _OF_ACCELERATE]
     return not module._buffers and all(isinstance(v, plain) or callable(v) or hasattr(v, "to_dict") for v in own)
@@ -131,8 +134,9 @@ def is_stateless(module: nn.Module) -> bool:
 def stand_in(
     module: nn.Module, children: Mapping[str, nn.Module] | None = None, parameters: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """A shell of the class that it had before it was swapped, in eval mode with other children or parameters: a probe
-    of it costs little, and it notes what is read of it (`llmkern.swap.guard`)."""
+    """Return a shell of the module's original class, in eval mode, with other children or parameters: cheap to probe,
+    and it records which attributes are read (`llmkern.swap.guard`).
+    """
     cls, attributes = shell_class(module)
     shell = object.__new__(cls)
     vars(shell).update(attributes)
@@ -144,7 +148,7 @@ def stand_in(
 
 
 def probe(module: nn.Module, *inputs: Tensor) -> Tensor | None:
-    """What the class's own forward computes, without hooks and gradients; None where it cannot take the inputs."""
+    """Return the result of the class's own forward, without hooks and gradients; None if it cannot take the inputs."""
     try:
         with torch.no_grad():
             out = type(module).forward(module, *inputs)
@@ -154,15 +158,16 @@ def probe(module: nn.Module, *inputs: Tensor) -> Tensor | None:
 
 
 def why_elsewhere(module: nn.Module, *inputs: Tensor) -> str:
-    """The sentence why the class's own forward may compute something else on other inputs, "" where its source and that
-    of what it calls say nothing of the kind."""
+    """Return why the class's own forward may compute something else on other inputs, or "" if neither its source nor
+    that of the functions it calls suggests so.
+    """
     with Sources() as sources:
         probe(module, *inputs)
     return sources.reason
 
 
 def agrees(out: Tensor | None, expected: Tensor) -> bool:
-    """Whether a probe's result is the expected one, up to rounding."""
+    """Check that a probe's result equals the expected one, up to rounding."""
     if out is None or out.shape != expected.shape or not out.is_floating_point():
         return False
     scale = float(expected.abs().max()) or 1.0
@@ -170,14 +175,16 @@ def agrees(out: Tensor | None, expected: Tensor) -> bool:
 
 
 def linear_like(module: nn.Module | None) -> bool:
-    """nn.Linear, its subclasses, and adapters around one (peft): anything that says its `in_` and `out_features`."""
+    """Recognize nn.Linear, its subclasses, and adapters around one (peft): anything with `in_features` and
+    `out_features`.
+    """
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
 def attention_sample(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """A small causal self-attention call."""
+    """Make a small causal self-attention call."""
     q = torch.zeros(1, heads, 2, head_dim, dtype=dtype, device=device)
     kv = torch.zeros(1, kv_heads, 2, head_dim, dtype=dtype, device=device)
     return {

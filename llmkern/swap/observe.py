@@ -1,4 +1,4 @@
-"""How a forward computes what it computes: the decisions in its source.
+"""Find decisions in a forward's source that a numeric probe cannot see.
 
 A probe compares values, on a few small inputs.  What begins elsewhere (a branch for long inputs, another formula in
 half precision) has the same values there, but a comparison in its source, for which is looked here; the operators of
@@ -32,8 +32,9 @@ _COUNTS = frozenset({"abs", "all", "any", "bool", "divmod", "float", "int", "len
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """The setting that probes run in, whatever the caller's is: fp32, the CPU, no autocast, no modes, no gradients;
-    and tensors made here can be trained (those of inference mode never can)."""
+    """Run the block under fixed settings, whatever the caller's: fp32, CPU, no autocast, no modes, no gradients;
+    tensors made here can be trained (those made under inference mode never can).
+    """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -51,7 +52,7 @@ def settled() -> Iterator[None]:
 
 
 def aside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a part, into which `Sources` does not look."""
+    """Mark `function` as a part whose source `Sources` does not inspect."""
 
     @functools.wraps(function)
     def unseen(*args: Any, **kwargs: Any) -> Any:
@@ -67,8 +68,8 @@ def aside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Sources:
-    """Notes which functions run within the block; `reason` says where one of them goes by what a probe cannot see
-    through, and is "" where none does.
+    """Record which functions run within the block; `reason` says where one of them depends on something that a probe
+    cannot see, and is "" if none does.
 
     probed: look at what has run, not at branches that were not taken, and let it go by dtypes, by numbers of dimensions
         and by quotients without a rest: for who probes all that matters, in all dtypes, of which this is one, and with
@@ -127,8 +128,8 @@ def _is_of_a_library(module: str) -> bool:
 def why_undecided(
     code: types.CodeType, ran: frozenset[int] | None = None, inexact: frozenset[int] = frozenset(), dtype: str = ""
 ) -> str | None:
-    """The sentence why a probe does not tell what the function computes elsewhere; None where its source decides
-    nothing by what it is given but whether something is there.
+    """Return why a probe does not determine what the function computes on other inputs, or None if its source decides
+    only by whether an argument is present.
 
     ran, inexact: as for `Sources`, the lines that have run, and those in which something was divided with a rest.
     dtype: the one that was probed."""
@@ -150,8 +151,9 @@ def why_undecided(
 
 @functools.cache
 def _tree(code: types.CodeType) -> ast.AST | str | None:
-    """The function's source; the sentence why there is none; None for a lambda, where there are only the lines that it
-    stands in."""
+    """Return the function's syntax tree, a sentence why there is no source, or None for a lambda, of which only the
+    lines around it are known.
+    """
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError):
@@ -167,8 +169,9 @@ def _mentions_dtypes(code: types.CodeType) -> bool:
 
 
 def _visited(node: ast.AST, above: int, ran: frozenset[int] | None, dtype: str) -> Iterator[ast.AST]:
-    """The node and all below it, but for how the flag is_causal of attention is made (a probe sees its effect with and
-    without a mask, and a single query has none) and, where the lines that ran are known, for what `Sources` leaves out.
+    """Yield the node and everything below it.  Skips how attention's is_causal flag is made (a probe sees its effect
+    with and without a mask, and a single query has none) and, if the executed lines are known, what `Sources` leaves
+    out.
 
     above: lines of the file above the source."""
     if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["is_causal"]:
@@ -190,7 +193,9 @@ def _visited(node: ast.AST, above: int, ran: frozenset[int] | None, dtype: str) 
 
 
 def _is_for_dtypes(node: ast.AST, dtype: str) -> bool:
-    """Whether an expression compares a dtype with one that it names, or goes on only in another one than `dtype`."""
+    """Return True if an expression compares a dtype with one that it names, or continues only for a dtype other than
+    `dtype`.
+    """
     if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
         first = node.values[0]
         equal = isinstance(first, ast.Compare) and isinstance(first.ops[0], ast.Eq)
@@ -207,7 +212,7 @@ def _compares_dtype(node: ast.AST) -> bool:
 
 
 def _asks_for_dimensions(node: ast.AST) -> bool:
-    """Whether an expression compares a tensor's number of dimensions with a number."""
+    """Return True if an expression compares a tensor's number of dimensions with a number."""
     if not isinstance(node, ast.Compare) or not all(isinstance(other, ast.Constant) for other in node.comparators):
         return False
     left = ast.unparse(node.left)
@@ -215,7 +220,7 @@ def _asks_for_dimensions(node: ast.AST) -> bool:
 
 
 def _asks_for_one_device(node: ast.AST) -> bool:
-    """Whether an expression compares the devices of two tensors: a layer is given all on one."""
+    """Return True if an expression compares the devices of two tensors; all of a layer's inputs are on one."""
     if not isinstance(node, ast.Compare):
         return False
     return all(ast.unparse(side).endswith(".device") for side in (node.left, *node.comparators))
@@ -223,7 +228,7 @@ def _asks_for_one_device(node: ast.AST) -> bool:
 
 @functools.cache
 def _divisions(code: types.CodeType) -> dict[int, list[types.CodeType]]:
-    """By line, the rests of its floor divisions."""
+    """Return the remainders of its floor divisions, by line."""
     tree = _tree(code)
     found: dict[int, list[types.CodeType]] = {}
     for node in ast.walk(tree) if isinstance(tree, ast.AST) else ():
@@ -241,7 +246,7 @@ def _divides(rests: list[types.CodeType], frame: types.FrameType) -> bool:
 
 
 def _decision(node: ast.AST) -> ast.AST | None:
-    """The expression by which this node does one thing or another, going by sizes or contents."""
+    """Return the expression by which this node takes one way or another depending on sizes or contents."""
     if isinstance(node, ast.Compare):
         presence = all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
         operands = (node.left, *node.comparators)
@@ -258,14 +263,14 @@ def _decision(node: ast.AST) -> ast.AST | None:
 
 
 def _counts(function: ast.expr) -> bool:
-    """Whether a function of numbers may have steps."""
+    """Return True if a function of numbers may have steps."""
     if isinstance(function, ast.Attribute):
         return isinstance(function.value, ast.Name) and function.value.id in ("math", "np", "numpy")
     return isinstance(function, ast.Name) and function.id in _COUNTS
 
 
 def _undecided(test: ast.expr) -> ast.expr | None:
-    """The part of a condition that may depend on contents; comparisons are looked at by themselves."""
+    """Return the part of a condition that may depend on contents; comparisons are checked separately."""
     if isinstance(test, ast.BoolOp):
         return next(filter(None, map(_undecided, test.values)), None)
     if isinstance(test, ast.UnaryOp):
@@ -279,7 +284,7 @@ def _undecided(test: ast.expr) -> ast.expr | None:
 
 
 def _is_fixed(node: ast.expr) -> bool:
-    """Whether the value is the module's own, a constant, or the width of a tensor: the same in every call."""
+    """Return True if the value is the same in every call: the module's own, a constant, or the width of a tensor."""
     if isinstance(node, ast.Constant):
         return True
     if isinstance(node, (ast.Tuple, ast.List)):
@@ -303,7 +308,9 @@ def _is_fixed(node: ast.expr) -> bool:
 
 
 def _is_own_dtype(*operands: ast.expr) -> bool:
-    """Whether a tensor's dtype is compared with that of the module's weights: ours serves them where all are one."""
+    """Return True if a tensor's dtype is compared with that of the module's weights; the op requires them to be
+    equal.
+    """
     dtypes = [operand for operand in operands if isinstance(operand, ast.Attribute) and operand.attr == "dtype"]
     return len(dtypes) == len(operands) and any(ast.unparse(dtype).startswith("self.") for dtype in dtypes)
 

@@ -1,4 +1,4 @@
-"""What the operators between a layer's parts do to identities, products and sums (`llmkern.swap.record`)."""
+"""Track the operators between a layer's parts: their effect on element identities, products and sums."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ACTIVATIONS = {"gelu": "gelu", "silu": "silu", "relu": "relu"}
 
 
 class Scores(NamedTuple):
-    """Scores in the making: queries and keys [B*heads, tokens, D], and what was added."""
+    """Attention scores under construction: queries and keys [B*heads, tokens, D], and what was added."""
 
     q: Arranged
     k: Arranged
@@ -73,7 +73,7 @@ def _move(recorder: Recorder, func: Any, out: Any, *args: Any, **kwargs: Any) ->
 
 
 def _index(recorder: Recorder, func: Any, out: Tensor, x: Tensor, indices: list[Tensor | None]) -> Arranged:
-    """By numbers that stand in the source."""
+    """Index a tensor by numbers that are literal in the source."""
     if any(i is not None and recorder.kind(i) != "literal" for i in indices):
         raise Refused("between its parts its forward computes index")
     held = recorder.arranged(x, x)
@@ -125,7 +125,7 @@ def _mul(recorder: Recorder, func: Any, out: Tensor, a: Any, b: Any) -> Any:
 
 
 def _both(recorder: Recorder, op: str, a: Tensor, b: Tensor, out: Tensor) -> Arranged:
-    """An operator of two values, element by element."""
+    """Apply an elementwise operator to two values."""
     (left, places), (right, others) = recorder.rows_of(a, op), recorder.rows_of(b, op)
     if left.shape != right.shape or places.shape != others.shape or not torch.equal(places, others):
         raise Refused(f"between its parts its forward computes {op} of values that do not lie alike")
@@ -227,7 +227,7 @@ def _softmax(recorder: Recorder, func: Any, out: Tensor, x: Tensor, dim: int, ha
 
 
 def _weighted(recorder: Recorder, weights: Tensor, v: Tensor, out: Tensor) -> Arranged:
-    """Scores, softmax, and the product with values: attention written out."""
+    """Recognize attention that is written out: scores, softmax, and the product with the values."""
     scores = _scores_of(recorder, weights)
     batch = recorder.shape[0]
 
@@ -257,8 +257,9 @@ def _activation(recorder: Recorder, func: Any, out: Tensor, x: Tensor, approxima
 
 
 def _gather(recorder: Recorder, func: Any, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Arranged:
-    """Rows of a table of sines and cosines, side by side, by the tokens' positions: inputs "sin" and "cos" of the
-    program, which whoever runs it looks up."""
+    """Look up rows of a table of sines and cosines, side by side, by the tokens' positions.  They become the program's
+    inputs "sin" and "cos", which its caller looks up.
+    """
     table = recorder.values.within(recorder.arranged(x, x))
     if dim != 1 or table is None or table.kind != "lookup" or recorder.kind(index) != "positions":
         raise Refused("between its parts its forward computes gather")

@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class _Site:
-    """A module that a rule has found, and what is to become of it."""
+    """A module that a rule has found, and the decision about it."""
 
     path: str
     module: nn.Module
@@ -194,7 +194,7 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
 
 
 def _chosen(found: Match, module: nn.Module, choice: Any) -> Match:
-    """What is found with the edit for this value of the switch; "auto" changes nothing that is swapped already."""
+    """Return the matches with the edit for this value of the switch; "auto" leaves modules that are swapped already."""
     if choice == "auto":
         had = edits_of(module)
         return replace(found, edit=next((edit for edit in found.edits.values() if edit in had), found.edit))
@@ -223,7 +223,7 @@ def _resolved(sites: list[_Site]) -> list[_Site]:
 
 
 def _is_framed(site: _Site, frame: _Site) -> bool:
-    """Whether the site is one for whose sake the frame is swapped."""
+    """Return True if the frame is swapped for the sake of this site."""
     within = site.path.startswith(f"{frame.path}." if frame.path else "") and site is not frame
     return within and frame.found.around in ("", site.found.op)
 
@@ -240,7 +240,7 @@ def _is_swapped(module: nn.Module, found: Match) -> bool:
 
 
 def _edits(model: nn.Module, sites: list[_Site], wanted: list[_Site]) -> list[tuple[nn.Module, list[Edit]]]:
-    """The modules whose own forwards are changed, and how."""
+    """Return the modules whose own forwards are edited, and their edits."""
     chosen: dict[str, list[Edit]] = {}
     for site in wanted:
         if site.found.edit is not None:
@@ -272,8 +272,9 @@ def _row(model: nn.Module, site: _Site) -> SwapRow:
 
 
 def _serving(model: nn.Module, site: _Site) -> tuple[str, str, str, str]:
-    """The backend that serves the site for inputs of its parameters' dtype on their device, "", the backend's source
-    and the site's program."""
+    """Return the backend that serves the site for inputs of its parameters' dtype on their device ("" if none), the
+    backend's source file, and the site's program.
+    """
     parameters = itertools.chain(site.module.parameters(), model.parameters())
     like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     assert site.found.sample is not None  # whatever can be swapped has one

@@ -1,4 +1,4 @@
-"""The parts of a layer while its program is read: they note that they are asked, and compute what they stand for.
+"""Parts of a layer while its program is read: each records that it was called, and computes a stand-in result.
 
 Weights are stood in for as well, so that a layer of any size is read in milliseconds: a linear layer has the sizes of
 the real one and a product of low rank.
@@ -35,7 +35,7 @@ _MOST_ELEMENTS = 1 << 16  # of a parameter that a forward uses itself: what is l
 
 
 class StandIns:
-    """Parameters that stand in for a layer's, the same for the layer's forward and for its program's executor.
+    """Random parameters in place of a layer's own, the same ones for its forward and for its program's executor.
 
     dtype: of all of them.  spread: standard deviation of what linear layers give."""
 
@@ -51,7 +51,7 @@ class StandIns:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
     def linear(self, path: str, x: Tensor, call: Call = reference) -> Tensor:
-        """`Weights.linear` (llmkern/programs/run.py), by a product of rank 3."""
+        """Implement `Weights.linear` (llmkern/programs/run.py) by a product of rank 3."""
         if path not in self._linears:
             rows, columns, has_bias = linear_sizes(self.module, path)
             into = self.randn(columns, _RANK) * (columns**-0.5 * self.spread)
@@ -79,8 +79,9 @@ class StandIns:
 
 
 def linear_sizes(module: nn.Module, path: str) -> tuple[int, int, bool]:
-    """(out, in) of the linear layer at a place, and whether it has a bias: nn.Linear and what is like it, transformers'
-    Conv1D, and `in_proj` of a torch.nn.MultiheadAttention."""
+    """Return (out, in) of the linear layer at a path, and whether it has a bias: nn.Linear and modules like it,
+    transformers' Conv1D, and `in_proj` of a torch.nn.MultiheadAttention.
+    """
     owner, _, name = path.rpartition(".")
     holder: Any = module.get_submodule(owner)
     if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
@@ -93,14 +94,14 @@ def linear_sizes(module: nn.Module, path: str) -> tuple[int, int, bool]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear, what is like it, or transformers' Conv1D."""
+    """Recognize nn.Linear, modules like it, and transformers' Conv1D."""
     weight = module._parameters.get("weight")
     conv1d = type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
     return linear_like(module) or (conv1d and weight is not None and weight.dim() == 2)
 
 
 class Norm(NamedTuple):
-    """A norm: its op, the names of its parameters, its numbers, and what it takes for granted."""
+    """A norm: its op, the names of its parameters, its numbers, and its guarded attributes."""
 
     op: str
     weight: str | None
@@ -111,7 +112,7 @@ class Norm(NamedTuple):
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The norm that a module is; None where it is none."""
+    """Return the norm that a module computes, or None."""
     found: Any = norms_rule.find(module)
     if found is None or not found.op or found.reason:
         return None
@@ -124,8 +125,9 @@ def norm_of(module: nn.Module) -> Norm | None:
 
 
 def activation_of(module: nn.Module) -> tuple[str, tuple[Part, ...]] | None:
-    """Which of `ACTIVATIONS` a module without parameters computes, near and far, and what it takes for granted; None
-    where it is none.  Raises `Refused` where it may compute something else on other inputs."""
+    """Return which of `ACTIVATIONS` a module without parameters computes, on small and large inputs, with its guarded
+    attributes; None if it computes none.  Raises `Refused` if it may compute something else on other inputs.
+    """
     if module._modules or module._parameters or module._buffers:
         return None
     near = torch.linspace(-6, 6, 1025)
@@ -144,7 +146,7 @@ def activation_of(module: nn.Module) -> tuple[str, tuple[Part, ...]] | None:
 
 
 class _Part(nn.Module):
-    """A module that calls a function, outside of what is recorded."""
+    """Module that calls a function, which is not recorded."""
 
     def __init__(self, function: Callable[..., Any], stands_for: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class _Part(nn.Module):
 
 
 def copied(module: nn.Module, recorder: Recorder, weights: StandIns, path: str = "") -> nn.Module:
-    """A copy of the layer in eval mode and without hooks, in which every part notes what it is asked."""
+    """Copy the layer in eval mode and without hooks; every part of the copy records its calls."""
     children = {}
     for name, child in module._modules.items():
         if child is None:
@@ -194,7 +196,7 @@ def copied(module: nn.Module, recorder: Recorder, weights: StandIns, path: str =
 
 
 def _table(buffer: Tensor | None, recorder: Recorder, path: str, name: str) -> Tensor | None:
-    """A stand-in for a table of numbers that rows may be looked up in; None for another buffer."""
+    """Return a stand-in for a table of numbers in which rows may be looked up, or None for other buffers."""
     if buffer is None or buffer.dim() != 2 or not buffer.is_floating_point():
         return None
     table = torch.rand(buffer.shape, dtype=torch.float64).to(recorder.dtype)
@@ -203,7 +205,7 @@ def _table(buffer: Tensor | None, recorder: Recorder, path: str, name: str) -> T
 
 
 def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) -> nn.Module | None:
-    """What stands in for a part; None where the child is none, and its own forward runs."""
+    """Return the stand-in for a part, or None for a child whose own forward runs."""
     if isinstance(child, nn.MultiheadAttention):
         return _Part(partial(_multihead, child, path, recorder, weights), child, weights.dtype)
     if is_linear(child):
@@ -256,7 +258,7 @@ def _multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:
-    """torch.nn.MultiheadAttention: one packed projection, attention, and the projection out."""
+    """Stand in for torch.nn.MultiheadAttention: one packed projection, attention, and the output projection."""
     if layer.in_proj_weight is None or layer.bias_k is not None or layer.add_zero_attn or not layer.batch_first:
         raise recorder.refuse(f"{path} has projections apart, keys of its own, or batches in the second place")
     if key is not value or attn_mask is not None or is_causal:
@@ -286,7 +288,7 @@ def _multihead(
 
 
 class _Interface:
-    """transformers' AttentionInterface, with one function under every name."""
+    """Stand-in for transformers' AttentionInterface: one function under every name."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -335,7 +337,7 @@ class _Interface:
 
 
 class Past:
-    """A cache of one layer that holds some keys and values [B, Hkv, n, D], and says that it has seen 10⁶ tokens.
+    """One-layer cache that holds some keys and values [B, Hkv, n, D] and reports 10⁶ tokens seen.
 
     op: "append", or "keep" for the cache of an encoder's tokens, which is empty."""
 
@@ -356,7 +358,7 @@ class Past:
         return out
 
     def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values; what is held does not change."""
+        """Return all keys and values; the cache itself does not change."""
         if self.states is None:
             generator = torch.Generator().manual_seed(1)
             shapes = [(*x.shape[:2], self.tokens, x.shape[3]) for x in (k, v)]
@@ -365,14 +367,14 @@ class Past:
 
 
 class _Always(dict[Any, bool]):
-    """The flags of a cache that is filled: `get` says so for every layer."""
+    """Flags of a filled cache: `get` returns True for every layer."""
 
     def get(self, *_: Any) -> bool:
         return True
 
 
 class Caches:
-    """The cache of a layer's own tokens, and that of an encoder's; a `Cache` of llmkern/programs/run.py as well."""
+    """Caches of a layer's own tokens and of an encoder's tokens; implements `Cache` of llmkern/programs/run.py."""
 
     def __init__(self, recorder: Recorder, tokens: int) -> None:
         self.own, self.encoder = Past(recorder, tokens, "append"), Past(recorder, 0, "keep")
@@ -384,7 +386,9 @@ class Caches:
         return self.encoder.joined(k, v)
 
     def for_both(self, kept: tuple[Tensor, Tensor] | None) -> Any:
-        """A transformers.EncoderDecoderCache of the two.  kept: what the encoder's holds, None where it is empty."""
+        """Return a transformers.EncoderDecoderCache of the two.  kept: contents of the encoder's cache, None if it is
+        empty.
+        """
         from transformers import EncoderDecoderCache
 
         both: Any = object.__new__(EncoderDecoderCache)
@@ -396,7 +400,7 @@ class Caches:
 
 
 def attentions(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules whose forward looks its attention function up."""
+    """Return the modules whose forward looks up its attention function."""
     for child in module.modules():
         if INTERFACE in mentioned_globals(type(as_before(child)).forward):
             yield child

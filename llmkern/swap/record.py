@@ -1,4 +1,4 @@
-"""Reads a program off a layer's forward: one run of it in which every operator between the parts is seen.
+"""Read a program from a layer's forward: one run in which every operator between the parts is seen.
 
 Norms, linear layers, activations, the attention function and the cache are parts, which note that they are asked and
 compute what they stand for.  Between them a forward may move elements (`llmkern.swap.track`), multiply by numbers, add
@@ -28,7 +28,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what a forward computes within the block.
+    """Record what a forward computes within the block.
 
     dtype: of the layer's rows.  shape: [B, S] of its hidden states.
     """
@@ -44,22 +44,24 @@ class Recorder(TorchDispatchMode):
         self.looked_up: dict[str, Tensor] = {}
 
     def given(self, name: str, tensor: Tensor, kind: str) -> None:
-        """An input of the program, or a parameter ("parameter", its place as the name)."""
+        """Add an input of the program, or a parameter (kind "parameter", named by its path)."""
         self.values.hold(tensor, self.values.new(tensor.shape, kind, name=name))
 
     def given_heads(self, name: str, tensor: Tensor) -> None:
-        """An input of the program whose rows are [B, heads, tokens, D]."""
+        """Add an input of the program whose rows have the shape [B, heads, tokens, D]."""
         self.values.hold(tensor, in_heads(self.values.new(_row_shape(tensor), "rows", name=name), tensor.shape))
 
     def refuse(self, reason: str) -> Refused:
-        """What to raise; the first reason is kept, since a forward may catch what is raised within it."""
+        """Return the exception to raise; keeps the first reason, since a forward may catch exceptions raised inside
+        it.
+        """
         self.reason = self.reason or reason
         return Refused(reason)
 
     def node(
         self, op: str, values: list[Value], shapes: list[Any], places: list[Place] | None = None, **options: Any
     ) -> list[Value]:
-        """A new step's results, rows of these shapes."""
+        """Return the results of a new step: rows of these shapes."""
         node = Node(op, values, places or [], {k: v for k, v in options.items() if v is not None and v is not False})
         node.results = [self.values.new(shape, "rows", node=node) for shape in shapes]
         self.nodes.append(node)
@@ -68,7 +70,7 @@ class Recorder(TorchDispatchMode):
     # What parts ask for.  They run aside, where no mode is at work.
 
     def rows_of(self, tensor: Tensor, what: str) -> tuple[Value, Tensor]:
-        """`Values.rows`, for a tensor in the layer's dtype; a number that it was multiplied by becomes a step."""
+        """Return `Values.rows` for a tensor in the layer's dtype; a factor it was multiplied by becomes a step."""
         arranged = self.values.held(tensor)
         if arranged is None:
             raise self.refuse(f"{what} takes a tensor that the forward makes of nothing")
@@ -84,20 +86,20 @@ class Recorder(TorchDispatchMode):
         return value, places
 
     def in_order(self, tensor: Tensor, what: str) -> Value:
-        """The value of which the tensor holds every row, in order."""
+        """Return the value all of whose rows the tensor holds, in order."""
         value, places = self.rows_of(tensor, what)
         if not torch.equal(places.flatten(), torch.arange(places.numel())):
             raise self.refuse(f"{what} takes rows or columns in another order")
         return value
 
     def linear(self, path: str, x: Tensor, out: Tensor) -> None:
-        """A linear layer was given x."""
+        """Record that a linear layer was given x."""
         value = self.in_order(x, path)
         shape = (*value.shape[:-1], out.shape[-1])
         self.values.hold(out, self.node("linear", [value], [shape], [Place(path)])[0])
 
     def norm(self, op: str, path: str, x: Tensor, out: Tensor, eps: float, offset: float) -> None:
-        """A norm of the last dimension."""
+        """Record a norm over the last dimension."""
         value, places = self.rows_of(x, path)
         width = x.shape[-1]
         if not torch.equal(places, places[..., :1] + torch.arange(width)) or bool((places[..., 0] % width).any()):
@@ -110,13 +112,15 @@ class Recorder(TorchDispatchMode):
         self.values.hold(out, Arranged(places + result.first))
 
     def pointwise(self, op: str, x: Tensor, out: Tensor, **options: Any) -> None:
-        """An operator on each element by itself."""
+        """Record an elementwise operator."""
         value, places = self.rows_of(x, op)
         (result,) = self.node(op, [value], [value.shape], **options)
         self.values.hold(out, Arranged(places + result.first))
 
     def heads_of(self, tensor: Tensor, what: str) -> tuple[Value, int, float]:
-        """The value whose heads are [B, heads, tokens, D], how many there are, and the number that multiplies it."""
+        """Return the value whose heads are [B, heads, tokens, D], the number of heads, and the factor it is multiplied
+        by.
+        """
         arranged = self.values.held(tensor)
         if arranged is None:
             raise self.refuse(f"{what} are made of nothing")
@@ -131,7 +135,7 @@ class Recorder(TorchDispatchMode):
             raise self.refuse(str(error)) from None
 
     def append(self, op: str, k: Tensor, v: Tensor, all_k: Tensor, all_v: Tensor) -> None:
-        """A cache (op "append") or one of an encoder's tokens ("keep") was given keys and values."""
+        """Record that a cache (op "append") or a cache of an encoder's tokens ("keep") was given keys and values."""
         given = [self.heads_of(k, "keys"), self.heads_of(v, "values")]
         if [count for _, count, _ in given] != [k.shape[1], v.shape[1]]:
             raise self.refuse("its cache holds every head of keys and values several times")
@@ -143,7 +147,9 @@ class Recorder(TorchDispatchMode):
             self.values.hold(tensor, in_heads(result, tensor.shape))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, **options: Any) -> Value:
-        """[B, heads, tokens, D] each; options as the program's, but that sinks and bias are tensors."""
+        """Record attention over [B, heads, tokens, D]; options are those of the program, except that sinks and bias are
+        tensors.
+        """
         queries, keys, values = self.heads_of(q, "queries"), self.heads_of(k, "keys"), self.heads_of(v, "values")
         scale = options.pop("scale") * queries[2] * keys[2]
         operands = [queries[0], keys[0], self.scaled(values)]
@@ -159,7 +165,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def moved(self, tensor: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-        """The tensor with its elements elsewhere, as a part moves them."""
+        """Return the tensor with its elements rearranged by a part."""
         out, held = move(tensor), self.values.held(tensor)
         if held is not None:
             factor = move(held.factor) if isinstance(held.factor, Tensor) else held.factor
@@ -212,7 +218,7 @@ class Recorder(TorchDispatchMode):
             return out
 
     def _frozen(self, x: Any) -> Any:
-        """A tensor object that goes on holding what this one holds, when this one is written."""
+        """Return a tensor object that keeps these contents when the original is written."""
         held = self.values.held(x) if isinstance(x, Tensor) else None
         if held is None:
             return x
@@ -228,11 +234,11 @@ class Recorder(TorchDispatchMode):
                 self.values.hold(tensor, arranged)
 
     def is_zero(self, x: Tensor) -> bool:
-        """Whether the forward has made it as zeros, whatever its size."""
+        """Return True if the forward made it as zeros, whatever its size."""
         return self.kind(x) == "zeros"
 
     def arranged(self, x: Any, like: Tensor) -> Arranged:
-        """What a tensor holds, broadcast to another's shape."""
+        """Return a tensor's contents broadcast to another's shape."""
         held = self.values.held(x)
         if held is None:
             raise Refused(self._between("arithmetic with a tensor of its own making"))
@@ -240,7 +246,9 @@ class Recorder(TorchDispatchMode):
         return Arranged(held.identities.expand(like.shape), factor)
 
     def kind(self, x: Any) -> str:
-        """The kind of value that a tensor holds elements of; "number" for numbers and constants without dimensions."""
+        """Return the kind of value whose elements a tensor holds; "number" for numbers and constants without
+        dimensions.
+        """
         if not isinstance(x, Tensor):
             return "number"
         held = self.values.held(x)
@@ -253,13 +261,15 @@ class Recorder(TorchDispatchMode):
         return f"between its parts its forward computes {what}"
 
     def program(self, out: Tensor) -> Program:
-        """The program whose result the tensor is; only steps that lead there, and inputs that they read."""
+        """Return the program whose result is the tensor; keeps only the steps that lead there and the inputs they
+        read.
+        """
         result = self.in_order(out, "the result")
         return _written(self, result)
 
 
 class Functions(TorchFunctionMode):
-    """Takes scaled_dot_product_attention for one operator, whatever it decomposes into."""
+    """Treat scaled_dot_product_attention as one operator, whatever it decomposes into."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -298,7 +308,7 @@ def _row_shape(heads_: Tensor) -> tuple[int, int, int]:
 
 
 def _written(recorder: Recorder, result: Value) -> Program:
-    """The steps that lead to the result, in the order in which they ran."""
+    """Return the steps that lead to the result, in the order in which they ran."""
     needed: set[int] = set()
     waiting = [result]
     while waiting:

@@ -1,4 +1,4 @@
-"""What `optimize_` did, module by module."""
+"""Report what `optimize_` did, module by module."""
 
 from __future__ import annotations
 

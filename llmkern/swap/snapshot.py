@@ -1,4 +1,4 @@
-"""Objects that have to stay where they are: one pass over all of them, by identity and in C, at each call."""
+"""Check that objects are unchanged: one pass over all of them at each call, by identity and in C."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPE = attrgetter("dtype")
 
 
 class Snapshot:
-    """What was in dictionaries, of which class modules were, where tensors lay, of which dtype they were."""
+    """Contents of dictionaries, classes of modules, and addresses and dtypes of tensors at one moment."""
 
     def __init__(self) -> None:
         self._known: set[tuple[int, Any]] = set()
@@ -31,7 +31,7 @@ class Snapshot:
         self._dtypes: list[torch.dtype] = []
 
     def entry(self, held: Mapping[Any, Any], name: Any) -> None:
-        """`held[name]` is the same object, or still absent."""
+        """Require that `held[name]` stays the same object, or stays absent."""
         if (id(held), name) in self._known:
             return
         self._known.add((id(held), name))
@@ -43,7 +43,7 @@ class Snapshot:
             self._absent[1].append(name)
 
     def entries(self, held: dict[Any, Any]) -> None:
-        """`held` has the same keys with the same objects."""
+        """Require that `held` keeps the same keys with the same objects."""
         if any(isinstance(value, Tensor) and value.numel() == 1 for value in held.values()):
             # Two tensors of one element can be compared, and are then told apart by their values alone.
             for name in held:
@@ -52,34 +52,34 @@ class Snapshot:
         self._whole[1].append(dict(held))
 
     def attribute(self, holder: Any, name: str) -> None:
-        """`holder.name` is the same object, where it lies in no dictionary."""
+        """Require that `holder.name` stays the same object, for attributes that are in no dictionary."""
         if (id(holder), name) not in self._known:
             self._known.add((id(holder), name))
             self._attributes.append((holder, name, getattr(holder, name, None)))
 
     def module(self, module: nn.Module) -> None:
-        """The module is of the same class, and calling it runs that class's forward and no hooks."""
+        """Require that the module keeps its class, and that calling it runs that class's forward and no hooks."""
         self._modules.append(module)
         self._classes.append(type(module))
         for name in ("forward", "_compiled_call_impl"):
             self.entry(vars(module), name)
 
     def empty(self, held: Mapping[Any, Any]) -> None:
-        """`held` has no entries."""
+        """Require that `held` stays empty."""
         self._empty.append(held)
 
     def storage(self, tensor: Tensor) -> None:
-        """The tensor's data lie where they lay, as they did."""
+        """Require that the tensor's data stay at the same address with the same layout."""
         self._places.append((tensor, _place(tensor)))
 
     def dtypes(self, tensors: Iterable[Tensor | None]) -> None:
-        """The tensors have the same dtypes, which `weight.data = …` may change; `dtypes_hold` looks at them."""
+        """Require that the tensors keep their dtypes, which `weight.data = …` may change; checked by `dtypes_hold`."""
         given = [tensor for tensor in tensors if tensor is not None]
         self._tensors += given
         self._dtypes += map(_DTYPE, given)
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Return True if nothing has changed."""
         held, names, values = self._held
         try:
             return (
@@ -91,8 +91,9 @@ class Snapshot:
             return False
 
     def dtypes_hold(self) -> bool:
-        """Whether tensors are of the dtypes of which they were.  Apart from `holds`: after matrix products that have
-        emptied the caches, hundreds of tensors take long to look at."""
+        """Return True if the tensors still have their dtypes.  Separate from `holds`: after matrix products have
+        emptied the caches, reading hundreds of tensors takes long.
+        """
         return list(map(_DTYPE, self._tensors)) == self._dtypes
 
     def _modules_hold(self) -> bool:

@@ -1,4 +1,4 @@
-"""What lies outside a module and its forward goes by: classes, globals, registries, and what the process is doing."""
+"""State outside a module that its forward depends on: classes, globals, registries, and process-wide modes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SPECIAL = ("__call__", "__getattr__", "__getattribute__")
 
 
 class Surroundings:
-    """Members of classes, globals that their methods mention, and other places; compared by identity."""
+    """Class members, the globals that their methods mention, and other places; compared by identity."""
 
     def __init__(self, classes: tuple[type, ...], places: Iterable[Place]) -> None:
         self._forwards = tuple([(cls, cls.forward) for cls in classes if hasattr(cls, "forward")])
@@ -38,7 +38,7 @@ class Surroundings:
         self.hold = self._snapshot.holds
 
     def why(self) -> str | None:
-        """The sentence what is not as it was; None where nothing is."""
+        """Return a sentence naming what has changed, or None."""
         if self.hold():
             return None
         for held, name, value, shown in self._shown:
@@ -48,7 +48,7 @@ class Surroundings:
         return None
 
     def why_traced(self) -> str | None:
-        """The same for torch.compile, whose graphs have guards of their own on what it reads: of the forwards."""
+        """Like `why`, for torch.compile: checks the forwards only, since its graphs guard everything else they read."""
         for cls, forward in self._forwards:
             if cls.forward is not forward:
                 return "a forward was replaced since it was swapped"
@@ -59,7 +59,7 @@ _known: dict[Any, list[Surroundings]] = {}
 
 
 def surroundings(classes: tuple[type, ...], places: tuple[Place, ...] = ()) -> Surroundings:
-    """The surroundings of these classes as they are now: the same object for as long as they stay so."""
+    """Return the surroundings of these classes as they are now; the same object while nothing changes."""
     known = _known.setdefault((classes, tuple([(id(held), name) for held, name, _ in places])), [])
     for each in known:
         if each.hold():
@@ -87,15 +87,16 @@ def _members(classes: tuple[type, ...]) -> Iterator[Place]:
 
 
 def why_untouched() -> str | None:
-    """The sentence why no swapped module may serve a call now, whichever it is; None where nothing is the matter."""
+    """Return why no swapped module at all may serve a call now, or None."""
     if torch.compiler.is_compiling() or not is_intercepted():
         return None
     return why_transformed() or why_mode()
 
 
 def why_hooks_for_all() -> str | None:
-    """The sentence that there are hooks for all modules, which are not called where a module is not; None where there
-    are none but those of `llmkern.explain`, which is told of whole layers."""
+    """Return a sentence if there are hooks for all modules, which a bypassed module would not trigger; None if there
+    are none but those of `llmkern.explain`, which is informed of whole layers.
+    """
     for hooks in (
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
@@ -108,5 +109,5 @@ def why_hooks_for_all() -> str | None:
 
 
 def classes_within(module: nn.Module) -> tuple[type, ...]:
-    """The classes of the module and of all within it, those of before where they are swapped."""
+    """Return the classes of the module and of all within it; original classes for swapped ones."""
     return tuple(dict.fromkeys([getattr(type(m), "_llmkern_original", type(m)) for m in module.modules()]))

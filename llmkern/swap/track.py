@@ -1,4 +1,4 @@
-"""Where the elements of a tensor come from: identities of elements, moved along with the tensor's own.
+"""Track where each element of a tensor comes from, by moving element identities along with the tensor's own.
 
 A value of a program has one identity for each element.  A view, a transposition, a split or a concatenation is done to
 the identities as it is done to the numbers, so that whatever a forward does to move heads about, the identities say
@@ -20,12 +20,12 @@ __all__ = ["Arranged", "Node", "Refused", "Term", "Value", "Values", "columns_te
 
 
 class Refused(Exception):
-    """The forward does what no program says; the message is the reason."""
+    """The forward does something that no program expresses; the message is the reason."""
 
 
 @dataclass(eq=False)
 class Node:
-    """A step in the making.  results: its values, those that a part of a packed linear layer makes among them."""
+    """A step under construction.  results: its values, including those made by part of a packed linear layer."""
 
     op: str
     values: list[Value]
@@ -62,7 +62,7 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Arranged:
-    """What a tensor holds: the identity of each element, and the number by which it was multiplied."""
+    """Contents of a tensor: the identity of each element, and the factor it was multiplied by."""
 
     identities: Tensor
     factor: float | Tensor = 1.0
@@ -70,14 +70,14 @@ class Arranged:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One product of a sum: elements of rows times elements of a table."""
+    """One product in a sum: elements of rows times elements of a table."""
 
     rows: Arranged
     table: Arranged
 
 
 class Values:
-    """All values of one forward, and what tensors hold of them."""
+    """All values of one forward, and which of them each tensor holds."""
 
     def __init__(self) -> None:
         self.all: list[Value] = []
@@ -94,7 +94,7 @@ class Values:
         return value
 
     def hold(self, tensor: Tensor, arranged: Arranged | Value) -> None:
-        """Note what the tensor holds; a value is held in its own order, in the tensor's shape."""
+        """Record what the tensor holds; a value is stored in its own order, in the tensor's shape."""
         if isinstance(arranged, Value):
             arranged = Arranged(arranged.identities().reshape(tensor.shape))
         self._held[id(tensor)] = tensor, arranged
@@ -104,14 +104,14 @@ class Values:
         return None if found is None else found[1]
 
     def let_go_of(self, written: Tensor) -> None:
-        """Forget what other tensors held that share their memory with one that is written."""
+        """Forget the contents of other tensors that share memory with one that is written."""
         address = written.untyped_storage().data_ptr()
         for key, (tensor, _) in list(self._held.items()):
             if tensor.untyped_storage().data_ptr() == address:
                 del self._held[key]
 
     def shares_given(self, written: Tensor) -> bool:
-        """Whether its memory is that of an input or a parameter."""
+        """Return True if the tensor shares memory with an input or a parameter."""
         address = written.untyped_storage().data_ptr()
         return any(
             tensor.untyped_storage().data_ptr() == address and self.of(int(arranged.identities.min())).node is None
@@ -123,13 +123,13 @@ class Values:
         return self.all[bisect_right(self._firsts, identity) - 1]
 
     def within(self, arranged: Arranged) -> Value | None:
-        """The value that all elements are of; None where they are of several."""
+        """Return the value that all elements belong to, or None if they belong to several."""
         low, high = int(arranged.identities.min()), int(arranged.identities.max())
         value = self.of(low)
         return value if high < value.first + value.numel else None
 
     def whole(self, arranged: Arranged, kind: str) -> Value | None:
-        """The value of this kind that a tensor holds as it is, but for dimensions of size 1 and repetition."""
+        """Return the value of this kind that the tensor holds unchanged, up to dimensions of size 1 and repetition."""
         value = self.within(arranged)
         if value is None or value.kind != kind or not _is_one(arranged.factor):
             return None
@@ -140,7 +140,7 @@ class Values:
         return value if torch.equal(seen.flatten(), value.identities().flatten()) else None
 
     def rows(self, arranged: Arranged, what: str) -> tuple[Value, Tensor]:
-        """The value that a tensor holds all rows of, each row once, with the place in it of each element.
+        """Return the value whose rows the tensor holds, each row once, and each element's place within it.
 
         Some columns of a packed projection are a value of their own.  Raises `Refused` where it is otherwise."""
         value = self.within(arranged)
@@ -158,8 +158,9 @@ class Values:
         return self.part(value, columns), places // count * columns.numel() + among
 
     def part(self, value: Value, columns: Tensor) -> Value:
-        """Some columns of a value, in their order: those of a linear layer's results, or what was made of them
-        element by element."""
+        """Return some columns of a value, in their order: of a linear layer's results, or of what was made from them
+        elementwise.
+        """
         node = value.node
         rows = _runs(columns.tolist(), value.shape[-1])
         if node is None or value.rows is not None or rows is None:
@@ -182,7 +183,7 @@ class Values:
 
 
 def _runs(columns: list[int], count: int) -> tuple[int, int, int] | None:
-    """(begin, end, period) of columns that recur, period 0 for one run; None where they do not."""
+    """Return (begin, end, period) of columns that recur, with period 0 for one run; None if they do not."""
     begin, length = columns[0], 1
     while length < len(columns) and columns[length] == begin + length:
         length += 1
@@ -202,7 +203,7 @@ def _is_one(factor: float | Tensor) -> bool:
 
 
 def uniform(factor: float | Tensor) -> float:
-    """The number that multiplies every element; raises `Refused` where there are several."""
+    """Return the factor shared by every element; raises `Refused` if there are several."""
     if not isinstance(factor, Tensor):
         return factor
     first = float(factor.flatten()[0])
@@ -212,5 +213,5 @@ def uniform(factor: float | Tensor) -> float:
 
 
 def in_heads(value: Value, shape: Any) -> Arranged:
-    """Rows [B, S, heads * D] as [B, heads, S, D]."""
+    """Reshape rows [B, S, heads * D] to [B, heads, S, D]."""
     return Arranged(value.identities().unflatten(-1, (shape[1], shape[3])).transpose(1, 2))

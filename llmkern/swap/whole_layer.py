@@ -1,4 +1,4 @@
-"""What layers that are computed as a whole share: what is known of one, and what speaks against it at a call."""
+"""State shared by layers that are computed as a whole, and the checks of each call."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ class WholeLayer:
     packed: tuple[tuple[str, int], ...] = ()
 
     def returned(self, hidden: Tensor) -> Any:
-        """The hidden states in the form in which the layer's forward returns them."""
+        """Return the hidden states in the form that the layer's forward returns."""
         return (hidden, *[None] * (self.tuple_of - 1)) if self.tuple_of else hidden
 
 
 def why_not_fused(module: Any, hidden: Tensor) -> str | None:
-    """Why this call cannot be computed as a whole, or None; independent of the layer's parts."""
+    """Return why this call cannot use the fused layer op, or None; does not look at the layer's parts."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "the model is being compiled, exported or traced"
     if torch.is_grad_enabled():
@@ -103,21 +103,21 @@ def why_not_fused(module: Any, hidden: Tensor) -> str | None:
 
 
 def run_parts(module: Any, reason: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The call by the layer's own forward, whose parts are dispatched one by one, on record with the reason."""
+    """Run the layer's own forward, whose parts are dispatched one by one, and record the reason."""
     tensors = {str(n): v for n, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)}
     dispatch.record_parts(OP, "its parts", reason, tensors)
     return module._llmkern_original.forward(module, *args, **kwargs)
 
 
 def check_guard(module: Any) -> None:
-    """Raises `NotServed` where something is no longer what it was, or calling a part would do more than compute."""
+    """Raise `NotServed` if a guarded condition is broken, or if calling a part would do more than compute."""
     reason = module._llmkern_guard.broken(module)
     if reason is not None:
         raise NotServed(reason)
 
 
 def at(module: Any, path: Path) -> Any:
-    """The child at the path."""
+    """Return the child module at the path."""
     for name in path:
         module = module._modules[name]
     return module
@@ -135,7 +135,7 @@ def none_is_causal(layer: Any, whole: WholeLayer) -> bool:
 
 
 def arguments_of(wholes: Iterable[WholeLayer], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a layer's call by name, the hidden states left out.
+    """Return the arguments of a layer's call by name, without the hidden states.
 
     Raises `NotServed` where they say more than the programs' inputs do."""
     for whole in wholes:
@@ -160,7 +160,7 @@ def arguments_of(wholes: Iterable[WholeLayer], args: Sequence[Any], kwargs: dict
 def inputs_of(
     whole: WholeLayer, heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor, keys: int, causal: bool
 ) -> list[Tensor | None]:
-    """What the op is given for these names of a program's head, None for "".
+    """Return the op's inputs for these names of a program's head; None for "".
 
     keys: of the past and of the hidden states.  causal: no mask stands for a causal one.
     Raises `NotServed` where an argument is not what the op takes.
@@ -197,14 +197,14 @@ def _angles(whole: WholeLayer, angles: Any, hidden: Tensor) -> tuple[Tensor, Ten
 
 
 def _alibi(bias: Any, keys: int) -> Tensor:
-    """What is added to the scores of each key, [B*heads, 1, keys]."""
+    """Return the ALiBi bias that is added to the scores of each key, [B*heads, 1, keys]."""
     if type(bias) not in PLAIN_TENSORS or bias.dim() != 3 or bias.shape[-1] != keys:
         raise NotServed("there is no ALiBi with a number for every key")
     return bias
 
 
 def _mask(mask: Any, hidden: Tensor, keys: int) -> Tensor:
-    """The model's mask as the op takes it."""
+    """Return the model's mask in the form that the op takes."""
     plain = type(mask) in PLAIN_TENSORS and mask.dim() == 4
     if not plain or mask.dtype not in (torch.bool, hidden.dtype, torch.float32) or mask.shape[-1] < keys:
         raise NotServed("the attention mask is no 4-dimensional tensor of bools or of numbers for every key")
