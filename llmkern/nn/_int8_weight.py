@@ -1,4 +1,4 @@
-"""What the int8 modules share: a code for each element, and a scale for each row."""
+"""Shared base of the int8 modules: one code per element, one scale per row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Int8Weight(QuantizedWeight):
         self._hold(nn.Parameter(codes, requires_grad=False), dtype, weight_scale=scale)
 
     def hold(self, codes: Tensor, scale: Tensor) -> None:
-        """Take these codes, a Parameter [rows, columns] int8, and scales, [rows, 1] fp32, as they are."""
+        """Store these codes, a Parameter [rows, columns] int8, and scales, [rows, 1] fp32, without copying them."""
         self._hold(codes, self.dtype, weight_scale=scale)  # type: ignore[arg-type]
 
     @property
@@ -48,7 +48,9 @@ class Int8Weight(QuantizedWeight):
         return [*wrong, *wrong_scale(scale_key, state_dict)]
 
     def _adapted(self, prefix: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Other programs store scales in the model's dtype; here they stay fp32, also when tensors are assigned."""
+        """Convert scales that other programs store in the model's dtype; here they stay fp32, also when tensors are
+        assigned.
+        """
         key = f"{prefix}weight_scale"
         if key not in state_dict or state_dict[key].dtype == torch.float32:
             return state_dict
@@ -56,7 +58,7 @@ class Int8Weight(QuantizedWeight):
 
 
 def quantized(what: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a floating-point weight, row by row.
+    """Quantize a floating-point weight row by row; return its codes and scales.
 
     Raises TypeError for other dtypes, ValueError for meta tensors and values that are not finite.
     """

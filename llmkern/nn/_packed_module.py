@@ -1,4 +1,4 @@
-"""What modules over a `PackedWeight` share: its tensors as parameters and buffers, and how they are loaded."""
+"""Shared base of modules over a `PackedWeight`: its tensors as parameters and buffers, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PackedModule(QuantizedWeight):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as it is stored, with its columns in their own order."""
+        """Return the weight as it is stored, with its columns in their own order."""
         groups = {name: self._buffers[f"weight_{name}"] for name in _GROUPS}
         return PackedWeight(self.code, self._rows, self.codes.detach(), **groups)  # type: ignore[arg-type]
 
@@ -73,7 +73,7 @@ class PackedModule(QuantizedWeight):
         return torch.tensor(list(CODES).index(self.code), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The code has been compared; it is what shapes and buffers were made for."""
+        """Do nothing: loading has already compared the code, which decided the shapes and buffers."""
 
     def _wrong_state(self, prefix: str, state_dict: dict[str, Any]) -> list[str]:
         state = state_dict.get(f"{prefix}_extra_state")

@@ -1,4 +1,4 @@
-"""What modules with a quantized weight share: codes, scales, and how they are loaded and converted."""
+"""Shared base of modules with a quantized weight: codes and scales, and how they are loaded and converted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _views: weakref.WeakValueDictionary[int, WeightView] = weakref.WeakValueDictiona
 
 
 class QuantizedWeight(nn.Module):
-    """Mixin: holds integer codes and what scales them, and shows a floating-point weight [rows, columns].
+    """Mixin: stores integer codes and their scales, and shows a floating-point weight [rows, columns].
 
     `_parameters["weight"]`, as `codes`: a frozen Parameter of integers, which state dicts, FSDP and tensor parallelism
         see.
@@ -46,7 +46,7 @@ class QuantizedWeight(nn.Module):
     _is_hf_initialized = True
 
     def _hold(self, codes: nn.Parameter, dtype: torch.dtype, **held: Tensor | None) -> None:
-        """Register the codes, the buffers by their names in HELD, and the dtype of the weight that they stand for."""
+        """Register the codes, the buffers by their names in HELD, and the dtype of the weight they represent."""
         # The first parameter, so that whoever asks `next(module.parameters())` for dtype and device gets the right
         # ones.  Without elements, and converted by .to(dtype) with everything else.
         self.register_parameter("_floating", _remembering(torch.empty(0, dtype=dtype, device=codes.device)))
@@ -57,30 +57,30 @@ class QuantizedWeight(nn.Module):
 
     @property
     def weight_size(self) -> tuple[int, int]:
-        """Rows and columns of the weight that the codes stand for."""
+        """Return the rows and columns of the weight that the codes represent."""
         raise NotImplementedError
 
     @property
     def format_name(self) -> str:
-        """What the weight is packed as, for reports: "int8", "int4 g64", …"""
+        """Return the weight's format for reports: "int8", "int4 g64", …"""
         raise NotImplementedError
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, [rows, columns], computed in fp32 and rounded to `dtype` (default: this layer's)."""
+        """Compute the weight, [rows, columns], in fp32 and round it to `dtype` (default: this layer's)."""
         raise NotImplementedError
 
     def held(self) -> dict[str, Tensor | None]:
-        """The buffers by their names in HELD."""
+        """Return the buffers by their names in HELD."""
         return {name: self._buffers[name] for name in self.HELD}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype in which the module computes, and of its weight as others read it."""
+        """Floating-point dtype in which the module computes and in which other code sees its weight."""
         return self._floating.dtype
 
     @property
     def codes(self) -> Tensor:
-        """The integers themselves, as they are stored."""
+        """Integer codes as they are stored."""
         codes = self._parameters.get("weight")
         if codes is None:
             raise RuntimeError(f"the codes of the {type(self).__name__} were taken away: dequantize_ it before that")
@@ -130,7 +130,7 @@ class QuantizedWeight(nn.Module):
         return copied
 
     def moved(self: Self, device: torch.device) -> Self:
-        """A module with copies of the codes and scales on another device, to stand behind a view."""
+        """Return a module with copies of the codes and scales on another device, to serve as the source of a view."""
         out = type(self).__new__(type(self))
         out.__dict__.update(self.__dict__)
         parameters = {name: value for name, value in self._parameters.items() if value is not None}
@@ -139,7 +139,7 @@ class QuantizedWeight(nn.Module):
         return out
 
     def make_floating(self, weight: Tensor | None = None) -> None:
-        """Turn this module into the floating-point layer that its codes stand for, or that has `weight`, in place.
+        """Turn this module, in place, into the floating-point layer with the dequantized weight, or with `weight`.
 
         Modules with the same codes share its weight afterwards.  It warns, since the layer is larger and slower from
         then on; `llmkern.quantize_` makes it int8 again.  Raises RuntimeError for subclasses, which would be lost.
@@ -172,11 +172,13 @@ class QuantizedWeight(nn.Module):
         self.__class__ = self._floating_class()  # type: ignore[assignment]
 
     def _floating_class(self) -> type[nn.Module]:
-        """What `make_floating` makes of the module."""
+        """Class that `make_floating` turns the module into."""
         raise NotImplementedError
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """As nn.Module's; a layer whose weight is to be trained becomes floating point, which codes cannot be."""
+        """Set requires_grad as nn.Module does; a layer whose weight is to be trained becomes floating point, since
+        codes cannot be trained.
+        """
         if requires_grad:
             self.make_floating()
         nn.Module.requires_grad_(self, requires_grad)
@@ -192,7 +194,7 @@ class QuantizedWeight(nn.Module):
         return self
 
     def _tie_to(self, other: QuantizedWeight) -> bool:
-        """Take the codes of `other` with a copy of what scales them; False where they would mean something else."""
+        """Share the codes of `other` and copy its scales; return False if they would represent something else here."""
         if other.HELD != self.HELD:
             return False
         self._parameters["weight"] = other.codes  # type: ignore[assignment]
@@ -201,20 +203,22 @@ class QuantizedWeight(nn.Module):
         return True
 
     def wrong_values(self, prefix: str) -> list[str]:
-        """What is wrong with what the module holds, a sentence each that names a tensor by `prefix` and its name."""
+        """Return what is wrong with the module's tensors: one sentence each, naming the tensor by `prefix` and its
+        name.
+        """
         held = {"weight": self.codes, **self.held()}
         return self._wrong_tensors(prefix, {f"{prefix}{name}": t for name, t in held.items() if t is not None})
 
     def _wrong_state(self, prefix: str, state_dict: dict[str, Any]) -> list[str]:
-        """What speaks against loading this state, a sentence each."""
+        """Return the reasons against loading this state, one sentence each."""
         return [*_wrong_shapes(prefix, state_dict, self), *self._wrong_tensors(prefix, state_dict)]
 
     def _wrong_tensors(self, prefix: str, state_dict: dict[str, Any]) -> list[str]:
-        """What is wrong with the codes and scales of a state, a sentence each."""
+        """Return what is wrong with the codes and scales of a state, one sentence each."""
         raise NotImplementedError
 
     def _adapted(self, prefix: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state of another program as this module holds it."""
+        """Convert a state saved by another program to this module's form."""
         return state_dict
 
     def _load_from_state_dict(
@@ -255,8 +259,9 @@ class QuantizedWeight(nn.Module):
 
 
 def _copied_to_be_trained() -> bool:
-    """Whether peft's `modules_to_save` is making the copy: it trains all of it, and saves and loads a plain layer's
-    tensors, but has no place where a layer could say how."""
+    """Return True if peft's `modules_to_save` is making the copy: it trains all of it, and saves and loads a plain
+    layer's tensors, but gives a layer no way to say how.
+    """
     frame = inspect.currentframe()
     while frame is not None:  # the layer may be within what is copied
         if frame.f_code.co_name == "update" and type(frame.f_locals.get("self")).__name__ == "ModulesToSaveWrapper":
@@ -293,7 +298,7 @@ HOOKS = (
 
 
 def with_hooks(module: Module, like: nn.Module) -> Module:
-    """`module` with the hooks and the training flag of `like`."""
+    """Give `module` the hooks and the training flag of `like`, and return it."""
     for name in HOOKS:
         setattr(module, name, getattr(like, name).copy())
     module.train(like.training)
@@ -310,7 +315,7 @@ def _wrong_shapes(prefix: str, state_dict: dict[str, Any], module: QuantizedWeig
 
 
 def wrong_scale(key: str, state_dict: dict[str, Any], *, signed: bool = False) -> list[str]:
-    """What is wrong with the scales that a state has under this key, a sentence each."""
+    """Return what is wrong with the scales that a state has under this key, one sentence each."""
     scale = state_dict.get(key)
     if scale is None:
         return []
@@ -331,6 +336,6 @@ def wrong_scale(key: str, state_dict: dict[str, Any], *, signed: bool = False) -
 
 
 def _plain(value: Tensor) -> Tensor:
-    """A view's weight once its module is floating point, else the tensor itself."""
+    """Return a view's weight once its module is floating point; otherwise the tensor itself."""
     weight: Tensor = value.module.weight if isinstance(value, WeightView) else value
     return weight

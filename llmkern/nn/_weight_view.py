@@ -1,4 +1,4 @@
-"""The floating-point weight that a quantized module shows to everybody who reads it.
+"""Floating-point view of a quantized module's weight, for all code that reads `.weight`.
 
 Other libraries take a quantized layer for the nn.Linear that it is a subclass of: adapters multiply its `.weight`,
 merging adds to it, tokens' rows are looked up in it.  What they get is a `WeightView`: it has the shape, dtype and
@@ -24,8 +24,9 @@ _alive: weakref.WeakValueDictionary[int, WeightView] = weakref.WeakValueDictiona
 
 
 def settle_views(modules: Collection[Any]) -> None:
-    """Give the views of modules that have become floating point their memory: `parameter.data = view` takes that, and
-    asks nobody."""
+    """Point the views of modules that have become floating point at the new memory: `parameter.data = view` reads a
+    tensor's memory without calling any of its methods.
+    """
     for view in list(_alive.values()):
         if view.module in modules:
             with torch._C.DisableTorchFunctionSubclass():
@@ -33,7 +34,7 @@ def settle_views(modules: Collection[Any]) -> None:
 
 
 class WeightView(Tensor):
-    """The weight of `module`, or a view of it (`replay`), computed from what the module holds at that moment.
+    """View of the weight of `module`, or a view derived from it (`replay`), computed from the module's current codes.
 
     A write turns the module into the floating-point layer that its codes stand for, and then goes into that layer's
     weight: what other libraries merge is exact, and never rounded or lost without a word.
@@ -63,17 +64,17 @@ class WeightView(Tensor):
         return view
 
     def values(self) -> Tensor:
-        """A plain tensor with the values; the layer's own memory once it is floating point."""
+        """Return a plain tensor with the values; the layer's own memory once it is floating point."""
         weight = self.module.dequantized_weight() if self.is_packed else self.module.weight.detach()
         return weight if self.replay is None else self.replay(weight)
 
     @property
     def is_packed(self) -> bool:
-        """Whether the module has not become floating point since."""
+        """True until the module becomes floating point."""
         return hasattr(self.module, "dequantized_weight")
 
     def written(self) -> None:
-        """Have the module hold floating-point values, into which something is about to be written."""
+        """Make the module floating point, because its weight is about to be written."""
         if self.is_packed:
             self.module.make_floating()
 
@@ -135,7 +136,7 @@ class WeightView(Tensor):
 
 
 def _moved(view: Any, *, device: Any = None, dtype: Any = None, **_: Any) -> WeightView | None:
-    """The weight on another device, of which the codes are copied there; None where more is asked than to move it."""
+    """Return the weight on another device by copying its codes there; None if more than a move is requested."""
     if device is None or device == view.device or dtype not in (None, view.dtype) or not view.is_packed:
         return None
     like = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device="meta")
@@ -143,7 +144,7 @@ def _moved(view: Any, *, device: Any = None, dtype: Any = None, **_: Any) -> Wei
 
 
 def _view_of(view: WeightView, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a view operator gives of a view: views that know how they come from the weight."""
+    """Return the result of a view operator on a view: views that record how they derive from the weight."""
     before = view.replay
     shape = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device="meta")
     like = func(shape, *args, **kwargs)

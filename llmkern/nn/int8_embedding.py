@@ -1,4 +1,4 @@
-"""An embedding whose weight is int8."""
+"""Embedding with an int8 weight."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Int8Embedding(Int8Weight, QuantizedEmbedding):  # type: ignore[override]
 
     @classmethod
     def from_embedding(cls, module: nn.Embedding) -> Int8Embedding:
-        """The int8 form of an nn.Embedding, with its device, hooks and training flag; it is not changed.
+        """Make the int8 form of an nn.Embedding, with its device, hooks and training flag; the original is not changed.
 
         Raises TypeError for other modules and dtypes, ValueError for max_norm (which writes to the weight), meta
         tensors and values that are not finite.
@@ -52,7 +52,7 @@ class Int8Embedding(Int8Weight, QuantizedEmbedding):  # type: ignore[override]
 
     @classmethod
     def tied(cls, module: nn.Embedding, head: Int8Weight) -> Int8Embedding:
-        """The int8 form of an embedding whose weight `head` was made of: both hold the same codes, one Parameter.
+        """Make the int8 form of an embedding tied to `head`: both hold the same codes, one Parameter.
 
         The scales are copied: transformers would save shared ones under one of their names only.
         """

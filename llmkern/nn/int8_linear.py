@@ -1,4 +1,4 @@
-"""A linear layer whose weight is int8."""
+"""Linear layer with an int8 weight."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Int8Linear(Int8Weight, QuantizedLinear):  # type: ignore[override]
 
     @classmethod
     def from_linear(cls, module: nn.Module, *, scheme: str = "auto") -> Int8Linear:
-        """The int8 layer of an nn.Linear, or of transformers' Conv1D (GPT-2), whose weight is [in, out].
+        """Make the int8 layer of an nn.Linear, or of transformers' Conv1D (GPT-2), whose weight is [in, out].
 
         The bias, device, hooks and training flag are the given module's own; it is not changed.
         Raises TypeError for other modules and dtypes, ValueError for meta tensors and weights that are not finite.

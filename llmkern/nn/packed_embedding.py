@@ -1,4 +1,4 @@
-"""An embedding whose weight is packed in blocks."""
+"""Embedding with a weight packed in blocks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PackedEmbedding(PackedModule, QuantizedEmbedding):  # type: ignore[overrid
 
     @classmethod
     def from_embedding(cls, module: nn.Embedding, packed: PackedWeight) -> PackedEmbedding:
-        """The embedding with the packed weight in place of `module`, which is not changed.
+        """Make the embedding with the packed weight in place of `module`, which is not changed.
 
         Raises TypeError for other modules, ValueError for max_norm, which writes to the weight.
         """
@@ -42,7 +42,7 @@ class PackedEmbedding(PackedModule, QuantizedEmbedding):  # type: ignore[overrid
 
     @classmethod
     def tied(cls, module: nn.Embedding, head: PackedModule) -> PackedEmbedding:
-        """The form of an embedding whose weight `head` was made of: both hold the same codes, one Parameter."""
+        """Make the packed form of an embedding tied to `head`: both hold the same codes, one Parameter."""
         groups = {name: tensor.clone() for name, tensor in head.packed.tensors.items() if name != "codes"}
         packed = PackedWeight(head.code, head.packed.n, head.codes, **groups)
         return with_hooks(cls(packed, module.padding_idx, module.weight.dtype, kind=head.kind), module)

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is packed in blocks: int4, int8 in blocks, GGUF's types, GPTQ and AWQ."""
+"""Linear layer with a weight packed in blocks: int4, int8 in blocks, GGUF's types, GPTQ and AWQ."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PackedLinear(PackedModule, QuantizedLinear):  # type: ignore[override]
 
     @classmethod
     def from_linear(cls, module: nn.Module, packed: PackedWeight) -> PackedLinear:
-        """The layer with the packed weight in place of an nn.Linear or transformers' Conv1D, which is not changed.
+        """Make the layer with the packed weight in place of an nn.Linear or transformers' Conv1D, which is not changed.
 
         The bias, hooks and training flag are the given module's own.  Raises TypeError for other modules, ValueError
         for a packed weight of another size.

@@ -1,4 +1,4 @@
-"""What embeddings with quantized weights share, whatever their format."""
+"""Shared base of embeddings with quantized weights, whatever their format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class QuantizedEmbedding(QuantizedWeight, nn.Embedding):  # type: ignore[overrid
 
     @classmethod
     def _check(cls, module: nn.Module) -> None:
-        """Raise where `module` is no embedding that can be quantized."""
+        """Raise if `module` is not an embedding that can be quantized."""
         name = cls.__name__
         if not isinstance(module, nn.Embedding):
             raise TypeError(f"{name}: module is a {type(module).__name__}, expected nn.Embedding")
@@ -34,7 +34,7 @@ class QuantizedEmbedding(QuantizedWeight, nn.Embedding):  # type: ignore[overrid
             raise ValueError(f"{name}: max_norm is {module.max_norm}, which writes to the weight; expected None")
 
     def to_embedding(self, dtype: torch.dtype | None = None, weight: nn.Parameter | None = None) -> nn.Embedding:
-        """A floating-point nn.Embedding with the weight that the codes stand for, or with `weight` (tied to a head)."""
+        """Return a floating-point nn.Embedding with the dequantized weight, or with `weight` (tied to a head)."""
         with torch.device("meta"):
             out = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
         out.weight = nn.Parameter(self.dequantized_weight(dtype)) if weight is None else weight

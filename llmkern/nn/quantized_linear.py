@@ -1,4 +1,4 @@
-"""What linear layers with quantized weights share, whatever their format."""
+"""Shared base of linear layers with quantized weights, whatever their format."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[override]
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def _take_place_of(self, module: nn.Module) -> None:
-        """Take the bias, hooks and training flag of the floating-point layer that this one is made of."""
+        """Take over the bias, hooks and training flag of the floating-point layer that this one replaces."""
         self.bias = module.bias  # type: ignore[assignment]
         self.from_conv1d = is_conv1d(module) or isinstance(module, LinearOfConv1D)
         with_hooks(self, module)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A floating-point nn.Linear with the weight that the codes stand for; it shares the bias where dtypes agree.
+        """Return a floating-point nn.Linear with the dequantized weight; it shares the bias if dtypes agree.
 
         dtype: of its parameters (default: this layer's).  Quantization has rounded the weight: it is not the original.
         """
@@ -52,7 +52,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[override]
 
 
 class LinearOfConv1D(nn.Linear):
-    """The floating-point layer in place of a quantized Conv1D whose weight was written: its state dict is a Conv1D's.
+    """Floating-point layer that replaces a quantized Conv1D whose weight was written; its state dict is a Conv1D's.
 
     `llmkern.dequantize_` puts a Conv1D in its place.
     """
@@ -69,7 +69,7 @@ class LinearOfConv1D(nn.Linear):
 
 
 def conv1d_of(linear: nn.Linear) -> nn.Module:
-    """transformers' Conv1D with the weight, bias, hooks and training flag of `linear`."""
+    """Make a transformers Conv1D with the weight, bias, hooks and training flag of `linear`."""
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
@@ -80,12 +80,14 @@ def conv1d_of(linear: nn.Linear) -> nn.Module:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Is it transformers' Conv1D: a linear layer with its weight as [in, out]?"""
+    """Recognize transformers' Conv1D, a linear layer whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, Tensor)
 
 
 def weight_out_in(module: nn.Module, what: str = "Int8Linear") -> Tensor:
-    """The weight as [out, in]; TypeError, in the name of `what`, for no linear layer or one that is quantized."""
+    """Return the weight as [out, in]; raises TypeError, naming `what`, if the module is not a floating-point linear
+    layer.
+    """
     if isinstance(module, QuantizedWeight):
         raise TypeError(f"{what}: module is an {type(module).__name__}: the layer is quantized already")
     if is_conv1d(module):
