@@ -1,4 +1,4 @@
-"""Names of values: `unique` gives each its own, for passes to work on; `tidy` those that a reader expects.
+"""Rename values: `unique` gives each its own name, for passes to work on; `tidy` the names that a reader expects.
 
 `tidy` names queries, keys and values q, k and v, what attends a, norms x, y, z, sums h, activations g, and what is
 returned as the hidden states that come in.  A name is used again once nothing reads its older value.
@@ -18,7 +18,7 @@ _KEEP_ROLES = ("rope", "append", "keep", "scale", "clamp")  # and norms
 
 
 def unique(program: Program) -> Program:
-    """The program with another name for every value that a step makes: v0, v1, …"""
+    """Give every value that a step makes a name of its own: v0, v1, …"""
     names = {name: name for name in program.inputs}
     taken = set(program.inputs)
     steps, count = [], 0
@@ -35,7 +35,7 @@ def unique(program: Program) -> Program:
 
 
 def tidy(program: Program) -> Program:
-    """The program with the names that a reader expects."""
+    """Rename values to what a reader expects."""
     program = unique(program)
     last = {name: index for index, step in enumerate(program.steps) for name in step.reads()}
     last[program.result] = len(program.steps)
@@ -64,7 +64,7 @@ def _candidates(name: str) -> list[str]:
 
 
 def _wanted(program: Program) -> dict[str, str]:
-    """The name that each value should have."""
+    """Return the name that each value should have."""
     roles: dict[str, str] = {}
     for step in reversed(program.steps):
         if step.op == "attention":

@@ -1,4 +1,4 @@
-"""Fuses steps of programs, whatever the device; every pass takes a program and gives one that computes the same.
+"""Fuse steps of programs, on any device; every pass takes a program and returns an equivalent one.
 
     one product for several linear layers of one value      q, k, v = linear(x, q_proj, k_proj, v_proj)
     an activation, and its gate, behind the product         g       = linear(y, gate_proj, up_proj, activation=swiglu)
@@ -33,20 +33,20 @@ _GATE_OF = {activation: gate for gate, activation in GATES.items()}
 
 
 def fused(program: Program, takes_codes: Callable[[Place], bool] | None = None) -> Program:
-    """All passes in their order.  takes_codes: whether a linear layer has int8 weights and reads int8 codes."""
+    """Apply all passes in order.  takes_codes: whether a linear layer has int8 weights and reads int8 codes."""
     for step in (gates_and_activations, one_product, one_rotation, residuals, add_norms):
         program = step(program)
     return program if takes_codes is None else quantized(program, takes_codes)
 
 
 def gates_and_activations(program: Program) -> Program:
-    """`act(linear(x))`, and that times another linear layer of x, as one step."""
+    """Fuse `act(linear(x))`, and its product with another linear layer of x, into one step."""
     steps = _apart(unique(program))
     uses, makers = _uses(steps, program), _makers(steps)
     taken: dict[int, Step | None] = {}
 
     def linear(value: str) -> Step | None:
-        """The plain linear layer that makes a value which is read once."""
+        """Return the plain linear layer that makes a value, if the value is read only once."""
         index = makers.get(value)
         step = None if index is None else steps[index]
         return step if step is not None and _is_plain_linear(step) and uses[value] == 1 else None
@@ -71,7 +71,7 @@ def gates_and_activations(program: Program) -> Program:
 
 
 def one_product(program: Program) -> Program:
-    """Linear layers of one value as one step."""
+    """Merge linear layers of the same value into one step."""
     steps = _apart(unique(program))
     by_value: dict[str, list[int]] = {}
     for index, step in enumerate(steps):
@@ -91,7 +91,7 @@ def one_product(program: Program) -> Program:
 
 
 def one_rotation(program: Program) -> Program:
-    """The rotations of queries and of keys as one step, where the first of them was."""
+    """Merge the rotations of queries and of keys into one step, at the position of the first."""
     steps = list(unique(program).steps)
     changed: list[Step | None] = list(steps)
     makers = _makers(steps)
@@ -112,7 +112,7 @@ def one_rotation(program: Program) -> Program:
 
 
 def residuals(program: Program) -> Program:
-    """Sums of linear layers and of what was there before: each layer adds itself to the sum so far."""
+    """Fuse residual additions into the linear layers before them: each layer adds itself to the running sum."""
     program = unique(program)
     steps = list(program.steps)
     uses, makers = _uses(steps, program), _makers(steps)
@@ -127,7 +127,9 @@ def residuals(program: Program) -> Program:
         return [leaf for part in steps[index].values for leaf in leaves(part)]
 
     def product(value: str) -> tuple[Step, float | None, list[int]] | None:
-        """The linear layer that makes a value which is read once, what multiplies it, and the indices of its steps."""
+        """Return the linear layer that makes a value which is read once, its multiplier, and the indices of both
+        steps.
+        """
         index, multiplier = makers.get(value), None
         indices = []
         if index is not None and steps[index].op == "scale" and uses[value] == 1:
@@ -168,7 +170,7 @@ def residuals(program: Program) -> Program:
 
 
 def add_norms(program: Program) -> Program:
-    """A sum and the norm of it as one step."""
+    """Fuse a sum and the norm of it into one step."""
     program = unique(program)
     steps = list(program.steps)
     makers = _makers(steps)
@@ -190,7 +192,7 @@ def add_norms(program: Program) -> Program:
 
 
 def quantized(program: Program, takes_codes: Callable[[Place], bool]) -> Program:
-    """Norms and activations whose results only linear layers of int8 weights read give int8 codes."""
+    """Let norms and activations whose results only int8 linear layers read produce int8 codes."""
     program = unique(program)
     coding = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
     steps = []
@@ -215,7 +217,7 @@ def _is_plain_linear(step: Step) -> bool:
 
 
 def _apart(program: Program) -> list[Step]:
-    """The steps, with one for each place of a plain linear layer."""
+    """Split plain linear layers into one step for each place."""
     steps: list[Step] = []
     for step in program.steps:
         if step.op == "linear" and not step.options:
@@ -227,14 +229,14 @@ def _apart(program: Program) -> list[Step]:
 
 
 def _uses(steps: list[Step], program: Program) -> Counter[str]:
-    """How often each value is read; the result is read once more."""
+    """Count how often each value is read; returning the result counts as a read."""
     uses = Counter(value for step in steps for value in step.reads())
     uses[unique(program).result] += 1
     return uses
 
 
 def _makers(steps: list[Step]) -> dict[str, int]:
-    """Index of the step that makes each value."""
+    """Map each value to the index of the step that makes it."""
     return {value: index for index, step in enumerate(steps) for value in step.results}
 
 

@@ -1,4 +1,4 @@
-"""A layer as a program: an immutable list of steps over named values, and its one textual form.
+"""Programs that describe layers: an immutable list of steps over named values, and its one textual form.
 
     layer(hidden, cos, sin, mask)
       x       = rms_norm(hidden, input_layernorm, eps=1e-06)
@@ -57,11 +57,11 @@ Kind = Literal["flag", "whole", "number", "word", "value", "place", "number or p
 
 
 class ProgramError(ValueError):
-    """A text is no program, or a program's steps do not fit together; the message says where and why."""
+    """The text is not a valid program, or its steps do not fit together; the message says where and why."""
 
 
 class Place(NamedTuple):
-    """Where parameters are.
+    """Location of parameters within a layer.
 
     path: dotted, from the layer on.  tensor: of one tensor (`@path`), not of a module.
     rows: (begin, end, period): rows begin to end of every `period`; period 0: of all.  None: all rows.
@@ -92,7 +92,7 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """What a step of one kind looks like.
+    """Signature of one kind of step.
 
     values, places: least and most of them.  results: how many there are, "places": one for each place (one where a
     gate makes one of two), "turned": one for each value but the last two.
@@ -196,24 +196,24 @@ class Step:
     options: tuple[tuple[str, Option], ...] = ()
 
     def option(self, name: str, default: Option | None = None) -> Option | None:
-        """The option's value, or the default where it is not written."""
+        """Return the option's value, or the default if it is not written."""
         return dict(self.options).get(name, default)
 
     def with_options(self, **changes: Option | None) -> Step:
-        """The step with other options, in their order; None takes one away."""
+        """Return the step with other options, in their order; None removes one."""
         named = {**dict(self.options), **changes}
         ordered = [(name, named.get(name)) for name in OPERATORS[self.op].options]
         kept = tuple([(name, value) for name, value in ordered if value is not None])
         return Step(self.results, self.op, self.values, self.places, kept)
 
     def reads(self) -> Iterator[str]:
-        """The values that it reads, in the order in which they are written."""
+        """Values that the step reads, in the order in which they are written."""
         yield from self.values
         kinds = OPERATORS[self.op].options
         yield from (value for name, value in self.options if kinds[name] == "value" and isinstance(value, str))
 
     def renamed(self, names: dict[str, str], results: tuple[str, ...]) -> Step:
-        """The step reading other values, with other results."""
+        """Return the step with its inputs renamed and with other results."""
         kinds = OPERATORS[self.op].options
         options = tuple(
             [(n, names.get(v, v) if kinds[n] == "value" and isinstance(v, str) else v) for n, v in self.options]
@@ -221,7 +221,7 @@ class Step:
         return Step(results, self.op, tuple([names.get(v, v) for v in self.values]), self.places, options)
 
     def call(self) -> str:
-        """The text right of the equals sign."""
+        """Return the text to the right of the equals sign."""
         arguments = [*self.values, *map(str, self.places)]
         arguments += [name if value is True else f"{name}={value}" for name, value in self.options]
         return f"{self.op}({', '.join(arguments)})"
@@ -229,7 +229,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """inputs: names of what a call gives, the hidden states first.  result: the value that is returned."""
+    """A layer's steps.  inputs: names of what a call passes, hidden states first.  result: the value that is
+    returned.
+    """
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
@@ -247,7 +249,9 @@ class Program:
         return "\n".join([*lines, f"  return {self.result}"])
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """What it mentions, each once, in the order of the first mention; the order of `layers_`'s parameters."""
+        """Parameters that the program mentions, each once, in the order of first mention; `layers_` takes this
+        order.
+        """
         found: dict[Parameter, None] = {}
         for step in self.steps:
             kind = OPERATORS[step.op].parameters
@@ -259,8 +263,9 @@ class Program:
         return tuple(found)
 
     def check(self) -> Program:
-        """The program itself; raises `ProgramError` where a step is not one of `OPERATORS` or reads what is not
-        there."""
+        """Return the program itself; raises `ProgramError` if a step does not match `OPERATORS` or reads an undefined
+        value.
+        """
         known = set(self.inputs)
         if not self.inputs or len(known) != len(self.inputs):
             raise ProgramError(f"the inputs are {', '.join(self.inputs)}, expected different names, at least one")
@@ -334,7 +339,7 @@ _WHOLE = re.compile(r"-?\d+", re.ASCII)
 
 @functools.lru_cache(maxsize=512)
 def parse(text: str) -> Program:
-    """The program that the text says.
+    """Parse a program's text.
 
     Raises `ProgramError` with the line where it is none."""
     lines = [line for line in text.split("\n") if line.strip()]

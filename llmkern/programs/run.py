@@ -1,4 +1,4 @@
-"""Runs a program step by step: by the ops' definitions (`reference`), or through the dispatcher (`dispatched`).
+"""Run a program step by step: by the ops' definitions (`reference`), or through the dispatcher (`dispatched`).
 
     run(program, {"hidden": hidden, "cos": cos, "sin": sin, "mask": mask}, weights, cache)
 
@@ -47,58 +47,58 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Weights(Protocol):
-    """What a program's places stand for in one layer."""
+    """Source of the parameters at a program's places, for one layer."""
 
     def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
-        """x · weightᵀ + bias, by all rows of the linear layer."""
+        """Return x · weightᵀ + bias, with all rows of the linear layer."""
 
     def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of a norm."""
+        """Return a norm's weight and bias."""
 
     def tensor(self, path: str) -> Tensor:
-        """One tensor."""
+        """Return a single tensor."""
 
 
 @runtime_checkable
 class Experts(Protocol):
-    """Weights that have linear layers of experts, too."""
+    """Weights that also have linear layers of experts."""
 
     def expert(self, path: str, number: int, x: Tensor, call: Call) -> Tensor:
-        """x · weightᵀ + bias of one expert, by all rows of its weight."""
+        """Return x · weightᵀ + bias of one expert, with all rows of its weight."""
 
 
 class Cache(Protocol):
-    """Keys and values of one layer, [B, Hkv, tokens, D] all of them."""
+    """Cache of one layer; keys and values are [B, Hkv, tokens, D]."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, the new ones last."""
+        """Add new keys and values at the end and return all of them."""
 
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of an encoder's tokens."""
+        """Store the keys and values of an encoder's tokens and return them."""
 
 
 @runtime_checkable
 class Kept(Protocol):
-    """A cache that has keys and values of an encoder's tokens from an earlier call."""
+    """A cache that holds keys and values of an encoder's tokens from an earlier call."""
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Both of them, [B, Hkv, tokens, D]."""
+        """Return both of them, [B, Hkv, tokens, D]."""
 
 
 def reference(op: str, **call: Any) -> Any:
-    """The definition's result."""
+    """Call the op's reference definition."""
     return implementation(op, "reference").fn(**call)
 
 
 def dispatched(op: str, **call: Any) -> Any:
-    """The result of whichever backend serves the call."""
+    """Call the op through the dispatcher, on whichever backend serves it."""
     return dispatch(op, **call)
 
 
 def run(
     program: Program, inputs: Values, weights: Weights, cache: Cache | None = None, call: Call = reference
 ) -> Tensor:
-    """What the program returns for these inputs, [B, S, columns] as its hidden states are.
+    """Run the program on these inputs; return its result, [B, S, columns] like the hidden states.
 
     inputs: by the names in the program's head; an optional one may be None, and so may an encoder's tokens whose keys
         and values the cache has kept (`Kept`).
@@ -118,7 +118,7 @@ def run(
 
 
 class _Layer:
-    """The operators of `OPERATORS`; each takes its step and the values that it reads."""
+    """Operators of `OPERATORS`; each method takes its step and the values that the step reads."""
 
     def __init__(self, program: Program, weights: Weights, cache: Cache | None, call: Call) -> None:
         self.program, self.weights, self.cache, self.call = program, weights, cache, call
@@ -180,7 +180,7 @@ class _Layer:
         return total.to(x.dtype)
 
     def expert(self, step: Step, number: int, x: Tensor) -> Tensor:
-        """What one expert makes of every row."""
+        """Return one expert's output for every row."""
 
         def linear(place: Place, x: Tensor) -> Tensor:
             if not isinstance(self.weights, Experts):
@@ -224,7 +224,7 @@ class _Layer:
         return (k, v) if self.cache is None else self.cache.keep(*self.cached(step, k, v))
 
     def cached(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as a cache holds them: their heads are as wide as the attention that reads them says."""
+        """Reshape keys and values for a cache: heads are as wide as the attention that reads them says."""
         later = self.program.steps[self.program.steps.index(step) :]
         reader = next(s for s in later if s.op == "attention" and s.values[1] == step.results[0])
         heads = _heads(k, _whole(reader, "dim"))
@@ -344,12 +344,14 @@ def _per_head(x: Tensor, step: Step) -> Tensor:
 
 
 def _heads(x: Tensor, dim: int) -> Tensor:
-    """[B, S, heads * dim] as [B, heads, S, dim]; what has 4 dimensions (all of a cache's) has that form already."""
+    """Reshape [B, S, heads * dim] to [B, heads, S, dim]; 4-dimensional tensors (a whole cache's) are returned
+    unchanged.
+    """
     return x if x.dim() == 4 else x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """The inverse of `_heads`."""
+    """Undo `_heads`."""
     return x.transpose(1, 2).flatten(2)
 
 
