@@ -24,7 +24,7 @@ __all__ = ["Distillation", "blocks", "distill"]
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a run has done.  losses: (step, loss) of each step, those before a resumption included."""
+    """Result of a run.  losses: (step, loss) of each step, including those before a resumption."""
 
     folder: str
     steps: int
@@ -128,7 +128,7 @@ def distill(
 
 
 def blocks(ids: Tensor, length: int) -> Dataset[Any]:
-    """Token ids [N] as samples of `length` tokens; a rest that is shorter is left out.
+    """Cut token ids [N] into samples of `length` tokens; drop a shorter remainder.
 
     Raises ValueError where there is not one whole block.
     """
@@ -150,12 +150,12 @@ class _Blocks(Dataset[Any]):
 
 
 def _trainer() -> Any:
-    """The Trainer with our loss; a function, since importing transformers takes seconds."""
+    """Return the Trainer with our loss; defined in a function because importing transformers takes seconds."""
     from transformers import PrinterCallback, ProgressCallback, Trainer
 
     class Bar(ProgressCallback):
         def on_log(self, *args: Any, **kwargs: Any) -> None:
-            """Say nothing: the losses are returned."""
+            """Print nothing: the losses are returned."""
 
     class Distiller(Trainer):
         loss_is_scaled_for_ga = True
@@ -203,20 +203,22 @@ def _trainer() -> Any:
 
 
 def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """What the model gives to its output head."""
+    """Return the model's input to its output head."""
     named = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     hidden: Tensor = model.base_model(**named, use_cache=False).last_hidden_state
     return hidden
 
 
 def _head(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight, in floating point, and bias of the output head."""
+    """Return the output head's weight, in floating point, and its bias."""
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
 
 
 def _check(student: nn.Module, teacher: nn.Module, samples: Any) -> None:
-    """Raise ValueError where a model's logits are not its head's, or the two models' are not of the same words."""
+    """Raise ValueError if a model's logits are not its head's output, or if the two models have different
+    vocabularies.
+    """
     models = {"student": student, "teacher": teacher}
     words = []
     for name, model in models.items():
@@ -240,7 +242,7 @@ def _check(student: nn.Module, teacher: nn.Module, samples: Any) -> None:
 
 
 def _draw(losses: tuple[tuple[int, float], ...], path: Path) -> str | None:
-    """The losses as a picture; None without matplotlib."""
+    """Plot the losses; returns None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The loss of a causal language model, computed with its output head a chunk of rows at a time.
+"""Fused loss of a causal language model: the output head runs on a chunk of rows at a time.
 
 The model's own forward runs on a shell of the model: the same parameters and modules, but a head that hands the hidden
 states through, and a loss function that takes them, and the head's weight, to `linear_cross_entropy`.  So whatever else
@@ -66,7 +66,7 @@ def _is_fused(model: nn.Module) -> bool:
 
 @functools.cache
 def _named(original: Any) -> Any:
-    """The forward with the signature that a trainer reads."""
+    """Return the forward with the signature that a trainer reads."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,11 +77,11 @@ def _named(original: Any) -> Any:
 
 
 class _ChangedLogits(Exception):
-    """What the loss function was given is not what the head returned."""
+    """The loss function was given something other than what the head returned."""
 
 
 class _Passing(nn.Module):
-    """A head that hands the hidden states through."""
+    """Output head that passes the hidden states through."""
 
     seen: Tensor | None = None
 
@@ -146,7 +146,7 @@ def _loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss of what the head would make of `logits`, which are its inputs."""
+    """Compute transformers' ForCausalLMLoss; `logits` are the head's inputs, not its outputs."""
     if logits is not passing.seen or vocab_size != head.out_features:
         raise _ChangedLogits
     if shift_labels is None:
@@ -175,8 +175,9 @@ def _with_lazy_logits(out: Any, head: nn.Module, hidden: Tensor | None) -> Any:
 
 @functools.cache
 def _lazy(cls: Any) -> Any:
-    """A subclass of transformers' output class that becomes that class, logits and all, when more than the loss is
-    read."""
+    """Return a subclass of transformers' output class that turns into that class, logits included, once more than the
+    loss is read.
+    """
 
     def settled(name: str) -> Any:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
