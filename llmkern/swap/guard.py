@@ -181,7 +181,7 @@ def stated(module: nn.Module, *names: str) -> tuple[Part, ...] | None:
 
 
 def below(path: Path, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Return the parts of the module at the path, with their paths counted from where this path begins."""
+    """Return the parts with `path` put in front of their own paths."""
     return tuple([part._replace(path=path + part.path) for part in parts])
 
 

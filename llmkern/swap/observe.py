@@ -263,7 +263,7 @@ def _decision(node: ast.AST) -> ast.AST | None:
 
 
 def _counts(function: ast.expr) -> bool:
-    """Return True if a function of numbers may have steps."""
+    """Return True for functions of numbers that may have steps: those of math and numpy, and counting built-ins."""
     if isinstance(function, ast.Attribute):
         return isinstance(function.value, ast.Name) and function.value.id in ("math", "np", "numpy")
     return isinstance(function, ast.Name) and function.id in _COUNTS
