@@ -1,4 +1,4 @@
-"""Packed weights: codes of 4 to 8 bits with scales in blocks, as data that every kernel reads alike.
+"""Packed weights: codes of 4 to 8 bits with scales in blocks, stored in one layout that every kernel reads.
 
     weight[n, k] = scale · (level(code) − zero) + offset
 
@@ -29,7 +29,7 @@ _LINES = 8  # of a block: 4 columns each
 
 @dataclass(frozen=True)
 class Code:
-    """A kind of codes: how many bits, and what they stand for.
+    """A kind of codes: the number of bits, and the levels that they represent.
 
     level: code − shift, or table[code].
     smallest_group: of columns that share a scale.
@@ -42,11 +42,11 @@ class Code:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block of 16 rows × 32 columns."""
+        """Bytes in a block of 16 rows × 32 columns."""
         return PANEL * BLOCK * self.bits // 8
 
     def levels(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What unsigned codes stand for."""
+        """Return the levels that unsigned codes represent."""
         if self.table is not None:
             return torch.tensor(self.table, dtype=dtype, device=codes.device)[codes.long()]
         if self.bits == 8:
@@ -68,7 +68,7 @@ CODES: dict[str, Code] = {
 
 
 def to_panels(codes: Tensor, code: str) -> Tensor:
-    """Unsigned codes [N, K] in the layout above: uint8 [panels, K / 32, bytes].  K is a multiple of 32."""
+    """Arrange unsigned codes [N, K] in the layout above: uint8 [panels, K / 32, bytes].  K is a multiple of 32."""
     n, k = codes.shape
     panels = -(-n // PANEL)
     padded = codes.new_zeros(panels * PANEL, k)
@@ -89,7 +89,7 @@ def to_panels(codes: Tensor, code: str) -> Tensor:
 
 
 def from_panels(panels: Tensor, code: str, n: int, height: int = PANEL) -> Tensor:
-    """The unsigned codes [n, K] that `to_panels` was given.  height: rows of a panel."""
+    """Return the unsigned codes [n, K] that `to_panels` was given.  height: rows of a panel."""
     bits = CODES[code].bits
     lines = panels.unflatten(2, (bits, height * 4))
     if bits < 8:
@@ -105,7 +105,9 @@ def from_panels(panels: Tensor, code: str, n: int, height: int = PANEL) -> Tenso
 
 
 def _together(values: Tensor, bits: int) -> Tensor:
-    """Line i of values [panels, blocks, lines, bytes] in bits [i · bits, (i + 1) · bits) of one line of bytes."""
+    """Combine lines: line i of values [panels, blocks, lines, bytes] goes to bits [i · bits, (i + 1) · bits) of one
+    line.
+    """
     out = torch.zeros_like(values[:, :, 0])
     for i in range(values.shape[2]):
         out |= values[:, :, i] << i * bits
@@ -151,7 +153,7 @@ class PackedWeight:
         return cls(code, codes.shape[0], to_panels(codes.view(torch.uint8), code), _groups_to_panels(scale), **tensors)
 
     def rows(self, name: str) -> Tensor | None:
-        """The tensor of this name as `from_rows` was given it."""
+        """Return the tensor of this name in the form that `from_rows` takes."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             return None
@@ -163,28 +165,28 @@ class PackedWeight:
 
     @property
     def k(self) -> int:
-        """The columns."""
+        """Number of columns."""
         return self.codes.shape[1] * BLOCK
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that there are, by name."""
+        """Tensors that are present, by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Total bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def panels(self, first: int, last: int) -> PackedWeight:
-        """The rows of panels [first, last)."""
+        """Return the rows of panels [first, last)."""
         n = min(self.n, last * PANEL) - first * PANEL
         part: dict[str, Any] = {name: tensor[first:last] for name, tensor in self.tensors.items()}
         return replace(self, n=n, **part)
 
     def take(self, rows: Tensor) -> Tensor:
-        """The weight's rows of these numbers, from 0 to n − 1: [*rows.shape, k], as `dequantized` gives them."""
+        """Gather rows by index, from 0 to n − 1: [*rows.shape, k], with the values of `dequantized`."""
         which = rows.flatten().long()
         panel, row = which // PANEL, which % PANEL
         lines = self.codes.unflatten(2, (CODES[self.code].bits, PANEL, 4))
@@ -196,7 +198,7 @@ class PackedWeight:
         return replace(self, n=which.numel(), **part).dequantized().view(*rows.shape, self.k)
 
     def dequantized(self) -> Tensor:
-        """The weight, [n, k], in fp32; in fp64 where scales are."""
+        """Return the weight, [n, k], in fp32, or in fp64 if the scales are."""
         wide = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         dtype = torch.float64 if wide else torch.float32
         level = CODES[self.code].levels(from_panels(self.codes, self.code, self.n, self.scale.shape[2]), dtype)

@@ -1,4 +1,4 @@
-"""What `layers_` checks of its first tensor, and its schemes as its schema takes them."""
+"""Check the first tensor of `layers_`, and write its schemes in the form of the op's schema."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ __all__ = ["check_hidden", "resolve_schemes"]
 
 
 def check_hidden(op: str, hidden: Tensor) -> None:
-    """hidden is floating, [B, S, hidden]."""
+    """Check that hidden is floating point and has the shape [B, S, hidden]."""
     check_floating(op, hidden=hidden)
     if hidden.dim() != 3:
         raise ValueError(f"{op}: hidden has shape {shape_text(hidden.shape)}, expected [B, S, hidden]")
 
 
 def resolve_schemes(schemes: str | Sequence[str], hidden: Tensor) -> str:
-    """`scheme` as the ops' schemas take it: one for all int8 weights, or one for each linear layer with commas."""
+    """Resolve `scheme` to the form of the ops' schemas: one for all int8 weights, or one per linear layer, separated by
+    commas.
+    """
     if isinstance(schemes, str):
         schemes = schemes.split(",")
     return ",".join([resolve_scheme(scheme, hidden) for scheme in schemes])

@@ -1,4 +1,4 @@
-"""What a call of `layers_` brings besides parameters: inputs and caches, checked against what its layers need."""
+"""Check the inputs and caches of a `layers_` call against what its layers need."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _CACHES = ("keys", "values")
 
 
 class Held(NamedTuple):
-    """A layer's caches: keys, values and their scales, and the keys and values that are kept of other tokens."""
+    """Caches of one layer: keys, values and their scales, and the keys and values kept of an encoder's tokens."""
 
     appended: Sequence[Tensor] = ()
     kept: Sequence[Tensor] = ()
 
 
 def check_inputs(needs: Needs, hidden: Tensor, inputs: Sequence[Tensor | None], past: int) -> None:
-    """Angles and masks have the shapes that a layer needs; others were looked at with its parameters."""
+    """Check the shapes of angles and masks; other inputs were checked with the parameters."""
     batch, length, _ = hidden.shape
     angles = []
     for place, name, columns in needs.angles:
@@ -67,7 +67,7 @@ def check_inputs(needs: Needs, hidden: Tensor, inputs: Sequence[Tensor | None], 
 
 
 def caches_of(programs: Sequence[Program], caches: Sequence[Tensor]) -> list[Held]:
-    """Those of each layer: none where it neither appends nor keeps, or there are none."""
+    """Split the caches by layer; empty for a layer that neither appends nor keeps, or if none are given."""
     ops = [{step.op for step in program.steps} for program in programs]
     if not caches:
         return [Held()] * len(programs)
@@ -87,7 +87,7 @@ def caches_of(programs: Sequence[Program], caches: Sequence[Tensor]) -> list[Hel
 
 
 def check_caches(needs: Sequence[Needs], hidden: Tensor, caches: Sequence[Held], past: int) -> None:
-    """The caches, those of each layer, fit what joins them."""
+    """Check that each layer's caches fit the keys and values that are written to them."""
     right: tuple[Any, ...] = ()  # the layer before this one, which tends to be like it
     for i, (each, held) in enumerate(zip(needs, caches, strict=True)):
         like = (each, *[(t.shape, t.dtype, t.device) for t in (*held.appended, *held.kept)])
@@ -111,7 +111,7 @@ def _check_kept(needs: Needs, hidden: Tensor, tensors: Sequence[Tensor], where: 
 
 
 def check_biases(needs: Needs, hidden: Tensor, inputs: Sequence[Tensor | None], past: int) -> None:
-    """What is added to scores has the shape and dtype that a layer needs."""
+    """Check that biases of the scores have the shape and dtype that a layer needs."""
     batch, length, _ = hidden.shape
     for place, name, heads, of in needs.biases:
         bias = inputs[place]

@@ -1,4 +1,4 @@
-"""Packed weights among the parameters of `layers_`."""
+"""Packed weights as parameters of `layers_`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKED = "_llmkern_packed"
 
 
 def handle_of(weight: PackedWeight) -> Tensor:
-    """A tensor of one byte that stands for a packed weight [N, K] as the weight of a linear layer, without a scale.
+    """Return a tensor of one byte that represents a packed weight [N, K] as a linear layer's weight, without a scale.
 
     It keeps the weight's tensors: whatever is written to them counts.
     """
@@ -27,12 +27,14 @@ def handle_of(weight: PackedWeight) -> Tensor:
 
 
 def packed_behind(tensor: Tensor | None) -> PackedWeight | None:
-    """The packed weight that a tensor stands for, or None."""
+    """Return the packed weight that a tensor represents, or None."""
     return getattr(tensor, _PACKED, None)
 
 
 def form_of(tensor: Tensor | None) -> Any:
-    """What alike parameters have in common: shape, strides, dtype and device, of a packed weight those of all of it."""
+    """Return what equal parameters have in common: shape, strides, dtype and device; for a packed weight, those of all
+    its tensors.
+    """
     if tensor is None:
         return None
     packed = packed_behind(tensor)
@@ -42,7 +44,7 @@ def form_of(tensor: Tensor | None) -> Any:
 
 
 def unserved(weight: PackedWeight) -> str | None:
-    """The dtype that the CPU's kernels do not read, or None."""
+    """Return the first tensor whose dtype the CPU's kernels do not read, with that dtype, or None."""
     taken = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
     return next((f"{name} is {t.dtype}" for name, t in weight.tensors.items() if t.dtype not in taken), None)
 

@@ -1,4 +1,4 @@
-"""The layers that a call of `layers_` is for, and plans of them."""
+"""Layers of a `layers_` call, and plans that stand for their parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAN = "_llmkern_plan"
 
 
 class Layer(NamedTuple):
-    """A layer of a call: its program, as text too, and its tensors."""
+    """One layer of a call: its program, parsed and as text, and its tensors."""
 
     text: str
     program: Program
@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a call.
+    """All layers of a call.
 
     each: all of them.  kinds: for each, which of `different` it is like.
     different: those whose programs differ, or the sizes, types or places of their tensors.
@@ -43,7 +43,7 @@ class Layers:
 
 
 class Plan:
-    """What a plan's tensor stands for, and what was found right of it."""
+    """Contents of a plan's tensor, and which calls it has been checked for."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
@@ -53,7 +53,7 @@ class Plan:
 
 
 def plan_layers(programs: str | Program | Sequence[str | Program], parameters: Sequence[Tensor | None]) -> Tensor:
-    """A tensor that stands for `parameters` in calls of `layers_`, so that a call takes no time to hand them over.
+    """Return a tensor that stands for `parameters` in calls of `layers_`, so that passing them takes no time.
 
     It keeps the tensors themselves: whatever is written to them counts.  Raises ValueError where the number of tensors
     is not that of whole layers.
@@ -68,17 +68,17 @@ def plan_layers(programs: str | Program | Sequence[str | Program], parameters: S
 
 
 def texts_of(programs: str | Program | Sequence[str | Program]) -> list[str]:
-    """The programs as the op's schema takes them."""
+    """Return the programs in the form of the op's schema."""
     return [str(each) for each in ([programs] if isinstance(programs, (str, Program)) else programs)]
 
 
 def plan_of(parameters: Sequence[Tensor | None]) -> Plan | None:
-    """The plan that a call's parameters are, or None."""
+    """Return the plan that a call's parameters are, or None."""
     return getattr(parameters[0], _PLAN, None) if len(parameters) == 1 else None
 
 
 def layers_of(programs: Sequence[str], parameters: Sequence[Tensor | None]) -> Layers:
-    """The layers of a call; its parameters may be a plan."""
+    """Return the layers of a call; its parameters may be a plan."""
     plan = plan_of(parameters)
     if plan is not None:
         if programs and list(dict.fromkeys(programs)) != plan.texts:
@@ -107,7 +107,7 @@ def layers_of(programs: Sequence[str], parameters: Sequence[Tensor | None]) -> L
 
 @functools.lru_cache(maxsize=512)
 def _parsed(text: str) -> tuple[Program, int]:
-    """The program, and how many tensors it takes."""
+    """Parse the program; return it and the number of its tensors."""
     try:
         program = parse(text)
     except ProgramError as error:

@@ -1,4 +1,4 @@
-"""The sizes that run through a layer's program, and what follows of them for parameters, inputs and caches."""
+"""Infer the sizes of every value in a layer's program, and check parameters against them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OP = "layers_"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a layer needs of a call.
+    """Requirements of one layer on a call.
 
     inputs: how many there are behind hidden.  linears: how many linear layers the program mentions.
     angles: by place among the inputs, the name and the columns that turn.
@@ -51,7 +51,7 @@ class Needs:
 
 
 def rows_inputs(program: Program, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """The inputs whose columns decide on what steps make: all but angles and masks."""
+    """Inputs whose columns determine the sizes of results: all but angles and masks."""
     others = {
         name
         for step in program.steps
@@ -69,7 +69,7 @@ def needs_of(
     kept: Sequence[Tensor],
     layer: int | None,
 ) -> Needs:
-    """What a layer needs; its parameters are checked.
+    """Check a layer's parameters and return what it needs.
 
     kept: of its caches, or of one that is like it.  layer: its number, for sentences; None for the only one."""
     return _Walk(program, parameters, hidden, inputs, kept, "" if layer is None else f" (layer {layer})").needs()
@@ -77,7 +77,7 @@ def needs_of(
 
 @dataclass
 class _Walk:
-    """One way through a program: columns of each value, and of which input's tokens its rows are."""
+    """One pass through a program; tracks each value's columns, and the input whose tokens are its rows."""
 
     program: Program
     parameters: Sequence[Tensor | None]
@@ -136,7 +136,7 @@ class _Walk:
         return Needs(len(self.inputs), linears, angles, masks, biases, cache, kept)
 
     def absence(self, step: Step) -> str | None:
-        """The input that was not given from which all that the step reads is made; `keep` can do without it."""
+        """Return the absent input from which everything that the step reads is made; `keep` can do without it."""
         first = step.values[0]
         if step.op == "keep" or len([*step.reads()]) > 1:
             return None
@@ -147,7 +147,7 @@ class _Walk:
         return ValueError(f"{_OP}: {what}{self.where}")
 
     def rows(self, name: str) -> int:
-        """The columns of a value that is read as rows."""
+        """Return the columns of a value that is read as rows."""
         if name in self.absent:
             raise self.wrong(f"{self.absent[name]} is not given, but the program reads {name} as rows")
         if name not in self.columns:
@@ -163,7 +163,7 @@ class _Walk:
         return self.columns[name]
 
     def input(self, name: str) -> tuple[int, Tensor | None]:
-        """The place of an input among the call's, and the tensor."""
+        """Return an input's index in the call, and its tensor."""
         if name not in self.program.inputs[1:]:
             raise self.wrong(f"{name} is no input of the program, as angles and masks have to be")
         place = self.program.inputs.index(name) - 1
@@ -176,7 +176,7 @@ class _Walk:
             self.absent.pop(name, None)
 
     def tensors(self, kind: str, path: str) -> list[Tensor | None]:
-        """Those of one parameter; a place of a module may be an `@path`."""
+        """Return the tensors of one parameter; a module's place may also be an `@path`."""
         first = self.first[kind, path]
         return list(self.parameters[first : first + TENSORS[kind]])
 
@@ -186,7 +186,7 @@ class _Walk:
         return self.rows(name) // dim
 
     def vector(self, place: Place, size: int, why: str) -> None:
-        """A floating-point tensor that is there, of so many elements."""
+        """Check a floating-point tensor with this many elements, which must be present."""
         (tensor,) = self.tensors("tensor", place.path)
         if tensor is None:
             raise TypeError(f"{_OP}: {place} is None, expected a Tensor")
@@ -243,7 +243,9 @@ class _Walk:
         self.make(step.results, [self.weight(down, made[0], count)], self.tokens[x])
 
     def weight(self, place: Place, columns: int, experts: int | None = None) -> int:
-        """The rows that a place has, of a weight that takes so many columns; each expert's, of so many."""
+        """Return the number of rows that a place takes from a weight with this many columns; per expert, given the
+        experts.
+        """
         if place.tensor:
             raise self.wrong(f"{place} is one tensor, expected a linear layer")
         weight, scale, bias = self.tensors("linear", place.path)
@@ -280,7 +282,7 @@ class _Walk:
     def packed(
         self, place: Place, weight: PackedWeight, columns: int, scale: Tensor | None, bias: Tensor | None
     ) -> int:
-        """The same of a packed weight, whose scales are its own."""
+        """Like `weight`, for a packed weight, which has its own scales."""
         if scale is not None:
             raise self.wrong(f"{place.path}: a packed weight has a scale besides its own")
         if weight.k != columns:
@@ -292,7 +294,7 @@ class _Walk:
         return self.taken(place, weight.n)
 
     def taken(self, place: Place, rows: int) -> int:
-        """How many of a weight's rows a place takes."""
+        """Return how many of a weight's rows a place takes."""
         if place.rows is None:
             return rows
         begin, end, period = place.rows
@@ -376,7 +378,7 @@ class _Walk:
         self.make(step.results, [q_heads * (self.rows(v) // kv_heads)], self.tokens[q])
 
     def count(self, tokens: str) -> int:
-        """How many tokens there are of an input, or of hidden."""
+        """Return the number of tokens of an input, or of hidden."""
         tensor = self.input(tokens)[1] if tokens else self.hidden
         return 0 if tensor is None else tensor.shape[1]
 

@@ -1,4 +1,4 @@
-"""Layers of a model one after the other in one call, each described by a program."""
+"""Run a model's layers one after the other in one call; each is described by a program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def layers_(
     past: int = 0,
     schemes: str = "auto",
 ) -> Tensor:
-    """`hidden` through one layer after the other, each as its program says.
+    """Run `hidden` through the layers in order, each as its program says.
 
     hidden: [B, S, H], fp32, bf16, fp16 or fp64; the first input of each program.
     programs: one for all layers, or one for each; llmkern/programs/program.py has their form and meaning.
@@ -104,7 +104,7 @@ def _needs(
     inputs: list[Tensor | None],
     held: list[Held],
 ) -> tuple[Needs, ...]:
-    """What each kind of layer needs of inputs and caches; its parameters are right."""
+    """Return the requirements of each kind of layer on inputs and caches; its parameters are already checked."""
     plan = plan_of(parameters)
     if plan is None:
         return _needs_of(layers, hidden, inputs, held)
@@ -130,7 +130,7 @@ def _needs_of(layers: Layers, hidden: Tensor, inputs: list[Tensor | None], held:
 
 
 def _check_schemes(schemes: str, needs: Sequence[Needs]) -> None:
-    """`schemes` is one of int8_linear's, or one for each linear layer, of all layers or of each."""
+    """Check that `schemes` is one of int8_linear's, or one per linear layer, of all layers or of each."""
     layers = schemes.split(";")
     if len(layers) > 1 and len(layers) != len(needs):
         raise ValueError(f"{_OP}: schemes is for {len(layers)} layers, expected 1 or {len(needs)}")
