@@ -1,4 +1,4 @@
-"""Quantized models on disk, in the compressed-tensors formats that transformers and vLLM read.
+"""Save and load quantized models in the compressed-tensors formats that transformers and vLLM read.
 
 `quantize_` writes the formats' description into the model's transformers config, so that `save_pretrained` gives a
 complete checkpoint, whose tensors `formats/` describes.  Stock transformers loads it and dequantizes; `load` keeps the
@@ -29,7 +29,7 @@ OURS = ("_extra_state", "_floating")
 
 
 def describe_in_config(model: nn.Module, scheme: Scheme | None = None, *, to_save: bool = False) -> None:
-    """Describe the quantized layers of a transformers model, as they are now, in its config; other models have none.
+    """Describe a transformers model's quantized layers, as they are now, in its config; does nothing for other models.
 
     scheme: what was asked for, kept for whoever reads the config (default: what it has of an earlier call).
     to_save: whether a layer that has no form in a checkpoint raises ValueError; else the config then says nothing.
@@ -102,7 +102,7 @@ def packed_layers(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
 
 
 def groups_of(description: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config groups, each with its format: the checkpoint's where it has none of its own."""
+    """Return the config groups, each with its format: the checkpoint's if it has none of its own."""
     whole = description.get("format")
     own = {} if whole in (None, "mixed-precision") else {"format": whole}
     return [{**group, **({} if group.get("format") else own)} for group in description["config_groups"].values()]
@@ -224,7 +224,7 @@ def _description(what: str, directory: Path) -> dict[str, Any]:
 
 
 def _by_names(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """GPTQ's and AWQ's configs name no layers: those are quantized that have a `qweight` in the checkpoint."""
+    """List the layers that have a `qweight` in the checkpoint: GPTQ's and AWQ's configs do not name layers."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -243,7 +243,7 @@ def _by_names(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' table of what is missing: that is an error here, and one line."""
+    """Hide transformers' table of missing tensors within the block; they are reported as a one-line error."""
     log = transformers.utils.logging
     level = log.get_verbosity()
     log.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""`dequantize_`: back to floating-point linear layers."""
+"""Turn a quantized model back into floating-point layers: `dequantize_`."""
 
 from __future__ import annotations
 

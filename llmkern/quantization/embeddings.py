@@ -1,4 +1,4 @@
-"""Embeddings and the output heads tied to them: which can be int8, and as what."""
+"""Find embeddings and the output heads tied to them, and decide which can be int8."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EmbeddingLayer:
 
 
 def heads_of(model: Any, layers: Sequence[Layer]) -> set[nn.Module]:
-    """Layers that give the logits: the model says so, or an embedding has the same weight."""
+    """Return the layers that give the logits: named by the model, or sharing an embedding's weight."""
     tied = {stored(module) for module in model.modules() if isinstance(module, nn.Embedding)} - {None}
     head = said(model, "get_output_embeddings")
     return {layer.module for layer in layers if layer.module is head or stored(layer.module) in tied}
@@ -43,7 +43,9 @@ def heads_of(model: Any, layers: Sequence[Layer]) -> set[nn.Module]:
 def find_embeddings(
     model: Any, layers: Sequence[Layer], skip: Sequence[str], filter_fn: FilterFn | None
 ) -> list[EmbeddingLayer]:
-    """The embeddings tied to a layer, and a language model's input embedding; tables of positions stay as they are."""
+    """Return the embeddings tied to a layer, and a language model's input embedding; tables of positions stay as they
+    are.
+    """
     by_weight = {stored(layer.module): layer for layer in layers if stored(layer.module) is not None}
     has_head = said(model, "get_output_embeddings") is not None
     words = said(model, "get_input_embeddings") if has_head else None

@@ -1,4 +1,4 @@
-"""GGUF files, read without trusting them: nothing is executed, every size is checked before it is used.
+"""Read GGUF files without trusting them: nothing is executed, and every size is checked before it is used.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -132,7 +132,7 @@ class GgufFile:
         return GgufTensor(name, shape, kind, start + offset, nbytes)
 
     def floating(self, name: str) -> Tensor:
-        """A copy of a tensor of type F32, F16 or BF16.  Raises ValueError for other types, KeyError for other names."""
+        """Copy a tensor of type F32, F16 or BF16.  Raises ValueError for other types, KeyError for other names."""
         info = self.tensors[name]
         for kind, dtype in PLAIN.values():
             if kind == info.type:
@@ -140,7 +140,7 @@ class GgufFile:
         raise ValueError(f"{self.path}: tensor {_shown(name)} has type {info.type}, expected F32, F16 or BF16")
 
     def packed(self, name: str) -> PackedWeight:
-        """A matrix [n, k] in one of GGUF's block types, packed as it is.
+        """Pack a matrix [n, k] in one of GGUF's block types, without requantizing it.
 
         Raises ValueError for other types and shapes, and for scales that are NaN or infinite; KeyError for other names.
         """
@@ -156,7 +156,7 @@ class GgufFile:
         return packed
 
     def blocks(self, name: str) -> Tensor:
-        """A copy of the blocks of a tensor in one of GGUF's block types: [rows, blocks of a row, bytes], uint8.
+        """Copy the blocks of a tensor in one of GGUF's block types: [rows, blocks of a row, bytes], uint8.
 
         Dimensions but the last are rows.  Raises KeyError for other types and names.
         """
@@ -165,7 +165,9 @@ class GgufFile:
         return self._raw(info).view(-1, info.shape[-1] // form.columns, form.nbytes)
 
     def values(self, name: str) -> Tensor:
-        """The values of a tensor of any type and shape, fp32.  ValueError for scales that are NaN or infinite."""
+        """Return the values of a tensor of any type and shape, fp32.  Raises ValueError for scales that are NaN or
+        infinite.
+        """
         info = self.tensors[name]
         if info.type not in GGUF_TYPES:
             return self.floating(name).float()
@@ -178,14 +180,14 @@ class GgufFile:
 
 
 def check_scales(packed: PackedWeight, what: str) -> None:
-    """Raise ValueError, of `what`, where scales are NaN or infinite."""
+    """Raise ValueError, naming `what`, if scales are NaN or infinite."""
     for tensor in packed.tensors.values():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{what} has scales that are NaN or infinite, expected finite ones")
 
 
 def _shown(name: str) -> str:
-    """A name from a file as a message may have it: on one line, and not longer than that."""
+    """Shorten a name from a file for use in a message: one line, limited length."""
     return (name if name.isprintable() else ascii(name))[:100]
 
 
@@ -209,7 +211,7 @@ class _Cursor:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
 
     def count(self, smallest: int, what: str) -> int:
-        """A number of entries that take at least `smallest` bytes each."""
+        """Read a number of entries that take at least `smallest` bytes each."""
         count: int = self.number("Q", what)
         if count * smallest > len(self._data) - self.at:
             raise ValueError(f"{self.path}: {what} is {count}, more than {len(self._data)} bytes hold")

@@ -1,4 +1,4 @@
-"""GGUF files as transformers models whose linear layers and embeddings keep the file's blocks.
+"""Load GGUF files as transformers models whose linear layers and embeddings keep the file's blocks.
 
 transformers has the names and, by architecture, what is done to a tensor on its way into a model
 (`modeling_gguf_pytorch_utils`).  A matrix stays packed where that only puts its rows in another order, which a probe
@@ -65,7 +65,7 @@ class PackedGgufQuantizer(_Stock):
                 put(places[module], self._awaiting(name, module_path, module))
 
     def _matrices(self, model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-        """The packed matrices of the file, with the plain modules whose weights they are."""
+        """Return the file's packed matrices, with the plain modules whose weights they are."""
         modules = dict(model.named_modules())
         for name, tensor in self.file.tensors.items():
             path, _, kind = self.mapping.get(name, "").rpartition(".")
@@ -114,7 +114,7 @@ class PackedGgufQuantizer(_Stock):
         return make(path, module, tensors, read, kind=tensor.type)  # type: ignore[arg-type]
 
     def get_state_dict(self, checkpoint_file: str, model: nn.Module) -> dict[str, Tensor]:
-        """The file's tensors by the model's names: blocks of what stays packed, values of the rest."""
+        """Return the file's tensors by the model's names: blocks for matrices that stay packed, values for the rest."""
         found: dict[str, Any] = {"tensors": {}}
         self.rope_factors = None
         for name in self.file.tensors:
@@ -177,7 +177,7 @@ def _groups(table: PackedEmbedding) -> dict[str, Tensor]:
 
 
 def _quantizer(config: Any, **options: Any) -> Any:
-    """Ours where our config asks for it, else transformers'."""
+    """Return our quantizer if our config asks for it, otherwise transformers' own."""
     return (PackedGgufQuantizer if isinstance(config, GgufConfig) else _Stock)(config, **options)
 
 
@@ -185,7 +185,7 @@ auto.AUTO_QUANTIZER_MAPPING["gguf"] = _quantizer  # type: ignore[assignment]
 
 
 def load_gguf(path: Path, model_class: Any, options: dict[str, Any]) -> Any:
-    """The model of a .gguf file, in evaluation mode.  ValueError with one line for a file that cannot be read."""
+    """Load the model of a .gguf file, in evaluation mode.  Raises ValueError with one line if it cannot be read."""
     import transformers
 
     GgufFile(path)  # before anybody trusts it

@@ -1,4 +1,4 @@
-"""What to run through a model to see the inputs of its layers: the caller's calibration data, or random tokens."""
+"""Inputs for observing a model's layers: the caller's calibration data, or random tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ RANDOM_SHAPE = (4, 128)
 
 
 def calibration_batches(model: nn.Module, calib: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Keyword arguments of one forward for each entry of `calib`: a text, a tensor (the first argument), or a dict.
+    """Return the keyword arguments of one forward for each entry of `calib`: a text, a tensor (the first argument), or
+    a dict.
 
     Raises TypeError for anything else, and ValueError for no entries, or texts without a tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Which linear layers of a model can be replaced, and the sentence why the others cannot."""
+"""Find the linear layers of a model that can be replaced, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def find_layers(model: nn.Module, skip: Sequence[str], filter_fn: FilterFn | Non
 
 
 def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Every (parent, attribute) that holds each module; a shared module has several."""
+    """Return every (parent, attribute) that holds each module; a shared module has several."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
@@ -79,12 +79,14 @@ def put(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
 
 
 def stored(module: nn.Module) -> Tensor | None:
-    """The tensor that the module holds as its weight: a quantized one's codes, None where another tensor makes it."""
+    """Return the tensor stored as the module's weight: codes if quantized, None if it is computed from another
+    tensor.
+    """
     return module._parameters.get("weight")
 
 
 def said(model: Any, getter: str) -> Any:
-    """What a transformers model answers; None for other models, and where its class has no answer."""
+    """Ask a transformers model; returns None for other models, and if its class has no answer."""
     try:
         return getattr(model, getter)()
     except (AttributeError, NotImplementedError):
@@ -92,7 +94,7 @@ def said(model: Any, getter: str) -> Any:
 
 
 def _owners(names: dict[str, nn.Module]) -> dict[Tensor, list[str]]:
-    """Which modules hold each parameter."""
+    """Map each parameter to the modules that hold it."""
     owners: dict[Tensor, list[str]] = {}
     for path, module in names.items():
         for parameter in module._parameters.values():
@@ -129,13 +131,13 @@ def _why_not_embedding(module: nn.Module) -> str:
 
 
 def why_skipped(path: str, skip: Sequence[str]) -> str:
-    """The sentence where `skip` names the path or a run of its parts."""
+    """Return the reason if `skip` names the path or consecutive parts of it."""
     named = [name for name in skip if f".{name}." in f".{path}."]
     return f"skip names {named[0]!r}" if named else ""
 
 
 def why_not_plain_embedding(module: nn.Embedding) -> str:
-    """The sentence why an embedding does more than look rows up; "" for a plain one."""
+    """Return why an embedding does more than look up rows, or "" for a plain one."""
     if type(module) is not nn.Embedding:
         return f"a {type(module).__name__} may do more than nn.Embedding does"
     if "forward" in module.__dict__:
@@ -170,7 +172,7 @@ def _why_not_plain(module: nn.Module) -> str:
 
 
 def _ancestors(path: str, names: dict[str, nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Every module above `path`, with the rest of the path below it."""
+    """Yield every module above `path`, with the rest of the path below it."""
     parts = path.split(".") if path else []
     return [(names[".".join(parts[:i])], ".".join(parts[i:])) for i in range(len(parts))]
 

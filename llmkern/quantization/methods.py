@@ -1,4 +1,4 @@
-"""Methods of transformers models that a quantized model has its own of, in its `__dict__`.
+"""Replace methods of a transformers model, in its `__dict__`, once it is quantized.
 
 transformers' `resize_token_embeddings` and `tie_weights` know floating-point weights only: the first would fail, with
 an int8 head half-way, and the second would leave codes of one layer with the scales of another (`vocabulary.py`).

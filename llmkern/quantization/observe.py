@@ -1,5 +1,4 @@
-"""One forward per batch, watched: what each linear layer is given, who uses the output of each norm, and whose weight
-is read by others."""
+"""Observe one forward per batch: each layer's inputs, the readers of each norm's output, and weights read elsewhere."""
 
 from __future__ import annotations
 
@@ -91,8 +90,9 @@ _BY_FORM = frozenset({Tensor.to, Tensor.type_as, torch.empty_like, torch.zeros_l
 
 
 class _Watch(TorchFunctionMode):
-    """Follows the outputs of norms, and weights, by identity; any torch function that makes a tensor of one is a user
-    of it."""
+    """Track the outputs of norms, and weights, by identity; any torch function that makes a tensor from one is a
+    reader.
+    """
 
     def __init__(self, layers: list[nn.Module], rows_per_call: int, products_of: Collection[nn.Module]) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class _Watch(TorchFunctionMode):
             kept.append(rows[::step][: self._rows_per_call].clone())
 
     def _add_product(self, module: nn.Module, x: Tensor, rows: Tensor) -> None:
-        """XᵀX, once for layers that are given the same tensor one after the other."""
+        """Add XᵀX, only once for layers that are given the same tensor in a row."""
         before = self._first
         same = before[1] if before is not None and before[0] is x else module
         if same is module:
@@ -206,7 +206,7 @@ class _Watch(TorchFunctionMode):
         self._inside -= 1
 
     def end_of_forward(self, outputs: Any) -> None:
-        """What the model returns its caller uses."""
+        """Count the model's outputs as used by its caller."""
         self._mark_used(tree_leaves(outputs if not hasattr(outputs, "to_tuple") else outputs.to_tuple()))
         self._outputs.clear()
         self._first = None

@@ -1,4 +1,4 @@
-"""What becomes of a linear layer under a scheme: each candidate's output error is measured, and decides."""
+"""Choose a linear layer's form under a scheme, by the measured output error of each candidate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_WEIGHT_ONLY_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a layer: its replacement, or the scales that its weight, left as it is, must follow."""
+    """Decision about a layer: its replacement, or the scales that its weight, left as it is, must follow."""
 
     layer: Layer
     row: QuantRow
@@ -73,7 +73,7 @@ class _Candidate:
 def _candidates(
     scheme: Int8 | Int4, module: nn.Module, observed: Observed, s: Tensor | None, columns: int
 ) -> Iterator[_Candidate]:
-    """The narrowest first."""
+    """Return the candidates, the narrowest first."""
     if isinstance(scheme, Int4):
         group = max(size for size in GROUPS if size <= scheme.group and columns % size == 0)
         yield _Candidate(
@@ -183,7 +183,7 @@ def _row(
 
 
 def _smoothed(module: nn.Module, s: Tensor) -> Int8Linear:
-    """The int8 layer of the weight times `s`."""
+    """Return the int8 layer of the weight times `s`."""
     int8 = Int8Linear.from_linear(module)
     weight = weight_out_in(module).detach()
     codes, scale = ops.quantize_int8(weight * s.to(weight))
@@ -192,7 +192,7 @@ def _smoothed(module: nn.Module, s: Tensor) -> Int8Linear:
 
 
 def relative_error(wanted: Tensor, got: Tensor) -> float:
-    """‖got − wanted‖ / ‖wanted‖; 0 where nothing is wanted."""
+    """Return ‖got − wanted‖ / ‖wanted‖, or 0 if `wanted` is 0."""
     size = wanted.norm()
     return float((got - wanted).norm() / size) if size > 0 else 0.0
 

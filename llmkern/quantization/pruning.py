@@ -1,4 +1,4 @@
-"""`prune_`: really smaller matrices, by importance on inputs that the model sees; stock transformers reads the result.
+"""Prune a model to smaller matrices by importance on sample inputs: `prune_`; stock transformers reads the result.
 
 MLP channels and heads are scored as Wanda scores weights (Sun et al. 2023, arXiv:2306.11695), |weight| times the norm
 of what it is multiplied with, over what is removed together; layers by how little they turn their input (ShortGPT, Men
@@ -28,7 +28,7 @@ MULTIPLE = 32
 
 @dataclass(frozen=True)
 class PruneRow:
-    """What was removed of one place.  what: "MLP channels", "key-value heads" or "layer".
+    """What was removed at one path.  what: "MLP channels", "key-value heads" or "layer".
 
     removed, of: how many of how many.  share: what the removed ones were of the importance of all there.
     """
@@ -106,7 +106,7 @@ def _prune(model: Any, shares: dict[str, float], calib: Any, tokenizer: Any) -> 
 
 
 def _decoder(model: Any) -> tuple[str, Any]:
-    """Path and list of the decoder's layers."""
+    """Return the path and the list of the decoder's layers."""
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, nn.ModuleList) and len(module) and all(hasattr(child, "mlp") for child in module):
             return path, module

@@ -1,4 +1,4 @@
-"""`quantize_`: linear layers to few bits in place, each as far as its measured error allows."""
+"""Quantize linear layers in place, each as far as its measured error allows: `quantize_`."""
 
 from __future__ import annotations
 
@@ -188,21 +188,21 @@ def _noting(filter_fn: FilterFn, answers: list[bool]) -> FilterFn:
 
 
 def _unless_read(found: Found, observed: Observed) -> Found:
-    """The layer or embedding; left where code that does not call it reads its weight."""
+    """Return the layer or embedding; marks it as left if code outside it reads its weight."""
     if found.reason or found.module not in observed.read_elsewhere:
         return found
     return replace(found, reason="its weight is read without the layer being called, which is slower from int8")
 
 
 def _unless_unnamed(found: EmbeddingLayer, scheme: ByLayer) -> EmbeddingLayer:
-    """The embedding; left where the scheme names neither it nor the head that has its weight."""
+    """Return the embedding; marks it as left if the scheme names neither it nor the head that shares its weight."""
     if found.reason or found.head is not None or scheme.of(found.path) is not None:
         return found
     return replace(found, reason="the scheme names no format for it")
 
 
 def _smooths(scheme: Int8 | Int4 | None) -> bool:
-    """Whether a layer's loud channels may be folded into its weight under this scheme."""
+    """Return True if this scheme allows folding a layer's outlier channels into its weight."""
     return scheme is not None and scheme.smooth
 
 
@@ -233,7 +233,7 @@ def _observe(
 def _plan_embedding(
     found: EmbeddingLayer, made: dict[int, QuantizedLinear | None]
 ) -> tuple[EmbeddingLayer, QuantRow, Int8Embedding | None]:
-    """The int8 table, sharing codes and scales with the int8 head that has the same weight."""
+    """Return the int8 table; it shares codes and scales with the int8 head that has the same weight."""
     weight = found.module.weight.detach()
     shape = (weight.shape[0], weight.shape[1])
     head = None if found.head is None else made[id(found.head.module)]

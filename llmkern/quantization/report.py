@@ -1,4 +1,4 @@
-"""What `quantize_` did, layer by layer, and what has become of it since."""
+"""Report what `quantize_` did, layer by layer, and what each layer is now."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class QuantReport:
         return asdict(self)
 
     def _formats(self) -> str:
-        """`int4 and int8`."""
+        """Format names for a row: `int4 and int8`."""
         return " and ".join(sorted({row.action.split()[0] for row in self.quantized})) or "quantized"
 
     def __iter__(self) -> Iterator[QuantRow]:
@@ -102,7 +102,7 @@ class QuantReport:
 
 
 def _span(errors: list[float | None]) -> str:
-    """`1.2%` or `1.2–3.4%`."""
+    """Format a range of errors: `1.2%` or `1.2–3.4%`."""
     known = sorted(error for error in errors if error is not None)
     if not known:
         return ""
@@ -130,7 +130,7 @@ def forget_report(model: nn.Module) -> None:
 
 
 def current(model: nn.Module) -> QuantReport | None:
-    """The report of the model as it is now; None where nothing in it is or was quantized.
+    """Return the report of the model as it is now, or None if nothing in it is or was quantized.
 
     Errors are those that `quantize_` measured; a model that was loaded has none.
     """
@@ -167,7 +167,7 @@ def _unmeasured(path: str, module: QuantizedWeight) -> QuantRow:
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers, each storage once."""
+    """Count the bytes of the model's parameters and buffers, each storage once."""
     sizes = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.numel():

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a quantized model: what it has written is read back, without values, before it returns."""
+"""Save a quantized model with `save_pretrained`; before it returns, the checkpoint is read back without values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
 
 
 def _written(model: Any) -> dict[str, Any]:
-    """The state as the checkpoint's formats have it."""
+    """Convert the state to the checkpoint's formats."""
     state = dict(model.state_dict())
     for path, module in model.named_modules():
         form = format_of_module(module)
@@ -56,7 +56,7 @@ def _written(model: Any) -> dict[str, Any]:
 
 
 def _merges(model: Any) -> bool:
-    """Whether tensors of the original checkpoints are merged or split when this model is loaded."""
+    """Return True if loading this model merges or splits tensors of the original checkpoints."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter

@@ -1,4 +1,4 @@
-"""What `quantize_` is asked for: small frozen dataclasses, which strings abbreviate and checkpoints carry."""
+"""Quantization schemes: small frozen dataclasses, with strings as shorthands; checkpoints store them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ByLayer:
     patterns: tuple[tuple[str, Int8 | Int4 | None], ...]
 
     def of(self, path: str) -> Int8 | Int4 | None:
-        """The scheme for the layer of this name."""
+        """Return the scheme for the layer of this name."""
         for pattern, scheme in self.patterns:
             if f".{pattern}." in f".{path}." or fnmatchcase(path, pattern):
                 return scheme

@@ -1,4 +1,5 @@
-"""Moving the size of activation channels into the weights (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438).
+"""Smooth activations: move the magnitude of outlier channels into the weights (SmoothQuant, Xiao et al. 2023,
+arXiv:2211.10438).
 
 A norm's output x and the weight W of a layer that reads it are replaced by x/s and W·s, per input channel.  s is
 a power of two, so neither rounds: the floating-point model computes the same bits.
@@ -37,7 +38,7 @@ class Fold:
 
 
 def plan_folds(observed: Observed) -> list[Fold]:
-    """The folds that the observed groups allow; the model is not changed."""
+    """Return the folds that the observed groups allow; the model is not changed."""
     folds = []
     for norm, layers in observed.groups.items():
         if any(layer not in observed.amax for layer in layers):
@@ -50,7 +51,7 @@ def plan_folds(observed: Observed) -> list[Fold]:
 
 
 def _scales(amax: Tensor, weights: list[Tensor]) -> Tensor:
-    """Powers of two, with a typical value of 1; 1 for channels that are never used."""
+    """Return scales that are powers of two, typically 1; 1 for channels that are never used."""
     weight_amax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
     wanted = ALPHA * amax.log2() - (1 - ALPHA) * weight_amax.log2()
     used = wanted.isfinite()
@@ -61,7 +62,8 @@ def _scales(amax: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _divided(norm: nn.Module, s: Tensor) -> dict[str, Tensor] | None:
-    """The norm's parameters with which it gives its output over s; None where trying shows that it does not.
+    """Return the parameters with which the norm gives its output divided by s, or None if a trial shows that it does
+    not.
 
     Trying spares a list of classes: weights that multiply, weights of which 1 is missing (Gemma), biases.
     """

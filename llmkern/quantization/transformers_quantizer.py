@@ -1,4 +1,4 @@
-"""llmkern as one of transformers' quantizers; importing this registers it.
+"""Quantizer for transformers; importing this module registers it.
 
 `from_pretrained(..., quantization_config=llmkern.QuantConfig("int4"))` quantizes while loading.  A quantized checkpoint
 calls itself compressed-tensors, so that everybody reads it; `llmkern.load` has it read by this quantizer instead.
@@ -50,7 +50,7 @@ class QuantConfig(QuantizationConfigMixin):
 
     @property
     def asked(self) -> Scheme:
-        """The scheme that `quantize_` is asked for."""
+        """Scheme that is passed to `quantize_`."""
         return scheme_from_dict(self.scheme)
 
 
@@ -90,17 +90,17 @@ class Quantizer(HfQuantizer):
         describe_in_config(model)
 
     def is_serializable(self) -> bool:
-        """Whether save_pretrained may be called."""
+        """Allow save_pretrained."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters may be trained on it."""
+        """Allow training adapters on the model."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Whether torch.compile takes it."""
+        """Allow torch.compile."""
         return True
 
 

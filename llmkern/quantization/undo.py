@@ -1,4 +1,4 @@
-"""Everything or nothing: what changes a model in place is undone where it fails half-way."""
+"""Undo in-place changes to a model if they fail half-way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Undo", "plainly", "undoing"]
 
 
 class Undo:
-    """The modules and tensors that each module held, its class, and the values of the tensors that were saved."""
+    """Saved state: each module's class, children and tensors, and the values of the tensors passed to `save`."""
 
     def __init__(self, model: nn.Module) -> None:
         holders: list[tuple[Any, Any]] = [
@@ -30,7 +30,7 @@ class Undo:
         self._values.append((tensor, tensor.detach().clone()))
 
     def undo(self) -> None:
-        """Every module and tensor where it was, every saved tensor with its values, bit for bit."""
+        """Restore every module and tensor to its place, and the values of every saved tensor, bit for bit."""
         for holder, content in self._held:
             holder.clear()
             holder.update(content)

@@ -1,4 +1,4 @@
-"""Vocabularies that change after quantization: rows that stay keep their codes, and tied weights their scales."""
+"""Resize vocabularies after quantization: kept rows keep their codes, and tied weights keep their scales."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ __all__ = ["resize_token_embeddings", "tie_weights"]
 
 
 def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers', whose tokens keep their codes and scales; new ones are quantized as `quantize_` would."""
+    """Resize as transformers does; existing tokens keep their codes and scales, and new ones are quantized as by
+    `quantize_`.
+    """
     table, head = (said(model, f"get_{which}_embeddings") for which in ("input", "output"))
     for module in (table, head):
         if isinstance(module, PackedModule):
@@ -53,12 +55,12 @@ def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sizes(model: Any) -> list[tuple[Any, int]]:
-    """Who says how large the vocabulary is."""
+    """Return the objects that state the vocabulary's size (text config, model), each with that size."""
     return [(each, each.vocab_size) for each in (model.config.get_text_config(), model) if hasattr(each, "vocab_size")]
 
 
 def _floating(int8: list[Any]) -> dict[nn.Module, nn.Module]:
-    """fp32 layers in place of these; one weight where they share their codes."""
+    """Return fp32 layers in place of these; one weight for layers that share their codes."""
     found: dict[nn.Module, Any] = {each: each.to_linear(torch.float32) for each in int8 if isinstance(each, Int8Linear)}
     weights = {each.codes: linear.weight for each, linear in found.items()}
     return found | {
@@ -69,7 +71,7 @@ def _floating(int8: list[Any]) -> dict[nn.Module, nn.Module]:
 
 
 def _quantized_again(before: Any, now: Any, made: dict[nn.Module, Any]) -> nn.Module:
-    """`before` with the rows of `now`, a floating-point layer in its place."""
+    """Return `before` with the rows of `now`, the floating-point layer in its place."""
     rows = now.weight.shape[0]
     if rows == before.codes.shape[0]:
         return before
