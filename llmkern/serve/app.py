@@ -1,4 +1,4 @@
-"""The endpoints."""
+"""HTTP endpoints of the server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _CLOSED_BY_CLIENT = 499  # nginx's status; only logs see it
 
 
 def create_app(model: nn.Module, tokenizer: Any, options: ServeOptions) -> FastAPI:
-    """The server's application: generation for a causal language model, embeddings for an encoder.
+    """Create the server's application: generation for a causal language model, embeddings for an encoder.
 
     `app.state.engine` has the worker's state, `app.state.engine.died` is set when it has ended.
     Raises ValueError where the model cannot be served with these options.
@@ -268,7 +268,7 @@ class _Events(StreamingResponse):
 
 
 async def _collect(generation: Generation, timeout: float) -> list[list[Event]]:
-    """Each sequence's events, once all have finished."""
+    """Collect each sequence's events until all have finished."""
     found: list[list[Event]] = [[] for _ in generation.sequences]
 
     async def all_events() -> None:
@@ -283,7 +283,7 @@ async def _collect(generation: Generation, timeout: float) -> list[list[Event]]:
 
 
 async def _stream(generation: Generation, replies: Any, prompts: int | None, timeout: float) -> AsyncIterator[str]:
-    """Lines of server-sent events.  prompts: how many there were, where the usage is asked for."""
+    """Yield lines of server-sent events.  prompts: how many there were, if the usage is asked for."""
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     if isinstance(replies, ChatReplies):
@@ -318,7 +318,7 @@ def _too_slow(timeout: float) -> ApiError:
 
 
 def _limit(ids: list[int], asked: int | None, options: ServeOptions, field: str, vocabulary: int) -> int:
-    """Tokens of the answer to a prompt.  Raises ApiError where the prompt is none, or too long."""
+    """Return the most tokens that an answer may have.  Raises ApiError if the prompt is not valid, or too long."""
     if not ids:
         raise ApiError(400, f"{field} has no tokens", field)
     if max(ids) >= vocabulary:
@@ -336,7 +336,7 @@ def _limit(ids: list[int], asked: int | None, options: ServeOptions, field: str,
 
 
 def _defaults(model: Any) -> Sampling:
-    """What a request that does not say gets: the checkpoint's settings where it has such, else OpenAI's."""
+    """Return defaults for a request: the checkpoint's settings if it has any, else OpenAI's."""
     config = model.generation_config
     if not config.do_sample:
         return Sampling()
@@ -354,7 +354,7 @@ def _model(options: ServeOptions) -> dict[str, Any]:
 
 
 def _coded(embedding: list[float], form: str | None) -> Any:
-    """The numbers, or their little-endian fp32 bytes in base64, which OpenAI's Python client asks for."""
+    """Encode the numbers as a list, or as little-endian fp32 in base64, which OpenAI's Python client asks for."""
     if form != "base64":
         return embedding
     return base64.b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()

@@ -1,4 +1,4 @@
-"""Embeddings of an encoder: texts of all requests that wait are one padded forward."""
+"""Compute embeddings with an encoder: waiting texts of all requests share one padded forward."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ class EmbeddingEngine:
         self._thread.shutdown()
 
     async def embed(self, texts: list[list[int]]) -> list[list[float]]:
-        """One embedding for each text's tokens.  Raises Overloaded, Failed or Dead; cancelling drops the texts."""
+        """Return one embedding for each text's tokens.  Raises Overloaded, Failed or Dead; cancelling drops the
+        texts.
+        """
         if self.dead:
             raise Dead("the worker has ended")
         # One request may have more texts than there are places; it then waits for an empty queue.
@@ -106,7 +108,7 @@ class EmbeddingEngine:
                 future.set_result(outcome)
 
     def _forward_or_each(self, texts: list[list[int]]) -> list[list[float] | Exception]:
-        """All texts at once; where that fails one by one, so that only those at fault fail."""
+        """Run all texts at once; if that fails, run them one by one, so that only those at fault fail."""
         try:
             return list(self._forward(texts))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What a request sees of the model: a place or a refusal, tokens as they come, and an end in every case.
+"""Engine that connects requests to the model: admission or refusal, streamed tokens, and an end in every case.
 
 Everything here runs in the server's event loop; the worker is the manager's thread, which reports each step by one
 `call_soon_threadsafe`.
@@ -48,7 +48,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Event:
-    """What a token brought to the sequence `index`.  finish: None, "stop" or "length"."""
+    """Result of one token for the sequence `index`.  finish: None, "stop" or "length"."""
 
     index: int
     text: str
@@ -66,11 +66,11 @@ class Generation:
 
     @property
     def timings(self) -> list[Timings]:
-        """One per sequence."""
+        """Timings, one per sequence."""
         return [sequence.timings for sequence in self.sequences]
 
     async def events(self) -> AsyncIterator[Event]:
-        """Events of all sequences, as they come, until each has finished.  Raises Failed or Dead."""
+        """Yield events of all sequences, as they come, until each has finished.  Raises Failed or Dead."""
         left = len(self.sequences)
         while left:
             event = await self.queue.get()
@@ -199,7 +199,7 @@ class Engine:
             raise Dead(str(error)) from error
 
     def end(self, sequence: _Sequence, reason: str, *, cancel: bool) -> None:
-        """Give a sequence's place back; nothing where it has ended already."""
+        """Release a sequence's place; does nothing if it has ended already."""
         if self._sequences.pop(sequence.identity, None) is None:
             return
         self.manager.forget(sequence.identity, cancel=cancel)
@@ -253,7 +253,7 @@ class Engine:
 
 
 def _eos(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: those of the generation config, else the tokenizer's."""
+    """Return the tokens that end an answer: those of the generation config, else the tokenizer's."""
     named = model.generation_config.eos_token_id
     if named is None:
         named = tokenizer.eos_token_id

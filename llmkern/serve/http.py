@@ -1,4 +1,4 @@
-"""Requests' bodies and keys, errors as OpenAI's clients read them, and clients that hang up."""
+"""Read request bodies and keys, write errors in OpenAI's format, and notice clients that disconnect."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class ApiError(Exception):
 
 
 class HungUp(Exception):
-    """The client has gone; nobody reads an answer."""
+    """The client has disconnected; nobody reads an answer."""
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def authorised(request: Request, key: str | None) -> bool:
-    """Whether the request carries the key as OpenAI's clients send it; compared in constant time."""
+    """Return True if the request carries the key as OpenAI's clients send it; compared in constant time."""
     if key is None:
         return True
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -73,7 +73,7 @@ async def json_body(request: Request, limit: int) -> Any:
 
 
 async def _read(request: Request, limit: int) -> bytes | None:
-    """The body, None where it is longer than the limit."""
+    """Return the body, or None if it is longer than the limit."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -84,7 +84,7 @@ async def _read(request: Request, limit: int) -> bytes | None:
 
 
 async def unless_hung_up(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes.  Raises HungUp then."""
+    """Return the result of `work`; cancel it and raise HungUp when the client disconnects."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:

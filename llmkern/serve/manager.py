@@ -95,18 +95,18 @@ class Manager(ContinuousBatchingManager):
 
     @property
     def running(self) -> int:
-        """Sequences that have pages."""
+        """Number of sequences that have pages."""
         return len(self.batch_processor.scheduler.active_requests) if self.batch_processor else 0
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for their first step."""
+        """Number of sequences that wait for their first step."""
         queued = self.input_queue.qsize()
         return queued + (len(self.batch_processor.scheduler.waiting_requests) if self.batch_processor else 0)
 
     @property
     def cache_used(self) -> float:
-        """The share of the cache's sectors that sequences and shared prefixes hold."""
+        """Share of the cache's sectors held by sequences and shared prefixes."""
         return 1.0 - self.batch_processor.cache.compute_free_capacity() if self.batch_processor else 0.0
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:

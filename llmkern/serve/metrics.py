@@ -47,11 +47,11 @@ class Metrics:
         self.gauge("process_resident_memory_bytes", "Memory of this process.", lambda: process.memory_info().rss)
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """Add a number that is asked for when it is read."""
+        """Add a gauge whose value is computed when it is read."""
         Gauge(f"llmkern:{name}", what, ("model_name",), registry=self._registry).labels(self._model).set_function(value)
 
     def total(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """Add a total that is kept elsewhere."""
+        """Add a total that is counted elsewhere."""
         counter = Counter(f"llmkern:{name}", what, ("model_name",), registry=self._registry).labels(self._model)
         counter._value.get = value  # Counter has no set_function of its own
 
@@ -86,7 +86,7 @@ class Metrics:
             self._e2e.observe(timings.last - timings.arrived)
 
     def text(self) -> bytes:
-        """What `/metrics` answers."""
+        """Return the text that `/metrics` answers."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, what: str) -> Counter:

@@ -1,4 +1,4 @@
-"""Every setting of a server, checked where it is made."""
+"""Server settings, checked when they are created."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ServeOptions:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Return True if only this machine can reach the server."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -1,4 +1,4 @@
-"""What a request may say, as OpenAI's API names it, and the sentence for what it may not.
+"""Request fields, named as in OpenAI's API, and the errors for unsupported ones.
 
 A field that is not served is an error that names it, unless its value asks for nothing (null, or what it is by
 default); ignoring it would give an answer to another question.
@@ -49,7 +49,7 @@ class StreamOptions(_Strict):
 
 
 class GenerationRequest(_Strict, abc.ABC):
-    """What chat and plain completions share."""
+    """Fields that chat and plain completions share."""
 
     model: str
     stream: bool | None = None
@@ -81,7 +81,7 @@ class GenerationRequest(_Strict, abc.ABC):
         """Likely tokens to report beside each token; None for no log-probabilities."""
 
     def check(self, vocabulary: int) -> None:
-        """Raise ApiError for what the fields' types do not say."""
+        """Raise ApiError for constraints that the fields' types do not express."""
         if len(self.stops) > MAX_STOPS:
             raise ApiError(400, f"stop has {len(self.stops)} strings, at most {MAX_STOPS} are accepted", "stop")
         if self.stream_options is not None and not self.stream:
@@ -120,7 +120,7 @@ class Message(_Strict):
     content: str | list[TextPart]
 
     def plain(self) -> dict[str, str]:
-        """For a chat template; `developer` is OpenAI's newer name of `system`."""
+        """Return the message for a chat template; `developer` is OpenAI's newer name of `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -205,7 +205,9 @@ class TokenizeRequest(_Strict):
 
 
 def parse(kind: type[Any], body: Any, options: ServeOptions) -> Any:
-    """The request of this kind in a JSON body.  Raises ApiError 400, naming the field, and 404 for another model."""
+    """Parse a request of this kind from a JSON body.  Raises ApiError 400, naming the field, and 404 for another
+    model.
+    """
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {_shown(body)}, expected an object")
     try:
@@ -219,7 +221,7 @@ def parse(kind: type[Any], body: Any, options: ServeOptions) -> Any:
 
 
 def _refuse_extras(model: BaseModel, path: str) -> None:
-    """Every field that is not served asks for nothing, in nested objects too."""
+    """Refuse fields that are not served unless they ask for nothing, in nested objects too."""
     for name, value in (model.model_extra or {}).items():
         harmless = value is None or value in _ASKING_NOTHING.get(name, ()) or name in _ABOUT_THE_CALLER
         if not harmless:
@@ -232,7 +234,7 @@ def _refuse_extras(model: BaseModel, path: str) -> None:
 
 
 def _named(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, by the field's path."""
+    """Describe the first error, by the field's path."""
     first = error.errors(include_url=False)[0]
     path = ""
     for step in first["loc"]:

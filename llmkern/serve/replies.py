@@ -37,7 +37,7 @@ def usage(timings: list[Timings], prompts: int) -> CompletionUsage:
 
 
 class _Replies(abc.ABC):
-    """One request's answer.  name: a token's text."""
+    """Build one request's answer.  name: returns a token's text."""
 
     prefix: str
     whole: type[Any]
@@ -50,18 +50,18 @@ class _Replies(abc.ABC):
         self._name, self._with_logprobs = name, with_logprobs
 
     def answer(self, events: list[list[Event]], used: CompletionUsage, timings: list[Timings]) -> Any:
-        """The whole answer from each sequence's events."""
+        """Build the whole answer from each sequence's events."""
         choices = [self._choice(i, each) for i, each in enumerate(events)]
         shown = [one.to_dict() for one in timings]
         return self.whole(**self._fields, object=self.object_of_whole, choices=choices, usage=used, timings=shown[0])
 
     def chunk(self, event: Event, timings: Timings | None) -> Any:
-        """The chunk of one token; with the timings in the last of a sequence."""
+        """Build the chunk of one token; with the timings in the last of a sequence."""
         extra = {} if timings is None else {"timings": timings.to_dict()}
         return self._chunk([self._delta(event)], **extra)
 
     def used(self, used: CompletionUsage) -> Any:
-        """The chunk that `stream_options.include_usage` asks for."""
+        """Build the chunk that `stream_options.include_usage` asks for."""
         return self._chunk([], usage=used)
 
     def _chunk(self, choices: list[Any], **extra: Any) -> Any:
@@ -77,7 +77,7 @@ class _Replies(abc.ABC):
 
 
 class ChatReplies(_Replies):
-    """Of /v1/chat/completions."""
+    """Replies of /v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl", ChatCompletion, ChatCompletionChunk
     object_of_whole, object_of_part = "chat.completion", "chat.completion.chunk"
@@ -124,7 +124,7 @@ class ChatReplies(_Replies):
 
 
 class CompletionReplies(_Replies):
-    """Of /v1/completions."""
+    """Replies of /v1/completions."""
 
     prefix, whole, part = "cmpl", Completion, Completion
     object_of_whole = object_of_part = "text_completion"

@@ -1,4 +1,4 @@
-"""The process: its socket, its signals, its end."""
+"""Run the server process: socket, signals, exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The next token of each sequence of a step, by its own settings and its own random numbers.
+"""Sample the next token of each sequence of a step, with its own settings and random numbers.
 
 transformers' manager samples all requests alike (one `do_sample`, one generator); a server's requests differ, and a
 seeded one must get the same tokens whoever shares its batch.  So each sequence is sampled by itself from its row of
@@ -23,7 +23,9 @@ _HEAD = 1024  # a nucleus rarely has more tokens than this; then the whole vocab
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one sequence is sampled.  top_k 0: all tokens.  logprobs: alternatives to report, None for no report."""
+    """Sampling settings of one sequence.  top_k 0: all tokens.  logprobs: alternatives to report, None for no
+    report.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -37,7 +39,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the token is the largest logit and nothing else is wanted."""
+        """True if the token is simply the largest logit and nothing else is reported."""
         changed = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0 or self.logit_bias
         return self.temperature == 0.0 and not changed and self.logprobs is None
 
@@ -52,7 +54,7 @@ class Drawn:
 
 
 class History:
-    """What sampling knows of a sequence: the prompt, what was generated, and the random numbers' state."""
+    """Sampling state of a sequence: its prompt, generated tokens, and random numbers."""
 
     def __init__(self, prompt: list[int], sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
@@ -69,7 +71,7 @@ class History:
         self.counts[token] = self.counts.get(token, 0) + 1
 
     def penalise(self, logits: Tensor) -> Tensor:
-        """Logits [V] with bias and penalties; a new tensor where there are any."""
+        """Return logits [V] with bias and penalties applied; a new tensor if there are any."""
         s = self.sampling
         if s.logit_bias:
             logits = logits.clone()

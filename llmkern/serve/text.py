@@ -1,4 +1,4 @@
-"""Tokens to text as they come, cut at stop strings."""
+"""Decode tokens to text as they come, and cut it at stop strings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Detokenizer:
         self._begin = self._read = 0
 
     def push(self, token: int) -> str:
-        """The text that this token completes; empty inside of a character."""
+        """Add a token and return the text that it completes; empty inside a character."""
         self._tokens.append(token)
         new = self._new()
         if not new or new.endswith(_INCOMPLETE):
@@ -32,7 +32,7 @@ class Detokenizer:
         return new
 
     def finish(self) -> str:
-        """The rest, with U+FFFD for the bytes of a character that never came."""
+        """Return the rest, with U+FFFD for the bytes of an incomplete character."""
         return self._new()
 
     def _new(self) -> str:
@@ -52,7 +52,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown, and whether a stop string has come; nothing is pushed after that."""
+        """Add text; return what may be shown, and whether a stop string has come.  Nothing is pushed after that."""
         self._held += text
         found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
         if found:
@@ -63,10 +63,10 @@ class StopStrings:
         return shown, False
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """Return text that was held back but was not a stop string."""
         return self._held
 
     def _overlap(self, stop: str) -> int:
-        """Characters at the end of the held text that begin `stop`."""
+        """Return how many characters at the end of the held text begin `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""When things happened to a sequence."""
+"""Timestamps of a sequence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Timings:
     last: float | None = None
 
     def note(self, started: float, at: float) -> float | None:
-        """A token came; returns the seconds since the last one, None for the first."""
+        """Record a token; return the seconds since the last one, None for the first."""
         before, self.last = self.last, at
         self.tokens += 1
         if before is None:
@@ -28,7 +28,7 @@ class Timings:
         return at - before
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For an answer: llama.cpp's names for prompt and prediction, vLLM's for the rest."""
+        """Return a dict for an answer: llama.cpp's names for prompt and prediction, vLLM's for the rest."""
         if self.first is None or self.last is None or self.started is None:
             return {"prompt_n": self.prompt_tokens, "predicted_n": self.tokens}
         prompt, decode = self.first - self.started, self.last - self.first
