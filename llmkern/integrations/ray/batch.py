@@ -31,7 +31,7 @@ _MOST_SLICES = 4096  # then they are longer
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job has done.  rows: of the whole job; errors and tokens: of the rows that this run answered."""
+    """Result of a job.  rows: of the whole job; errors and tokens: of the rows that this run answered."""
 
     rows: int
     answered: int
@@ -164,7 +164,7 @@ class _Job:
 def _answers(
     answering: Answering, pending: list[Slice], workers: tuple[int, int], cpus: int, gpus: float
 ) -> Iterator[tuple[int, str, list[dict[str, Any]]]]:
-    """Number, task and answers of each slice, in the order in which they come."""
+    """Yield number, task and answers of each slice, in the order in which they arrive."""
     import ray.data
     from ray.exceptions import RayError
 
@@ -197,7 +197,7 @@ def _failed(answer: dict[str, Any]) -> bool:
 
 
 def _tokens(answer: dict[str, Any]) -> int:
-    """Tokens that a row took: generated ones, of an embedding those that were read."""
+    """Count the tokens that a row took: generated ones, or for an embedding those that were read."""
     used = answer
     if "response" in answer:
         used = ((answer["response"] or {}).get("body") or {}).get("usage") or {}

@@ -1,4 +1,4 @@
-"""What answers the rows of a batch job: the server's application, asked in its own process.
+"""Answer the rows of a batch job with the server's application, called in its own process.
 
 So a row gets what a request gets: continuous batching with the rows beside it, the same checks and sentences, errors
 that are its own.
@@ -83,7 +83,7 @@ class Worker:
         }
 
     def answer(self, piece: Slice) -> list[dict[str, Any]]:
-        """An answer for each row of the slice.  Raises RuntimeError where the model's worker has died."""
+        """Return an answer for each row of the slice.  Raises RuntimeError if the model's worker has died."""
         from pathlib import Path
 
         rows = format_of(Path(piece.path)).read(piece)
@@ -148,7 +148,7 @@ class Worker:
         }
 
     def _request(self, row: Any) -> tuple[str, dict[str, Any]]:
-        """The URL and the body for a row.  Raises ValueError where it has no text."""
+        """Return the URL and the body for a row.  Raises ValueError if it has no text."""
         if not isinstance(row, dict):
             raise ValueError("the row cannot be read")
         column = self._answering.column or next((name for name in TEXT_COLUMNS if name in row), None)
@@ -184,7 +184,7 @@ class Worker:
 
 
 def _not_a_request(row: Any) -> str | None:
-    """Why a line is no request of OpenAI's batch format, None if it is one."""
+    """Return why a line is not a request of OpenAI's batch format, or None if it is one."""
     if not isinstance(row, dict):
         return "the line is no JSON object"
     if not isinstance(row.get("custom_id"), str):

@@ -1,4 +1,4 @@
-"""What llmkern knows of Hugging Face transformers; imported only where a model or a cache of it is at hand."""
+"""Integration with Hugging Face transformers; imported only once a model or a cache of it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @functools.cache
 def kv_cache() -> Any:
-    """The class `KVCache`; without transformers, one that says so when it is called."""
+    """Return the class `KVCache`, or without transformers a class that raises when called."""
     if importlib.util.find_spec("transformers") is not None:
         from llmkern.integrations.transformers.cache import KVCache
 
@@ -19,7 +19,7 @@ def kv_cache() -> Any:
 
 @functools.cache
 def quantization_config(name: str) -> Any:
-    """The class `QuantConfig` or `Int8Config`; without transformers, one that says so when it is called."""
+    """Return the class `QuantConfig` or `Int8Config`, or without transformers a class that raises when called."""
     if importlib.util.find_spec("transformers") is not None:
         from llmkern.quantization import transformers_quantizer
 
@@ -28,7 +28,7 @@ def quantization_config(name: str) -> Any:
 
 
 def _missing(name: str, kind: str) -> Any:
-    """A class of that name whose instances cannot be made."""
+    """Make a class of that name whose instances cannot be created."""
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ImportError(f"llmkern.{name} is {kind} of Hugging Face transformers, which is not installed")

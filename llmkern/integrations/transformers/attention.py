@@ -1,4 +1,4 @@
-"""llmkern's attention behind transformers' AttentionInterface, and the mask function that goes with it.
+"""Attention for transformers' AttentionInterface, and the mask function that goes with it.
 
 Whatever the op cannot do is handed to the implementation that the untouched model uses, with the reason on record
 (`llmkern.explain`; an error under LLMKERN_STRICT=1): dropout, returned attention weights, a paged cache, and any
@@ -109,14 +109,14 @@ def interface(forward: Callable[..., Any], name: str, none_may_be_causal: bool) 
 
 
 def mask_functions(module: nn.Module) -> dict[str, Callable[..., Any]]:
-    """transformers' functions that make masks, by the names of the globals that the module's forward mentions."""
+    """Return transformers' mask functions, by the names of the globals that the module's forward mentions."""
     found = mentioned_globals(type(module).forward)
     return {name: each for name, each in found.items() if callable(each) and _MASKS in mentioned_globals(each)}
 
 
 @functools.cache
 def skipping_mask(function: Callable[..., Any], causal: bool) -> Callable[..., Any]:
-    """One of these functions, with sdpa's masks for a model under eager attention.
+    """Return one of these functions, with sdpa's masks for a model under eager attention.
 
     causal: whether a causal mask may be left out: where attentions know that they are causal.
     """
@@ -211,7 +211,7 @@ def _beyond_the_op(
     softcap: float | None,
     kwargs: dict[str, Any],
 ) -> str | None:
-    """The sentence why this call is not one for the op, or None."""
+    """Return why the op cannot serve this call, or None."""
     if dropout > 0.0 and module.training:
         return f"attention dropout is {dropout} in training"
     # transformers 5 collects through hooks on the module, so that without one there is nothing to ask.
@@ -241,14 +241,15 @@ def _beyond_the_op(
 
 
 def _named(module: nn.Module) -> Any:
-    """The attention that the untouched model uses: eager where it was given ours by name."""
+    """Return the attention that the untouched model uses: eager if it was given ours by name."""
     name = module.config._attn_implementation  # type: ignore[union-attr]
     return "eager" if name == NAME else name
 
 
 def why_registered(forward: Callable[..., Any], name: str) -> str | None:
-    """The sentence that the function which a module with this forward looks up under that name is not transformers'
-    own; None where it is."""
+    """Return a sentence if the function that a module with this forward looks up under that name is not transformers'
+    own; None if it is.
+    """
     local, everywhere = _registries(forward)
     function = local.get(name) or everywhere.get(name)
     if function is None or function is _own_functions().get(name):
@@ -257,7 +258,9 @@ def why_registered(forward: Callable[..., Any], name: str) -> str | None:
 
 
 def registered_places(attention: Any) -> tuple[tuple[dict[str, Any], str, str], ...]:
-    """Where that function lies, or would lie: for a guard (llmkern/swap/surroundings.py)."""
+    """Return the registry entries where that function is, or would be, stored: for a guard
+    (llmkern/swap/surroundings.py).
+    """
     name = attention.config._attn_implementation
     shown = f"the attention function registered as {name!r}"
     return tuple([(registry, name, shown) for registry in _registries(original_class(attention).forward)])
@@ -278,17 +281,17 @@ def _own_functions() -> dict[str, Callable[..., Any]]:
 
 
 def collects_weights() -> bool:
-    """Whether transformers 5 is collecting what attention modules return: models need not pass that on."""
+    """Return True if transformers 5 is collecting what attention modules return: models need not pass that on."""
     return any("attentions" in name for name in collected_outputs())
 
 
 def collected_outputs() -> Collection[str]:
-    """Names of what transformers 5 is collecting from modules' outputs."""
+    """Return the names of what transformers 5 is collecting from modules' outputs."""
     return (None if _collector is None else _collector.get()) or ()
 
 
 def _biased(position_bias: Tensor, mask: Tensor | None) -> Tensor:
-    """One additive mask from a relative position bias and the model's mask."""
+    """Combine a relative position bias and the model's mask into one additive mask."""
     if mask is None:
         return position_bias
     if mask.dtype == torch.bool:
@@ -306,7 +309,7 @@ def _untouched(
     reason: str,
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The call as the model without llmkern makes it."""
+    """Make the call as the model without llmkern would."""
     # sdpa has no weights to return; eager attention does.
     name = "eager" if reason == WEIGHTS else _named(module)
     dispatch.record_fallback("attention", f"transformers {name}", reason, {"q": query, "k": key})
@@ -319,7 +322,7 @@ def _untouched(
 
 
 def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask in the form that eager attention adds to the scores: 0 and the most negative number."""
+    """Return the mask that eager attention adds to the scores: 0 and the most negative number."""
     if mask is None:
         if not causal:
             return None

@@ -54,7 +54,7 @@ class KVLayer(DynamicLayer):
 
     @property
     def capacity(self) -> int:
-        """Slots of the buffers, 0 before there are any."""
+        """Number of slots of the buffers, 0 before there are any."""
         return self._buffers[0].shape[_TOKENS] if self._buffers else 0
 
     @property
@@ -112,7 +112,7 @@ class KVLayer(DynamicLayer):
             self._move(self._buffers[0].shape[0], capacity, lambda held, place: place.copy_(held))
 
     def advance(self, tokens: int) -> None:
-        """The slots of the next `tokens` tokens have been written."""
+        """Declare that the slots of the next `tokens` tokens have been written."""
         self.end += tokens
 
     def reset(self) -> None:
@@ -132,14 +132,14 @@ class KVLayer(DynamicLayer):
         self._forget(self.get_seq_length() - plain.get_seq_length(), plain.keys.shape[_TOKENS])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Sequence i becomes what sequence `beam_idx[i]` was."""
+        """Make sequence i what sequence `beam_idx[i]` was."""
         if self._owned:
             self._gather(beam_idx)
         else:
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times in a row."""
+        """Repeat each sequence `repeats` times in a row."""
         if self._owned:
             self._gather(torch.arange(self.k_buffer.shape[0]).repeat_interleave(repeats))
         else:
@@ -160,7 +160,7 @@ class KVLayer(DynamicLayer):
             self._buffers = tuple([buffer.to(self.device, non_blocking=True) for buffer in self._buffers])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the tokens without the room to spare."""
+        """Leave spare capacity out of copies and pickles."""
         state = dict(vars(self))
         if self._owned:
             state |= {"_buffers": tuple([held.clone() for held in self._held()]), "begin": 0, "end": self.length}
@@ -174,7 +174,7 @@ class KVLayer(DynamicLayer):
         self._buffers, self.begin, self.end, self._owned = buffers, 0, end, False
 
     def _held(self) -> tuple[Tensor, ...]:
-        """The buffers as far as they hold tokens."""
+        """Return the part of the buffers that holds tokens."""
         if not self._owned:
             return self._buffers
         return tuple([buffer.narrow(_TOKENS, self.begin, self.length) for buffer in self._buffers])
@@ -188,7 +188,9 @@ class KVLayer(DynamicLayer):
         self._share(tuple(held))
 
     def _must_concatenate(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Autograd may save what earlier updates returned; other forms of states have torch.cat's rules and errors."""
+        """Return True if the update has to concatenate: autograd may save what earlier updates returned, and other
+        forms of states need torch.cat's rules and errors.
+        """
         k, v = self._buffers
         other_form = key_states.shape[:_TOKENS] != k.shape[:_TOKENS] or key_states.dtype != k.dtype
         follows = torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_transformed())
@@ -205,7 +207,7 @@ class KVLayer(DynamicLayer):
         return first
 
     def _first_seen(self) -> int:
-        """The slot of the oldest token that the next one may see."""
+        """Return the slot of the oldest token that the next one may see."""
         return self.begin
 
     def _forget(self, newest: int, left: int) -> None:
@@ -213,11 +215,11 @@ class KVLayer(DynamicLayer):
         self.begin = self.end - left
 
     def _encode(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, ...]:
-        """What the buffers hold of these states."""
+        """Encode these states as the buffers hold them."""
         return key_states, value_states
 
     def _decode(self, first: int) -> tuple[Tensor, Tensor]:
-        """Keys and values from the slot `first` on."""
+        """Return keys and values from the slot `first` on."""
         k, v = self._buffers
         if not self._owned:
             return k, v
@@ -278,7 +280,7 @@ class SlidingKVLayer(KVLayer, DynamicSlidingWindowLayer):
         self.cumulative_length -= newest
 
     def _records(self) -> bool:
-        """Whether tokens are kept for a crop to go back to (transformers 5)."""
+        """Return True if tokens are kept for a crop to go back to (transformers 5)."""
         return getattr(self, "record_past", False)
 
     def _first_seen(self) -> int:
@@ -338,7 +340,7 @@ class Int8SlidingKVLayer(Int8KVLayer, SlidingKVLayer):
 
 
 def _only_for_inference(buffer: Tensor) -> bool:
-    """Whether it was made in inference mode, outside which we now are: then it cannot be written (nor traced)."""
+    """Return True if it was made in inference mode and we are outside of it: it then cannot be written (nor traced)."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     return buffer.is_inference()

@@ -62,7 +62,7 @@ def register_paged() -> None:
 
 
 def why_not_paged(config: Any) -> str | None:
-    """The sentence why a model with this config keeps transformers' own paged attention, or None."""
+    """Return why a model with this config keeps transformers' own paged attention, or None."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None) is not None):
         return "its layers have a sliding window, whose pages have no block table"
