@@ -10,12 +10,12 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 8192;  // below this, waking a thread costs more than it saves
 
-// Is a taken before b, which stands before it?
+// True if a is chosen before b, which precedes it in the row.
 inline bool is_more(float a, float b) {
   return a > b || (a != a && b == b);
 }
 
-// scores[e] of one row's logits.
+// Compute scores[e] from one row's logits.
 template <class T>
 void score(const RouteParams& p, const T* logits, float* scores) {
   float largest = -__builtin_inff();
@@ -34,7 +34,7 @@ void score(const RouteParams& p, const T* logits, float* scores) {
   });
 }
 
-// All but the largest `top` become 0, whatever these are: who reads the weights has room for so many experts of a row.
+// Keep exactly `top` weights, the largest (NaN included), and zero the rest: readers have room for `top` per row.
 void keep_top(const RouteParams& p, float* scores) {
   float kept[kMostExperts] = {};
   int64_t chosen[kMostExperts];

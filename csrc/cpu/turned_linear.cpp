@@ -1,4 +1,4 @@
-// turned_linear on the CPU: columns of the result are lanes, so that a row of the weight is multiplied by one number.
+// turned_linear on the CPU (transposed weight): SIMD lanes are output columns; each weight row times a broadcast x.
 // strip    kWidth columns, whose sums lie in the L1 or L2 cache; kGroup rows of the weight at a time pass them by, each
 //          a stream of memory, and kBlock of them serve all rows of x before the next come.
 // sums     in fp32: kGroup products from left to right, then the groups, in an order that depends neither on the number
@@ -22,7 +22,7 @@ struct Strip {
   alignas(64) float x[kMostRows][kBlock];
 };
 
-// sums[r] += x[r][i … i + kG) · kG rows of w, for kR rows.
+// Accumulate kG rows of w into kR rows: sums[r] += x[r][i … i + kG) · w.
 template <int kR, int kG, class T>
 inline void group(Strip& s, int r, int i, const T* w, int64_t stride, int64_t n) {
   for_registers(n, [&](int64_t c, int m) {
@@ -52,7 +52,7 @@ void rows_of(Strip& s, int r, const T* w, int64_t stride, int count, int64_t n) 
   for (; i < count; ++i) group<kR, 1>(s, r, i, w + i * stride, stride, n);
 }
 
-// Columns [n0, n0 + n) of `rows` rows from r0 on.
+// Compute columns [n0, n0 + n) of `rows` rows, starting at row r0.
 template <class T>
 void strip(const TurnedLinearParams& p, int64_t r0, int rows, int64_t n0, int64_t n) {
   Strip s;

@@ -1,4 +1,4 @@
-// What a layer's steps read, checked against what the call brings; every sentence has the program's own names.
+// Check what a layer's steps read against the call's tensors; messages use the program's own names.
 #include <algorithm>
 
 #include "layer.h"
@@ -134,7 +134,7 @@ void Layer::bind_inputs() {
             ", expected 0 where there is no cache, and a number of tokens where one is");
 }
 
-// Is what the step reads made from an input that was not given?  It is `keep` that can do without it.
+// True if the step reads a value made from an absent input; only `keep` can do without it.
 bool Layer::skips(const Step& step) const {
   const bool of_rows = step.op == Op::linear || is_norm(step.op) || step.op == Op::scale || step.op == Op::clamp ||
                        step.op == Op::activation;
@@ -165,7 +165,7 @@ void Layer::check(const Step& step) {
   }
 }
 
-// A value that a step reads as rows.
+// Return a value that a step reads as rows.
 Value& Layer::rows_of(int value, const Step& step) {
   Value& v = values_[value];
   if (v.held != Held::no && step.op != Op::attention)
@@ -220,7 +220,7 @@ void Layer::check_norm(const Step& step) {
   make(step.results[0], x.columns, x.length);
 }
 
-// A tensor [experts, ...] as the first expert's.
+// View a tensor [experts, ...] as the first expert's.
 Array Layer::first_expert(const Array& t) {
   Array one = t;
   if (!t || t.dims < 1) return one;
@@ -289,7 +289,7 @@ Weight Layer::weight_of(const Place& place, int64_t k, bool of_experts) const {
   return weight;
 }
 
-// Points it at the tensors of the present layer.
+// Point the weight at the tensors of the current layer.
 void Layer::point(Weight& weight) const {
   const Array* const tensors = &parameters_[weight.first];
   const auto at = [&weight](const Array& t, int64_t stride) {
@@ -456,7 +456,7 @@ const Array& Layer::vector_of(int parameter, int64_t size) const {
   return found;
 }
 
-// What is added to the scores, and hides them.
+// Check the bias and mask of the scores.
 void Layer::check_scores(const Step& step, int64_t heads, int64_t keys) const {
   if (const Array* const mask = mask_of(step)) check_mask(*mask, name(step.values[3]).c_str(), heads, keys);
   if (step.values.size() > 3 && !values_[step.values[3]].array)
@@ -499,7 +499,7 @@ bool Layer::is_native(const Weight& weight, int64_t rows) const {
          (weight.type == WeightType::s8 || weight.type == WeightType::packed || linear_takes_many_rows(weight.type));
 }
 
-// Does a launcher's product do all that the step does with it?
+// True if the launcher's epilogue does everything that the step does with the product.
 bool Layer::fuses(size_t index, size_t place) const {
   const Step& step = program_.steps[index];
   const Weight& weight = weights_[first_weight_[index] + place];

@@ -49,7 +49,7 @@ struct Entries {
   }
 };
 
-// Where the memory of a step lies in pieces.
+// Offsets of a step's buffers in its scratch memory.
 struct Room {
   int64_t x, gate, up, y, bytes;
 
@@ -63,7 +63,7 @@ struct Room {
   }
 };
 
-// One expert's part of a weight.
+// View of one expert's slice of a weight.
 Weight expert_of(Weight weight, int64_t e, int64_t element_bytes) {
   const int64_t bytes = weight.type == WeightType::s8 ? 1 : element_bytes;
   weight.w = static_cast<const char*>(weight.w) + e * weight.expert_stride * bytes;
@@ -163,7 +163,7 @@ void Layer::run_experts(size_t index) {
                  *threads_);
 }
 
-// Rows of x one behind the other.
+// Gather rows of x contiguously.
 Matrix Layer::gather(const Value& x, const int32_t* which, int64_t count, char* to) {
   const auto row = [&](int64_t i) { return static_cast<char*>(x.at.data) + which[i] * x.at.stride * element_bytes(); };
   if (count == 1 || count == rows(x)) return {.data = row(0), .stride = x.at.stride};
@@ -174,7 +174,7 @@ Matrix Layer::gather(const Value& x, const int32_t* which, int64_t count, char* 
   return {.data = to, .stride = x.columns};
 }
 
-// y = down(activation(gate(x)) · up(x)) of `count` rows.
+// Compute y = down(activation(gate(x)) · up(x)) for `count` rows.
 void Layer::run_expert(size_t index, int64_t e, int64_t count, const Matrix& x, Matrix gate, Matrix up, Matrix y) {
   const Step& step = program_.steps[index];
   const StepScratch& scratch = scratch_[index];

@@ -42,7 +42,7 @@ struct Weight {
   int64_t period = 0, from = 0, width = 0;  // rows from … from + width of every `period`; period 0: all n
   WeightType type = WeightType::f32;
   PackedWeight packed = {};                                 // of its type
-  bool turned = false;                                      // rows are neighbours, and columns `stride` apart
+  bool turned = false;                                      // transposed: rows are adjacent, columns `stride` apart
   bool w8a8 = false;                                        // of s8: the input is rounded to int8 as well
   int64_t experts = 0, expert_stride = 0, expert_rows = 0;  // of a weight [experts, n, k]; 0: of one [n, k]
 
@@ -77,10 +77,10 @@ class Layer {
   // The form of the index-th layer of a call.  Throws Invalid or NotServed.  The call outlives it.
   Layer(const Call& call, size_t index, std::span<const Array> parameters);
 
-  // Whether the index-th layer of the call, with these parameters, has this form.
+  // True if the index-th layer of the call, with these parameters, has this form.
   bool fits(size_t index, std::span<const Array> parameters) const;
 
-  // Whether the launchers make every product.
+  // True if the launchers compute every product.
   bool is_native() const;
 
   int64_t scratch_bytes() const { return arena_.bytes(); }
@@ -148,7 +148,7 @@ class Layer {
   void run_step(size_t index);
   void run_norm(const Step& step);
   void run_linear(size_t index);
-  // What a product is added to, or where that is done apart, nothing.
+  // The residual that the product's epilogue adds; empty if it is added separately.
   struct Epilogue {
     Activation activation = Activation::none;
     Matrix residual = {};
@@ -221,7 +221,7 @@ class Layer {
 // The first of a step's weights that is rows of a period of the same tensor; its product serves them all.
 size_t first_of_whole(std::span<const Weight> weights, size_t index);
 
-// Those of the index-th layer of a call.
+// Parameters of the index-th layer of a call.
 std::span<const Array> caches_of(const Call& call, size_t index);
 
 }  // namespace llmkern::layers

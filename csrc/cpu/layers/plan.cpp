@@ -28,7 +28,7 @@ void Layer::plan() {
   }
 }
 
-// Who makes codes: what every reader multiplies in int8, and nobody reads otherwise.
+// Choose the values stored as int8 codes: those that every reader multiplies in int8.
 void Layer::plan_codes() {
   for (const Step& step : program_.steps)
     for (const int result : step.results)
@@ -65,7 +65,7 @@ bool Layer::waits(size_t index) const {
   return values_[step.results[0]].is_codes || (step.residual != kNone && !fuses(index, 0));
 }
 
-// Does the next step, a norm, add this product to its residual?  A launcher's product does that itself.
+// True if the next step, a norm, adds this product to its residual; a launcher's epilogue adds it itself.
 bool Layer::defers(size_t index) const {
   const Step& step = program_.steps[index];
   if (step.op != Op::linear || step.residual == kNone || step.activation != Activation::none || step.multiplier != 1 ||
@@ -77,7 +77,7 @@ bool Layer::defers(size_t index) const {
   return is_norm(next.op) && !next.adds && !next.dim && next.values[0] == step.results[0];
 }
 
-// Is the last step's result made where the layer's is to be, which may be where hidden lies?
+// True if the last step writes directly to the layer's output, which may alias hidden.
 bool Layer::may_write_out(const Step& step) const {
   if (std::find(step.results.begin(), step.results.end(), program_.result) == step.results.end()) return false;
   const bool reads_hidden = std::find(step.values.begin(), step.values.end(), 0) != step.values.end();
@@ -85,7 +85,7 @@ bool Layer::may_write_out(const Step& step) const {
          step.op == Op::scale || step.op == Op::clamp || step.op == Op::activation;
 }
 
-// Of the workspace that the launchers need for these products.
+// Bytes of workspace that the launchers need for these products.
 int64_t Layer::linear_bytes(std::span<const Weight> weights, int64_t count) const {
   int64_t bytes = 0;
   for (const Weight& w : weights)
@@ -94,7 +94,7 @@ int64_t Layer::linear_bytes(std::span<const Weight> weights, int64_t count) cons
   return bytes;
 }
 
-// Of whole products, of which only rows of a period are taken.
+// Bytes for whole products of which only the rows of a period are used.
 int64_t Layer::whole_bytes(std::span<const Weight> weights, int64_t count) const {
   int64_t bytes = 0;
   for (size_t j = 0; j < weights.size(); ++j)
@@ -110,7 +110,7 @@ void Layer::place(int value, int64_t bytes) {
   v.owned = true;
 }
 
-// `value` lies where `from` lies, if nobody reads that any more.
+// Place `value` in the memory of `from`, if nothing reads `from` any more.
 bool Layer::steal(int value, int from, int step) {
   Value &v = values_[value], &f = values_[from];
   if (writes_out_ && value == program_.result) return false;
@@ -174,7 +174,7 @@ void Layer::plan_step(size_t index) {
   }
 }
 
-// Gives back what nobody reads after this step.
+// Free the values that nothing reads after this step.
 void Layer::release(int step) {
   StepScratch& scratch = scratch_[step];
   const Step& of = program_.steps[step];
@@ -203,14 +203,14 @@ void Layer::release(int step) {
     }
 }
 
-// Which of the caches it goes to.
+// Index of the cache that the value is written to.
 size_t Layer::cache_index(int value) const {
   for (const Step& step : program_.steps)
     if (step.op == Op::append) return step.values[0] == value ? 0 : 1;
   return 0;
 }
 
-// Is a value made where the cache has its place for it?
+// True if the value is computed directly in its cache slot.
 bool Layer::goes_to_cache(int value) const {
   if (!cached() || int8_cache() || values_[value].reads != 1) return false;
   const auto appends = [&](const Step& step) {

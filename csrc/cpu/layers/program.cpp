@@ -128,7 +128,7 @@ std::vector<std::string_view> split(std::string_view text, char separator) {
   return parts;
 }
 
-// What a sentence quotes of a text: printable and short.
+// Quote a text in a message: printable and short.
 std::string quoted(std::string_view text) {
   std::string shown;
   for (const char c : text.substr(0, 80)) shown += c >= ' ' && c <= '~' ? c : '?';

@@ -180,7 +180,7 @@ void Layer::multiply(const Matrix& x, int64_t count, std::span<const Weight> wei
     if (weights[j].period) take_rows(weights[j], wholes[first_of_whole(weights, j)], outs[j], count);
 }
 
-// What the launcher of a product does with it.
+// Return the epilogue of a product's launcher.
 Layer::Epilogue Layer::epilogue(size_t index, size_t place) const {
   if (!fuses(index, place)) return {};
   const Step& step = program_.steps[index];
@@ -188,7 +188,7 @@ Layer::Epilogue Layer::epilogue(size_t index, size_t place) const {
   return {step.activation, values_[step.residual].at, static_cast<float>(step.multiplier)};
 }
 
-// The rows of a period, as the columns of `count` rows that they have made.
+// Select the columns that the rows of a period produced, in `count` rows.
 void Layer::take_rows(const Weight& weight, const Matrix& whole, const Matrix& out, int64_t count) {
   launch_kv_append(
       {
@@ -223,7 +223,7 @@ void Layer::run_linear(size_t index) {
     if (!fuses(index, j)) finish(index, j, products[j], step.gated ? &products[1] : nullptr);
 }
 
-// What follows a product apart from it.
+// Run what the product's epilogue does not do.
 void Layer::finish(size_t index, size_t result, const Matrix& product, const Matrix* up) {
   const Step& step = program_.steps[index];
   Value& made = values_[step.results[result]];
@@ -329,7 +329,7 @@ void Layer::append(const Value& x, const Array& cache, const Array& scale, int64
       *threads_);
 }
 
-// The cache's codes as numbers, [batch, heads, keys, dim].
+// Dequantize the cache's codes, [batch, heads, keys, dim].
 void Layer::read(int which, char* to) {
   const Array &cache = caches_[which], &scale = caches_[2 + which];
   const int64_t heads = cache.size[1], keys = call_.past + length_, dim = cache.size[3];

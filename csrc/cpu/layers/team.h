@@ -77,7 +77,7 @@ class Team {
     for (int turns = 0; finished_.load(std::memory_order_acquire) != pieces; ++turns) wait(turns);
   }
 
-  // Pieces one after the other until none is left; whether there was one.
+  // Run pieces until none is left; return true if there was one.
   bool take_pieces() {
     bool any = false;
     while (is_left(claims_.load(std::memory_order_relaxed))) {
