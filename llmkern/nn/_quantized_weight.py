@@ -294,7 +294,7 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-"""What register_forward_hook and its like write to."""
+"""Attributes that register_forward_hook and similar methods write to."""
 
 
 def with_hooks(module: Module, like: nn.Module) -> Module:

@@ -166,11 +166,11 @@ def _plain(values: Any) -> Any:
 
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 _WRITERS = frozenset({_SET_DATA, Tensor.__setitem__})
-"""What writes without an operator that could be dispatched on."""
+"""Functions that write without calling an operator that could be dispatched on."""
 
 _GRADIENTS = frozenset({Tensor.requires_grad.__set__, Tensor.requires_grad_})  # type: ignore[attr-defined]
 
 _MEMORY = frozenset(
     {Tensor.data_ptr, Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.untyped_storage, Tensor.__dlpack__}
 )
-"""What looks at the memory itself."""
+"""Functions that read the memory itself."""
