@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ["Observed", "observe"]
 
 MAX_ROWS = 256
-"""Of a layer's inputs, kept to measure its output error on."""
+"""Rows of a layer's inputs that are kept to measure its output error."""
 
 
 @dataclass

@@ -51,12 +51,12 @@ class Awaiting(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What has been loaded, by name."""
+        """Return what has been loaded, by name."""
         return {name: tensor.detach() for name, tensor in self._parameters.items() if tensor is not None}
 
     @property
     def is_filled(self) -> bool:
-        """Whether there are values."""
+        """Return True if there are values."""
         return not any(tensor.is_meta for tensor in self.tensors.values())
 
     def finish(self) -> nn.Module:

@@ -28,7 +28,7 @@ that counts beside it; else in fp32."""
 
 
 def why_not_in_blocks(rows: int, columns: int, group: int) -> str | None:
-    """The sentence why a weight of this size has no such blocks, or None."""
+    """Return why a weight of this size has no such blocks, or None."""
     if columns % group:
         return f"its {columns} columns are no multiple of {group}"
     return None if rows else "its weight has no elements"
@@ -88,7 +88,7 @@ class Grid:
         return (_quotient(groups, scale) + shift).round().clamp(0, 15)
 
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """What codes stand for."""
+        """Levels that the codes represent."""
         return (codes - (8 if zero is None else zero)) * scale
 
     def packed(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> PackedWeight:

@@ -45,7 +45,7 @@ def read_pack_quantized(tensors: Tensors, bits: int) -> tuple[PackedWeight, Tens
 
 
 def why_not_pack_quantized(packed: PackedWeight) -> str | None:
-    """The sentence why `write_pack_quantized` does not take a weight, or None."""
+    """Return why `write_pack_quantized` does not take a weight, or None."""
     if packed.code not in ("s4", "s8", "u4"):
         return f"codes {packed.code!r} have no place in compressed-tensors' format"
     if packed.offset is not None or packed.super_scale is not None:
