@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlparse
@@ -213,6 +214,8 @@ def test_a_key_is_asked_for(tokenizer: Any) -> None:
 
 def test_a_request_that_takes_too_long_is_a_504(tokenizer: Any) -> None:
     with serving(tiny_model(), tokenizer, timeout=0.1) as served:
+        step = served.engine.manager._on_step
+        served.engine.manager._on_step = lambda arrived: (time.sleep(0.02), step(arrived))  # as a larger model does
         answer = post(served, CHAT, json=GOOD | {"max_tokens": 450})
         assert answer.status_code == 504
         assert "0.1 seconds" in answer.json()["error"]["message"]
