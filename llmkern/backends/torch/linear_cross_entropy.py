@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmkern.backends.torch import TORCH
+from llmkern.backends.torch._linear_loss import with_gradients
 from llmkern.backends.torch.cross_entropy import cross_entropy
 from llmkern.dispatch import implements
 
@@ -28,20 +28,15 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With gradients of its own it is asked for them without autograd."""
     head = weight if weight_scale is None else (weight * weight_scale).to(hidden.dtype)
-    leaves = [hidden] if hidden_grad else []
-    leaves += [t for t in (head, bias) if t is not None] if weight_grad else []
-    if not leaves:
+    if not (hidden_grad or weight_grad):
         numbers = (ignore_index, label_smoothing, z_loss, softcap, "none")
         loss, _ = cross_entropy(F.linear(hidden, head, bias), labels, class_weight, *numbers)
         loss = loss if scale is None else loss * scale
         none = hidden.new_empty(0)
         return loss.sum() if reduction == "sum" else loss, none, none.clone(), none.clone()
-    with torch.enable_grad():
-        x, w = hidden.detach().requires_grad_(hidden_grad), head.detach().requires_grad_(weight_grad)
-        b = None if bias is None else bias.detach().requires_grad_(weight_grad)
+
+    def forward(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call = (x, w, b, None, labels, class_weight, scale, ignore_index, label_smoothing, z_loss, softcap)
-        loss, *empty = linear_cross_entropy(*call, reduction, False, False)
-    wanted = {i: t for i, t in enumerate((x, w, b)) if t is not None and t.requires_grad}
-    for i, gradient in zip(wanted, torch.autograd.grad(loss.sum(), list(wanted.values())), strict=True):
-        empty[i] = gradient.contiguous()
-    return loss.detach(), *empty
+        return linear_cross_entropy(*call, reduction, False, False)
+
+    return with_gradients(forward, hidden, head, bias, hidden_grad, weight_grad)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkern.backends.torch import TORCH
+from llmkern.backends.torch._linear_loss import with_gradients
 from llmkern.dispatch import implements
 from llmkern.ops._loss import loss_dtype
 
@@ -25,10 +26,8 @@ def linear_kl_div(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With gradients of its own it is asked for them without autograd."""
-    leaves = [hidden] if hidden_grad else []
-    leaves += [t for t in (weight, bias) if t is not None] if weight_grad else []
     wide, none = loss_dtype(hidden), hidden.new_empty(0)
-    if not leaves:
+    if not (hidden_grad or weight_grad):
         student = (F.linear(hidden, weight, bias).to(wide) / temperature).log_softmax(-1)
         teacher = (F.linear(teacher_hidden, teacher_weight, teacher_bias).to(wide) / temperature).log_softmax(-1)
         left, right = (student, teacher) if reverse else (teacher, student)
@@ -37,12 +36,9 @@ def linear_kl_div(
         rows = torch.where(left == -torch.inf, 0, words).sum(-1) * temperature**2
         loss = torch.where(scale == 0, 0, rows * scale)
         return loss.sum() if reduction == "sum" else loss, none, none.clone(), none.clone()
-    with torch.enable_grad():
-        x, w = hidden.detach().requires_grad_(hidden_grad), weight.detach().requires_grad_(weight_grad)
-        b = None if bias is None else bias.detach().requires_grad_(weight_grad)
+
+    def forward(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         teacher_head = (teacher_hidden, teacher_weight, teacher_bias)
-        loss, *empty = linear_kl_div(x, w, b, *teacher_head, scale, temperature, reverse, reduction, False, False)
-    wanted = {i: t for i, t in enumerate((x, w, b)) if t is not None and t.requires_grad}
-    for i, gradient in zip(wanted, torch.autograd.grad(loss.sum(), list(wanted.values())), strict=True):
-        empty[i] = gradient.contiguous()
-    return loss.detach(), *empty
+        return linear_kl_div(x, w, b, *teacher_head, scale, temperature, reverse, reduction, False, False)
+
+    return with_gradients(forward, hidden, weight, bias, hidden_grad, weight_grad)
