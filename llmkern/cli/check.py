@@ -42,7 +42,7 @@ class Check:
     """What `llmkern check` found.
 
     perplexity: of "original", "optimized", and what was asked for: the scheme's name, and "int8 cache" for the
-        optimized model with one; None where a model has none.
+        optimized model with one; None for models without one.
     quantized: the report of quantizing, where that was asked for.
     divergence: of the quantized model from the original, where the model has a perplexity.
     speed: of the optimized and the quantized model, likewise.

@@ -148,7 +148,7 @@ def _load(name: str, dtype: torch.dtype | None, packed: bool) -> Loaded:
 
 
 def _tokenizer(transformers: Any, source: str, options: dict[str, str]) -> Any:
-    """The checkpoint's tokenizer; None where it has none."""
+    """Load the checkpoint's tokenizer, or return None if it has none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         # A folder without a tokenizer's files gives one to which every word is unknown.

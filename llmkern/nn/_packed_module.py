@@ -20,9 +20,9 @@ class PackedModule(QuantizedWeight):
 
     codes: frozen uint8 Parameter, as `PackedWeight.codes`; state dicts call it `weight`.
     weight_scale, weight_zero, weight_offset, weight_super_scale, weight_super_offset: buffers, as in `PackedWeight`;
-        None where the format has none.
+        None for formats without one.
     permutation: int32 [columns], the column of the input that each column of the packed weight is multiplied with;
-        None where they are in order.
+        None for columns in order.
     code: a name in `llmkern.packed.CODES`.  kind: what the format is called in reports.
     """
 

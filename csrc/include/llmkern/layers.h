@@ -100,7 +100,7 @@ size_t tensors_of(const Program& program);
 bool appends(const Program& program);
 bool keeps(const Program& program);
 
-// Of a layer: keys, values, and their scales where they are int8 codes; then keys and values that are kept.
+// Arrays of one layer: keys, values, and for int8 codes their scales; then the keys and values that are kept.
 inline constexpr size_t kCaches = 6, kKeptCache = 4;
 
 // A product that another library makes: x [rows, k], rows x_stride elements apart, times weight [n, k], rows w_stride

@@ -63,7 +63,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def columns(self, path: Path) -> list[str] | None:
-        """Names that each row has; None where every row has its own."""
+        """Names of the columns, or None for files whose rows each name their own."""
 
     @abc.abstractmethod
     def write(self, path: Path, piece: Slice, task: str, answers: list[dict[str, Any]]) -> None:
