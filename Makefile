@@ -39,6 +39,9 @@ PYTHON ?= python3
 # Small kernels leave a GPU room for several processes; their Python, which takes the time, needs cores.
 GPU_WORKERS = $(shell $(PYTHON) -c 'import xdist' 2> /dev/null && echo -n 4 --dist worksteal)
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
+# Schemes beside llama.cpp, and one file run by both: on weights that lie on no grid of four bits.
+FOUR_BITS := sdpa,llmkern-int8,llmkern-int8-block,llmkern-int4,llama.cpp-Q8_0,llama.cpp-Q4_0,llama.cpp-Q4_K_M,$\
+	llmkern-gguf-Q8_0,llmkern-gguf-Q4_0,llmkern-gguf-Q4_K_M,openvino-int4
 
 .PHONY: install built test t fuzz demo bench gpu sanitize wheel lint format clean
 .DELETE_ON_ERROR:
@@ -72,6 +75,7 @@ demo:
 bench: install
 	@$(BENCH) ops --quick --device cpu --record benchmarks
 	@$(BENCH) model demo:smollm2 --device cpu --tokens 20480 --record benchmarks
+	@$(BENCH) model demo:smollm2-offgrid --device cpu --variants $(FOUR_BITS) --record benchmarks
 	@$(BENCH) model demo:minilm --device cpu --record benchmarks
 	@$(BIN)/python tools/generate.py
 

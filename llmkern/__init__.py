@@ -16,7 +16,7 @@ from llmkern.verify import Accuracy, verify
 
 if TYPE_CHECKING:
     from llmkern.integrations.transformers.cache import KVCache
-    from llmkern.quantization.transformers_quantizer import Int8Config, QuantConfig
+    from llmkern.quantization.transformers_quantizer import Int8Config, PackedConfig, QuantConfig
 
     __version__: str
 
@@ -27,6 +27,7 @@ __all__ = [
     "Int8",
     "Int8Config",
     "KVCache",
+    "PackedConfig",
     "PruneReport",
     "QuantConfig",
     "QuantReport",
@@ -62,7 +63,7 @@ def __getattr__(name: str) -> Any:
         from llmkern.integrations.transformers import kv_cache
 
         return kv_cache()
-    if name in ("Int8Config", "QuantConfig"):
+    if name in ("Int8Config", "PackedConfig", "QuantConfig"):
         from llmkern.integrations.transformers import quantization_config
 
         return quantization_config(name)

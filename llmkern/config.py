@@ -12,6 +12,8 @@ LLMKERN_STRICT           0           1: raise where no kernel backend (cuda, tri
                                      instead of falling back to PyTorch
 LLMKERN_BATCH_INVARIANT  0           1: a row's bits never depend on the rows beside it; backends that do not promise
                                      that refuse, and linear layers of many rows take longer
+LLMKERN_KEEP_PACKED      0           1: transformers' ``from_pretrained`` keeps the codes of GGUF files, GPTQ, AWQ and
+                                     compressed-tensors checkpoints, as with ``llmkern.PackedConfig()``
 LLMKERN_DEBUG            0           1: the command line shows the traceback of every error, not only its line
 LLMKERN_API_KEY          (none)      the key that ``llmkern serve`` asks for, as its option --api-key
 LLMKERN_LIBRARY          (none)      path of the native library to load instead of the one in the package
@@ -48,6 +50,7 @@ class Settings:
     backend: str | None = None
     strict: bool = False
     batch_invariant: bool = False
+    keep_packed: bool = False
     debug: bool = False
     library: str | None = None
     cpu_isa: str | None = None
@@ -73,9 +76,11 @@ def _flag(name: str) -> bool:
     return value == "1"
 
 
-def _flags() -> tuple[bool, bool, bool]:
-    strict, debug, batch_invariant = map(_flag, ("LLMKERN_STRICT", "LLMKERN_DEBUG", "LLMKERN_BATCH_INVARIANT"))
-    return strict, debug, batch_invariant
+_FLAGS = ("strict", "debug", "batch_invariant", "keep_packed")
+
+
+def _flags() -> dict[str, bool]:
+    return {name: _flag(f"LLMKERN_{name.upper()}") for name in _FLAGS}
 
 
 settings = Settings()
@@ -86,12 +91,11 @@ def reload() -> Settings:
 
     Raises ValueError for a value that is not accepted, and has changed nothing then.
     """
-    strict, debug, batch_invariant = _flags()
+    flags = _flags()
     settings.__class__ = Settings
     settings.backend = os.environ.get("LLMKERN_BACKEND") or None
-    settings.strict = strict
-    settings.batch_invariant = batch_invariant
-    settings.debug = debug
+    for name, value in flags.items():
+        setattr(settings, name, value)
     settings.library = os.environ.get("LLMKERN_LIBRARY") or None
     settings.cpu_isa = os.environ.get("LLMKERN_CPU_ISA") or None
     settings.cache = os.environ.get("LLMKERN_CACHE") or Settings.cache

@@ -30,7 +30,7 @@ def test_values_are_read_again(environment: pytest.MonkeyPatch) -> None:
     assert [found[name] for name in ("backend", "strict", "debug", "cache")] == ["torch", True, False, "somewhere"]
 
 
-@pytest.mark.parametrize("name", ["LLMKERN_STRICT", "LLMKERN_DEBUG", "LLMKERN_BATCH_INVARIANT"])
+@pytest.mark.parametrize("name", ["LLMKERN_STRICT", "LLMKERN_DEBUG", "LLMKERN_BATCH_INVARIANT", "LLMKERN_KEEP_PACKED"])
 def test_a_flag_is_0_or_1(environment: pytest.MonkeyPatch, name: str) -> None:
     before = asdict(config.settings)
     environment.setenv("LLMKERN_CACHE", "somewhere")

@@ -1,7 +1,8 @@
-"""llmkern's own model variants: as the dispatcher chooses, quantized, and on each backend alone."""
+"""llmkern's own model variants: chosen by the dispatcher, quantized, on a GGUF file's blocks, on each backend alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llmkern import dispatch
@@ -30,6 +31,19 @@ def _quantized(scheme: str, *, int8: bool, quick: bool) -> None:
 _quantized("int8", int8=True, quick=True)
 _quantized("int8-block", int8=True, quick=False)
 _quantized("int4", int8=False, quick=False)
+
+
+def _of_file(kind: str) -> None:
+    @OURS.variant(f"llmkern-gguf-{kind}", kinds=("causal",), int8=kind == "Q8_0", quick=False, default=kind == "Q8_0")
+    def of_file(spec: Any) -> Any:
+        from llmkern.bench.gguf_models import file_of
+        from llmkern.bench.variants import optimized_runner
+
+        return optimized_runner(replace(spec, model=str(file_of(spec, kind))), packed=True)
+
+
+for _kind in ("Q8_0", "Q4_0", "Q4_K_M"):
+    _of_file(_kind)
 
 
 def _register(backend: str) -> None:

@@ -136,7 +136,7 @@ def _transformers(setting: Setting, port: int) -> list[str]:
 
 
 def _llama_cpp(setting: Setting, port: int) -> list[str]:
-    from llmkern.bench.peers.llama_cpp import file_of
+    from llmkern.bench.gguf_models import file_of
 
     spec = SimpleNamespace(model=setting.model, threads=setting.threads)
     program = f"""

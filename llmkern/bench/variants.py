@@ -96,9 +96,9 @@ def kind_of(config: Any) -> str:
     return "encoder"
 
 
-def loaded_model(spec: Spec) -> Loaded:
+def loaded_model(spec: Spec, *, packed: bool = False) -> Loaded:
     if spec.model is not None:
-        return load(spec.model, dtype=spec.dtype_name, device=spec.device_name)
+        return load(spec.model, dtype=spec.dtype_name, device=spec.device_name, packed=packed)
     return Loaded(str(spec.config), _random_model(spec), None)
 
 
@@ -169,14 +169,16 @@ def transformers_runner(
     compiled: str | None = None,
     change: Callable[[nn.Module, Loaded], nn.Module] = lambda model, loaded: model,
     cache: Callable[[Any], Any] | None = None,
+    packed: bool = False,
 ) -> Runner:
     """The model, changed by `change`.
 
     compiled: torch.compile's backend.  cache: takes the config, makes a key-value cache; transformers' own without.
+    packed: whether the blocks of a .gguf file are kept.
     """
     from transformers import DynamicCache, StaticCache
 
-    loaded = loaded_model(spec)
+    loaded = loaded_model(spec, packed=packed)
     if attention is not None:
         loaded.model.set_attn_implementation(attention)  # type: ignore[operator]
     model = change(loaded.model, loaded)
@@ -192,8 +194,13 @@ def transformers_runner(
     return TransformersRunner(model, spec, forward, make)
 
 
-def optimized_runner(spec: Spec, *, scheme: str | None = None, backend: str | None = None) -> Runner:
-    """The model with kernels swapped in, quantized before by `scheme`, every call forced on `backend`, where given."""
+def optimized_runner(
+    spec: Spec, *, scheme: str | None = None, backend: str | None = None, packed: bool = False
+) -> Runner:
+    """The model with kernels swapped in, quantized before by `scheme`, every call forced on `backend`, where given.
+
+    packed: as of `transformers_runner`.
+    """
     from llmkern import KVCache
     from llmkern.config import settings
 
@@ -204,4 +211,4 @@ def optimized_runner(spec: Spec, *, scheme: str | None = None, backend: str | No
         settings.backend = backend if backend is not None else settings.backend
         return model
 
-    return transformers_runner(spec, change=change, cache=KVCache)
+    return transformers_runner(spec, change=change, cache=KVCache, packed=packed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from llmkern.quantization.schemes import Scheme, scheme_to_dict
 from llmkern.quantization.undo import undoing
 from llmkern.swap.derive import original_class
 
-__all__ = ["describe_in_config", "forget_in_config", "load", "load_", "packed_layers"]
+__all__ = [
+    "describe_in_config",
+    "forget_in_config",
+    "load",
+    "load_",
+    "packed_layers",
+    "readable",
+    "refuse_wrong_values",
+    "tensor_names",
+]
 
 OURS = ("_extra_state", "_floating")
 """State of a quantized module that the config has too, or that has no values: not in checkpoints."""
@@ -193,10 +202,7 @@ def _loaded(what: str, directory: Path, model_class: Any, options: dict[str, Any
             raise ValueError(f"{what}: {directory} {says} {keys[0]}")
     for key, given, expected in found["mismatched_keys"]:
         raise ValueError(f"{what}: {directory} has {key} of shape {list(given)}, expected {list(expected)}")
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            for wrong in module.wrong_values(f"{path}."):
-                raise ValueError(f"{what}: {directory}: {wrong}")
+    refuse_wrong_values(f"{what}: {directory}", model)
     return model
 
 
@@ -205,40 +211,82 @@ def _description(what: str, directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{what}: {directory} is no folder")
     if not any(directory.glob("*.safetensors")):
         raise FileNotFoundError(f"{what}: {directory / 'model.safetensors'} does not exist")
+    config = directory / "config.json"
     try:
-        description: dict[str, Any] = json.loads((directory / "config.json").read_text())["quantization_config"]
-        method = description["quant_method"]
-        if method in ("gptq", "awq"):
-            description = _by_names(directory, description)
-        elif method != "compressed-tensors" or not description["config_groups"]:
-            raise KeyError("config_groups")
-        for group in groups_of(description):
-            format_of_group(group)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        description = json.loads(config.read_text())["quantization_config"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{what}: {directory / 'config.json'} does not describe a quantized model ({type(error).__name__}: {error})"
+            f"{what}: {config} does not describe a quantized model ({type(error).__name__}: {error})"
         ) from None
+    return readable(what, config, description, directory.glob("*.safetensors"))
+
+
+def readable(what: str, place: str | Path, description: Any, files: Iterable[str | Path]) -> dict[str, Any]:
+    """Return the description of a quantized checkpoint, by anyone, as config groups that name its layers.
+
+    files: the checkpoint's safetensors files.  place: what errors name.
+    Raises ValueError with one line where llmkern does not read such a checkpoint.
+    """
+    try:
+        if description["quant_method"] in ("gptq", "awq"):
+            description = _by_names(files, description)
+        elif description["quant_method"] != "compressed-tensors" or not description["config_groups"]:
+            raise KeyError("config_groups")
+        groups = groups_of(description)
+        refused = _refused(description)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{what}: {place} does not describe a quantized model ({type(error).__name__}: {error})"
+        ) from None
+    try:
+        for group in groups:
+            format_of_group(group)
+        if refused:
+            raise ValueError(refused)
     except ValueError as error:
-        raise ValueError(f"{what}: {directory} is no quantized model that llmkern reads: {error}") from None
-    return description
+        raise ValueError(f"{what}: {place} is no quantized model that llmkern reads: {error}") from None
+    return dict(description)
 
 
-def _by_names(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _refused(description: dict[str, Any]) -> str:
+    """Return what a compressed-tensors description asks for beyond weights, or ""."""
+    if description.get("kv_cache_scheme"):
+        return "its kv_cache_scheme is set, expected none"
+    sparsity = (description.get("sparsity_config") or {}).get("format") or "dense"
+    return "" if sparsity == "dense" else f"its sparsity_config has format {sparsity!r}, expected 'dense'"
+
+
+def _by_names(files: Iterable[str | Path], config: dict[str, Any]) -> dict[str, Any]:
     """List the layers that have a `qweight` in the checkpoint: GPTQ's and AWQ's configs do not name layers."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            names |= set(opened.keys())
+    names = tensor_names(files)
     paths = [name.removesuffix(".qweight") for name in sorted(names) if name.endswith(".qweight")]
     group = {
         **{key: config.get(key) for key in ("bits", "group_size", "sym", "checkpoint_format", "version")},
         "format": config["quant_method"],
         "targets": paths,
         "biased": [path for path in paths if f"{path}.bias" in names],
+        "ordered": [path for path in paths if f"{path}.g_idx" in names],
     }
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+def tensor_names(files: Iterable[str | Path]) -> set[str]:
+    """Return the names of all tensors in these safetensors files."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    return names
+
+
+def refuse_wrong_values(what: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the tensor, where a quantized layer was loaded with values that have no meaning."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            for wrong in module.wrong_values(f"{path}."):
+                raise ValueError(f"{what}: {wrong}")
 
 
 @contextlib.contextmanager

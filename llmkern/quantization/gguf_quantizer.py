@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import modeling_gguf_pytorch_utils as names
-from transformers.quantizers import auto
-from transformers.utils import quantization_config as configs
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from llmkern.nn import PackedEmbedding, PackedLinear
 from llmkern.nn.quantized_linear import is_conv1d, weight_out_in
@@ -25,23 +24,15 @@ from llmkern.quantization.formats._awaiting import Awaiting, awaiting_embedding,
 from llmkern.quantization.formats.gguf import GGUF_TYPES
 from llmkern.quantization.gguf_file import GgufFile, check_scales
 from llmkern.quantization.layers import places_of, put
-from llmkern.quantization.transformers_quantizer import finish_loading
+from llmkern.quantization.transformers_quantizer import PackedConfig, finish_loading
 
-__all__ = ["GgufConfig", "PackedGgufQuantizer"]
+__all__ = ["PackedGgufQuantizer", "load_gguf"]
 
-_Stock: Any = auto.AUTO_QUANTIZER_MAPPING["gguf"]
 ROPE_FACTORS = "rope_freqs.weight"
 """What each frequency of the rotation is divided by; no parameter of a transformers model."""
 
 
-class GgufConfig(configs.GgufConfig):
-    """Have `from_pretrained(folder, gguf_file=…)` keep the file's blocks, to be computed on by llmkern's kernels."""
-
-    def __init__(self, gguf_file: str | None = None, **others: Any) -> None:
-        super().__init__(gguf_file=gguf_file, dequantize=False)
-
-
-class PackedGgufQuantizer(_Stock):
+class PackedGgufQuantizer(GgufHfQuantizer):
     """Loads a GGUF file into packed modules; takes itself away afterwards."""
 
     file: GgufFile
@@ -51,6 +42,11 @@ class PackedGgufQuantizer(_Stock):
         self.file = GgufFile(gguf_file)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not hasattr(self, "file"):  # no gguf_file was named
+            raise ValueError(
+                "from_pretrained: PackedConfig keeps the codes of a quantized checkpoint, and this one is in floating "
+                "point; llmkern.QuantConfig quantizes it"
+            )
         path = str(self.file.path)
         architecture = str(self.file.metadata.get("general.architecture"))
         config = names.load_gguf_checkpoint(path)["config"]
@@ -176,14 +172,6 @@ def _groups(table: PackedEmbedding) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in table.packed.tensors.items() if name != "codes"}
 
 
-def _quantizer(config: Any, **options: Any) -> Any:
-    """Return our quantizer if our config asks for it, otherwise transformers' own."""
-    return (PackedGgufQuantizer if isinstance(config, GgufConfig) else _Stock)(config, **options)
-
-
-auto.AUTO_QUANTIZER_MAPPING["gguf"] = _quantizer  # type: ignore[assignment]
-
-
 def load_gguf(path: Path, model_class: Any, options: dict[str, Any]) -> Any:
     """Load the model of a .gguf file, in evaluation mode.  Raises ValueError with one line if it cannot be read."""
     import transformers
@@ -197,7 +185,7 @@ def load_gguf(path: Path, model_class: Any, options: dict[str, Any]) -> Any:
         model, found = family.from_pretrained(
             path.parent,
             gguf_file=path.name,
-            quantization_config=GgufConfig(),
+            quantization_config=PackedConfig(),
             output_loading_info=True,
             **options,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from torch import nn
 
 import llmkern
+from llmkern.cli import run
+from llmkern.config import settings
 from llmkern.nn import PackedEmbedding, PackedLinear, QuantizedLinear
 from llmkern.quantization.formats.gguf import GGUF_TYPES
 from llmkern.testing.compare import assert_same_bits
+from llmkern.testing.gguf_write import llama_tensors
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -38,7 +43,20 @@ def blocks(weight: np.ndarray, kind: str) -> np.ndarray:
     return raw.reshape(rows, -1)
 
 
-def write(path: Path, model: Any, kinds: dict[str, str], *, tied: bool = True, **extra: np.ndarray) -> Path:
+def add_tokenizer(writer: Any) -> None:
+    """A vocabulary of printable characters and one merge."""
+    tokens = [chr(33 + i) for i in range(VOCABULARY - 3)] + ["on", "\u0120", "<|end|>"]  # GPT-2's name of a space
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * (VOCABULARY - 1) + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(["o n"])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(VOCABULARY - 1)
+    writer.add_add_bos_token(False)
+
+
+def write(path: Path, model: Any, kinds: dict[str, str], **extra: np.ndarray) -> Path:
     """A Llama as llama.cpp's converter writes it.  kinds: types by a part of a tensor's name; others are Q8_0."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -51,24 +69,16 @@ def write(path: Path, model: Any, kinds: dict[str, str], *, tied: bool = True, *
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(VOCABULARY)
-    named = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and tied:
-            continue
-        stem, _, suffix = name.rpartition(".")
-        target, value = f"{named.get_name(stem)}.{suffix}", tensor.numpy()
-        for part, heads in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)):
-            if f".{part}." in target:  # its rows in pairs that are rotated together
-                value = value.reshape(heads, 2, -1, HIDDEN).swapaxes(1, 2).reshape(value.shape)
+    add_tokenizer(writer)
+    for target, value in llama_tensors(model):
         if value.ndim == 1:
             writer.add_tensor(target, value)
             continue
         kind = next((kind for part, kind in kinds.items() if part in target), "Q8_0")
-        data = np.ascontiguousarray(value)
         if kind == "F32":
-            writer.add_tensor(target, data)
+            writer.add_tensor(target, value)
         else:
-            writer.add_tensor(target, blocks(data, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(target, blocks(value, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
     for name, value in extra.items():
         writer.add_tensor(name.replace("__", "."), value)
     writer.write_header_to_file()
@@ -138,22 +148,25 @@ def test_logits_differ_by_the_rounding_of_activations_alone(file: Path) -> None:
     assert answer.shape == (1, IDS.shape[1] + 3)
 
 
-def test_from_pretrained_keeps_the_blocks_where_it_is_asked_to(file: Path) -> None:
-    from llmkern.quantization.gguf_quantizer import GgufConfig
-
+def test_from_pretrained_keeps_the_blocks_where_it_is_asked_to(file: Path, monkeypatch) -> None:
     options = {"gguf_file": file.name, "dtype": torch.bfloat16}
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, quantization_config=GgufConfig(), **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, quantization_config=llmkern.PackedConfig(), **options
+    )
     assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
     assert model.model.layers[0].mlp.up_proj.weight.dtype == model.model.norm.weight.dtype == torch.bfloat16
     plain = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
     assert type(plain.model.layers[0].mlp.up_proj) is nn.Linear
+    monkeypatch.setattr(settings, "keep_packed", True)
+    kept = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    assert_same_bits(list(kept.state_dict().values()), list(model.state_dict().values()))
 
 
 def test_a_head_of_its_own_and_matrices_of_floats(tmp_path: Path) -> None:
     source = llama()
     source.config.tie_word_embeddings = False
     source.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, HIDDEN) * 0.02)
-    path = write(tmp_path / "model.gguf", source, {"output.": "Q4_0", "ffn": "F32"}, tied=False)
+    path = write(tmp_path / "model.gguf", source, {"output.": "Q4_0", "ffn": "F32"})
     model, expected = llmkern.load(path), stock(path)
     assert model.lm_head.kind == "Q4_0"
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
@@ -210,15 +223,40 @@ def test_a_missing_file_and_a_wrong_size(file: Path, tmp_path: Path) -> None:
         llmkern.load(tmp_path / "none.gguf")
 
 
-@torch.no_grad()
-def test_llama_cpp_says_the_same(file: Path) -> None:
+@pytest.fixture(scope="module")
+def by_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that llama.cpp itself quantized, to Q4_K, Q6_K and Q5_0."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    try:
-        theirs = llama_cpp.Llama(str(file), n_ctx=32, logits_all=True, verbose=False)
-    except ValueError:
-        pytest.skip("llama.cpp asks for a tokenizer, which this file does not have")
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    source = write(folder / "f32.gguf", llama(), dict.fromkeys(("attn", "ffn", "token"), "F32"))
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 1
+    target = folder / "model.gguf"
+    assert not llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
+    return target
+
+
+@torch.no_grad()
+def test_llama_cpp_says_the_same_of_its_own_file(by_llama_cpp: Path) -> None:
+    import llama_cpp
+
+    theirs = llama_cpp.Llama(str(by_llama_cpp), n_ctx=32, logits_all=True, n_threads=1, verbose=False)
     ids = (IDS[0] % VOCABULARY).tolist()
     theirs.eval(ids)
     expected = torch.from_numpy(np.array(theirs.scores[: len(ids)]))
-    got = llmkern.load(file)(torch.tensor([ids])).logits[0]
+    model = llmkern.load(by_llama_cpp)
+    got = model(torch.tensor([ids])).logits[0]
+    assert {"Q4_K", "Q6_K"} <= {row.action for row in llmkern.report(model).quantization}
     assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_command_line_takes_a_file_alone(by_llama_cpp: Path, capsys) -> None:
+    """Config and tokenizer come from the file's own metadata."""
+    path = str(by_llama_cpp)
+    assert run(["generate", path, "--prompt", "one two", "--max-new-tokens", "3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["prompt_tokens"], answer["tokens"]) == (len("one two") - 1, 3)
+    run(["check", path, "--tokens", "48", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"]["gguf"] == pytest.approx(found["perplexity"]["original"], rel=0.01)
+    assert found["bytes"][1] < 0.2 * found["bytes"][0]

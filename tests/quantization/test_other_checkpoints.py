@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import llmkern
+from llmkern.config import settings
 from llmkern.nn import PackedLinear
 from llmkern.packed import PackedWeight
 from llmkern.quantization.formats._bits import words_of
@@ -110,6 +112,7 @@ def checkpoint(folder: Path, config: dict[str, Any], make, *, symmetric: bool, b
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
 @pytest.mark.parametrize(
@@ -119,11 +122,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
         (GPTQ | {"checkpoint_format": "gptq"}, gptq_tensors, {"symmetric": False}),
         (GPTQ | {"checkpoint_format": "gptq_v2", "version_number": 2}, gptq_tensors, {"symmetric": False}),
         (GPTQ | {"desc_act": True}, gptq_tensors, {"symmetric": False, "order": "act"}),
-        (
-            {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
-            awq_tensors,
-            {"symmetric": False},
-        ),
+        (AWQ, awq_tensors, {"symmetric": False}),
     ],
     ids=["gptq-symmetric", "gptq", "gptq_v2", "gptq-act-order", "awq"],
 )
@@ -178,3 +177,68 @@ def test_what_cannot_be_read_is_one_line(change: dict[str, Any], message: str, t
     with pytest.raises(ValueError, match=message) as caught:
         llmkern.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def stock(folder: Path, **options: Any):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def same_tensors(got, wanted) -> None:
+    states = got.state_dict(), wanted.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), name
+
+
+@pytest.mark.parametrize(
+    ("config", "make"),
+    [(GPTQ | {"desc_act": True}, gptq_tensors), (AWQ, awq_tensors)],
+    ids=["gptq-act-order", "awq"],
+)
+def test_stock_from_pretrained_keeps_codes(config, make, tmp_path: Path) -> None:
+    """With a config, with a setting, and on its own where transformers would ask for a package that is not there."""
+    checkpoint(tmp_path, config, make, symmetric=False, order="act" if "desc_act" in config else None)
+    expected = llmkern.load(tmp_path, dtype=torch.float32)
+    same_tensors(stock(tmp_path, quantization_config=llmkern.PackedConfig()), expected)
+    if importlib.util.find_spec("gptqmodel") is not None:
+        return
+    model = stock(tmp_path)
+    same_tensors(model, expected)
+    assert type(model.model.layers[0].self_attn.q_proj) is PackedLinear
+    described = [getattr(each.config, "quantization_config", None) for each in (model, expected)]
+    assert described[0] == described[1]  # none of groups in another order: they cannot be saved
+    llmkern.optimize_(model)
+    assert (logits(model) - logits(expected)).norm() < 0.02 * logits(expected).norm()
+
+
+def test_compressed_tensors_are_kept_where_it_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = llmkern.quantize_(llama(), {"mlp": "int4-g32", "self_attn": "int8"})
+    model.save_pretrained(tmp_path)
+    same_tensors(stock(tmp_path, quantization_config=llmkern.PackedConfig()), model)
+    untouched = stock(tmp_path)
+    logits(untouched)
+    assert not any(isinstance(module, PackedLinear) for module in untouched.modules())
+    monkeypatch.setattr(settings, "keep_packed", True)
+    same_tensors(stock(tmp_path), model)
+    # What llmkern does not read is transformers' as before.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not any(isinstance(module, PackedLinear) for module in stock(tmp_path).modules())
+    with pytest.raises(ValueError, match=r"from_pretrained: .* reads: its kv_cache_scheme is set, expected none"):
+        stock(tmp_path, quantization_config=llmkern.PackedConfig())
+
+
+def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    llama().save_pretrained(tmp_path / "floating")
+    with pytest.raises(ValueError, match=r"^from_pretrained: PackedConfig keeps .* this one is in floating point"):
+        stock(tmp_path / "floating", quantization_config=llmkern.PackedConfig())
+    checkpoint(tmp_path, GPTQ, gptq_tensors, symmetric=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"from_pretrained: .* lacks model.layers.1.mlp.up_proj.scales$"):
+        stock(tmp_path, quantization_config=llmkern.PackedConfig())

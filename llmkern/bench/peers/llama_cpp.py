@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +9,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from llmkern.bench.gguf_models import TYPES, file_of
 from llmkern.bench.peer import Peer, Unsupported, need
-from llmkern.config import settings
 
 PEER = Peer("llama.cpp", need("llama_cpp", "llama-cpp-python"))
-TYPES = {"F32": "LLAMA_FTYPE_ALL_F32", "BF16": "LLAMA_FTYPE_MOSTLY_BF16", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
-
-
-def file_of(spec: Any, kind: str) -> Path:
-    """The model's GGUF in this type, converted from the file that there is and kept in the cache folder."""
-    import llama_cpp
-
-    from llmkern.testing.real_models import smollm2_file
-
-    if spec.model == "demo:smollm2":
-        source = smollm2_file()
-    elif spec.model is not None and spec.model.endswith(".gguf"):
-        source = Path(spec.model)
-    else:
-        raise Unsupported("llama.cpp reads GGUF files: give MODEL as one")
-    target = Path(settings.cache).expanduser() / f"{source.stem}-llama.cpp-{kind}.gguf"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_suffix(f".{os.getpid()}")
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize = getattr(llama_cpp, TYPES[kind]), True
-        options.nthread = spec.threads
-        status = llama_cpp.llama_model_quantize(str(source).encode(), str(scratch).encode(), ctypes.byref(options))
-        if status != 0:
-            raise RuntimeError(f"llama_model_quantize to {kind} ended with status {status}")
-        scratch.replace(target)
-    return target
 
 
 class LlamaCppRunner:
@@ -99,7 +70,12 @@ class LlamaCppRunner:
 
 
 def _register(kind: str) -> None:
-    @PEER.variant(f"llama.cpp-{kind}", kinds=("causal",), dtypes=(), int8=kind == "Q8_0", quick=kind == "Q8_0")
+    one = kind == "Q8_0"
+
+    # Four bits say little of a model whose weights lie on such a grid, as the usual one's do.
+    @PEER.variant(
+        f"llama.cpp-{kind}", kinds=("causal",), dtypes=(), int8=one, quick=one, default=not kind.startswith("Q4")
+    )
     def build(spec: Any) -> Any:
         return LlamaCppRunner(spec, file_of(spec, kind))
 

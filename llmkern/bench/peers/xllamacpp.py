@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from llmkern.bench.gguf_models import file_of
 from llmkern.bench.peer import Peer, Unsupported, need
-from llmkern.bench.peers.llama_cpp import file_of
 
 PEER = Peer("xllamacpp", need("xllamacpp", "xllamacpp"))
 

@@ -19,7 +19,7 @@ def kv_cache() -> Any:
 
 @functools.cache
 def quantization_config(name: str) -> Any:
-    """Return the class `QuantConfig` or `Int8Config`, or without transformers a class that raises when called."""
+    """Return the config of this name, or without transformers a class that raises when called."""
     if importlib.util.find_spec("transformers") is not None:
         from llmkern.quantization import transformers_quantizer
 

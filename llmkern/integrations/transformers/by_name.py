@@ -1,8 +1,8 @@
-"""`attn_implementation="llmkern"`: llmkern's attention under a name of transformers' own registries.
+"""`attn_implementation="llmkern"`, and `from_pretrained` that keeps codes: names in transformers' own registries.
 
-Registering takes transformers, which takes seconds to import and which llmkern needs only where there is a model of
-it.  So `import llmkern` leaves a finder that registers the name when transformers is imported, or registers it at
-once where that has happened already.
+Nothing changes for models that ask for neither.  Registering takes transformers, which takes seconds to import and
+which llmkern needs only where there is a model of it.  So `import llmkern` leaves a finder that registers the names
+when transformers is imported, or registers them at once where that has happened already.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    from llmkern.integrations.transformers.attention import register_once
+    from llmkern.integrations.transformers import attention, checkpoints
 
-    register_once()
+    attention.register_once()
+    checkpoints.register_once()
 
 
 class _Finder(MetaPathFinder):

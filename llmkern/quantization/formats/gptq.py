@@ -40,7 +40,7 @@ def _empty(path: str, module: nn.Module, group: Mapping[str, Any]) -> nn.Module:
         "qweight": ((k * bits // 32, n), torch.int32),
         "qzeros": ((groups, n * bits // 32), torch.int32),
         "scales": ((groups, n), torch.float32),
-        "g_idx": ((k,), torch.int32),
+        **({"g_idx": ((k,), torch.int32)} if path in group["ordered"] else {}),
     }
 
     def read(given: dict[str, Tensor]) -> tuple[PackedWeight, Tensor | None]:
