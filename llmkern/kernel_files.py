@@ -12,6 +12,7 @@ _STEMS = {
     **dict.fromkeys(("gelu_backward", "swiglu_backward"), "activate_backward"),
     **dict.fromkeys(("cross_entropy_backward", "cross_entropy_in_place_backward"), "cross_entropy"),
     **dict.fromkeys(("linear_cross_entropy", "linear_cross_entropy_backward"), "cross_entropy"),
+    "linear_kl_div": "linear_jsd",
     "int8_linear": "int8_matmul",  # behind quantize_int8
     "layers_": "layers/run",
 }
@@ -21,14 +22,14 @@ _PRODUCTS = {
     **dict.fromkeys(("int8_linear", "int8_matmul"), "products/linear"),
     "quantized_linear": "products/packed_linear",
 }
-IN_PYTHON = frozenset({("linear_kl_div", "cpu")})
+IN_PYTHON = frozenset({("linear_jsd", "cpu"), ("linear_kl_div", "cpu")})
 """Ops and backends whose kernel is PyTorch's operators on chunks, in the backend's own file."""
 _SUFFIXES = {"cpu": ".cpp", "cuda": ".cu"}
 
 
 def kernel_file(op: str, backend: str) -> str:
     """The file of the kernel, seen from the root of the repository; backend is "cpu" or "cuda"."""
-    if (op, backend) in IN_PYTHON:
-        return f"llmkern/backends/{backend}/{op}.py"
     stem = (_PRODUCTS if backend == "cpu" else {}).get(op) or _STEMS.get(op, op)
+    if (op, backend) in IN_PYTHON:
+        return f"llmkern/backends/{backend}/{stem}.py"
     return f"csrc/{backend}/{stem}{_SUFFIXES[backend]}"

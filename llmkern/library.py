@@ -11,7 +11,7 @@ else, neither autograd nor a fake.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,7 @@ def define(
     qualified = f"{NAMESPACE}::{name}"
     arguments = parsed.arguments
 
-    def reference(*args: Any, **kwargs: Any) -> Any:
-        # The dispatcher drops trailing arguments that equal their defaults.
-        call = {a.name: a.default_value for a in arguments[len(args) :] if a.has_default_value()}
-        call.update(zip((a.name for a in arguments), args, strict=False))
-        call.update(kwargs)
-        return dispatch.implementation(name, "reference").fn(**call)
-
+    reference = _by_name(arguments, lambda **call: dispatch.implementation(name, "reference").fn(**call))
     for library in (_library, _reference_library):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, reference, "CompositeExplicitAutograd")
@@ -107,12 +101,26 @@ def _in_rows(gradient: Any) -> Any:
 
 
 def implement_in_python(op: str, fn: Callable[..., Any], key: str) -> None:
-    """Make `fn`, which takes the schema's arguments by position, the kernel of `op` for a dispatch key such as "CPU".
+    """Make `fn`, which takes the schema's arguments by keyword, the kernel of `op` for a dispatch key such as "CPU".
 
     For ops that are loops over other operators; a tracing compiler sees one operator all the same.
     """
+    by_name = _by_name(getattr(torch.ops.llmkern, op).default._schema.arguments, fn)
     for library in (_library, _native_library):
-        library.impl(op, fn, key)
+        library.impl(op, by_name, key)
+
+
+def _by_name(arguments: Sequence[Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fn` with the arguments of a schema by position or keyword."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The dispatcher drops trailing arguments that equal their defaults.
+        named = {a.name: a.default_value for a in arguments[len(args) :] if a.has_default_value()}
+        named.update(zip((a.name for a in arguments), args, strict=False))
+        named.update(kwargs)
+        return fn(**named)
+
+    return call
 
 
 class Native:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmkern.ops._linear_loss import LinearCrossEntropy, LinearJsd, Outputs
 from llmkern.ops._loss import loss_dtype
 
 __all__ = ["CHUNK_BYTES", "linear_loss"]
@@ -16,65 +17,55 @@ CHUNK_BYTES = 2**25
 WORDS_AT_ONCE = 8192
 """Words of an int8 weight that are widened, and of a half-precision gradient that are added in fp32, at a time."""
 
-RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+RowLoss = Callable[[Tensor, tuple[Tensor, ...], Tensor], Tensor]
 """Takes logits [n, V], targets [n, ...] and scales [n]; returns the losses [n], and leaves the gradients of the losses
 times `scales` in the logits' place."""
 
 
 def linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_scale: Tensor | None,
-    targets: Tensor,
-    scale: Tensor | None,
+    call: LinearCrossEntropy | LinearJsd,
+    targets: tuple[Tensor, ...],
     counts: Tensor,
-    reduction: str,
-    hidden_grad: bool,
-    weight_grad: bool,
     row_loss: RowLoss,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight_scale: Tensor | None = None,
+) -> Outputs:
     """Return loss, dhidden, dweight and dbias, the loss of a chunk's logits being computed by `row_loss`.
 
-    targets: what `row_loss` compares each row with.  Rows that do not count, by `counts` [N], are left out on the CPU;
-    on other devices `row_loss` sees them: to find them would wait for the device.
+    targets: what `row_loss` compares the rows with, [N, ...] each.  Rows that do not count, by `counts` [N], are left
+    out on the CPU; on other devices `row_loss` sees them: to find them would wait for the device.
     """
+    hidden, weight, bias = call.hidden, call.weight, call.bias
     rows, words = hidden.shape[0], weight.shape[0]
-    losses = hidden.new_zeros(rows, dtype=loss_dtype(hidden))
     kept = None
     if hidden.is_cpu:
         kept = counts.nonzero()[:, 0]
         kept = None if kept.numel() == rows else kept
-    scale = torch.ones_like(losses) if scale is None else scale.contiguous()
-    x, y, factors = (t if kept is None else t[kept] for t in (hidden, targets, scale))
+    scale = torch.ones(rows, dtype=loss_dtype(hidden), device=hidden.device) if call.scale is None else call.scale
+    total = rows if kept is None else kept.numel()
     none = hidden.new_empty(0)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if hidden_grad else none
-    sums = _Sums(hidden, weight, bias) if weight_grad else None
+    losses = hidden.new_zeros(rows, dtype=loss_dtype(hidden))
+    make = torch.empty_like if kept is None else torch.zeros_like
+    dhidden = make(hidden, memory_format=torch.contiguous_format) if call.hidden_grad else none
+    sums = _Sums(hidden, weight, bias) if call.weight_grad else None
     count = max(16, CHUNK_BYTES // (words * hidden.element_size()))
-    logits = buffer = hidden.new_empty(min(count, x.shape[0]), words)
-    found = []
-    for start in range(0, x.shape[0], count):
-        part = x[start : start + count]
+    buffer = hidden.new_empty(min(count, total), words)
+    for start in range(0, total, count):
+        chunk = slice(start, start + count)
+        at = chunk if kept is None else kept[chunk]
+        part, factors = hidden[at], scale[at].contiguous()
         logits = buffer[: part.shape[0]]
         for first, block in _blocks(weight, weight_scale, hidden.dtype):
             columns = logits[:, first : first + block.shape[0]]
             torch.mm(part, block.T, out=columns)
         if bias is not None:
             logits += bias
-        found.append(row_loss(logits, y[start : start + count], factors[start : start + count]))
-        if hidden_grad:
-            _times_weight(logits, weight, weight_scale, dx[start : start + count])
+        losses[at] = row_loss(logits, tuple([t[at] for t in targets]), factors) * factors
+        if call.hidden_grad:
+            dhidden[at] = _times_weight(logits, weight, weight_scale)
         if sums is not None:
             sums.add(logits, part)
-    if found:
-        computed = torch.cat(found) * factors
-        losses = computed if kept is None else losses.index_copy(0, kept, computed)
-    dhidden = dx
-    if hidden_grad and kept is not None:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, kept, dx)
-    del buffer, logits
     dweight, dbias = (none.clone(), none.clone()) if sums is None else sums.gradients()
-    return losses.sum() if reduction == "sum" else losses, dhidden, dweight, dbias
+    return losses.sum() if call.reduction == "sum" else losses, dhidden, dweight, dbias
 
 
 def _blocks(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> list[tuple[int, Tensor]] | _Widened:
@@ -93,15 +84,14 @@ class _Widened:
             yield first, (self.weight[words] * self.scale[words]).to(self.dtype)
 
 
-def _times_weight(gradient: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """out = gradient · weight; the blocks of an int8 weight are added up in fp32."""
+def _times_weight(gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return gradient · weight; the blocks of an int8 weight are added up in fp32."""
     if scale is None:
-        torch.mm(gradient, weight, out=out)
-        return
-    total = out.new_zeros(out.shape, dtype=loss_dtype(out))
+        return gradient @ weight
+    total = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=loss_dtype(gradient))
     for first, block in _blocks(weight, scale, gradient.dtype):
         total += gradient[:, first : first + block.shape[0]] @ block
-    out.copy_(total)
+    return total.to(gradient.dtype)
 
 
 class _Sums:

@@ -15,6 +15,7 @@ from llmkern.ops.layer_norm_quant import layer_norm_quant as layer_norm_quant
 from llmkern.ops.layers_ import layers_ as layers_
 from llmkern.ops.linear import linear as linear
 from llmkern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from llmkern.ops.linear_jsd import linear_jsd as linear_jsd
 from llmkern.ops.linear_kl_div import linear_kl_div as linear_kl_div
 from llmkern.ops.quantize_int8 import quantize_int8 as quantize_int8
 from llmkern.ops.quantized_linear import quantized_linear as quantized_linear
@@ -40,6 +41,7 @@ __all__ = [
     "layers_",
     "linear",
     "linear_cross_entropy",
+    "linear_jsd",
     "linear_kl_div",
     "quantize_int8",
     "quantized_linear",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +19,18 @@ from llmkern.checks import (
     check_shape,
 )
 
-__all__ = ["backward_of_linear_loss", "check_labels", "check_loss", "loss_dtype", "row_scale", "wide_weight"]
+__all__ = ["LossOptions", "check_labels", "check_loss", "loss_dtype", "row_scale", "wide_weight"]
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossOptions(NamedTuple):
+    """Numbers of a cross-entropy, in the order of the schemas."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
 
 
 def loss_dtype(x: Tensor) -> torch.dtype:
@@ -37,9 +45,7 @@ def check_loss(
     words: int,
     labels: Tensor,
     weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    options: LossOptions,
     weight_name: str = "weight",
 ) -> None:
     """Check labels [N] in int64 beside `lead` [N, ...], class weights [words] and the numbers."""
@@ -51,11 +57,11 @@ def check_loss(
     if weight is not None:
         check_floating(op, **{weight_name: weight})
         check_shape(op, weight_name, weight, (words,), "one number for each word")
-    check_non_negative(op, "label_smoothing", label_smoothing)
-    if label_smoothing > 1:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected a number from 0 to 1")
-    check_finite(op, "z_loss", z_loss)
-    check_non_negative(op, "softcap", softcap)
+    check_non_negative(op, "label_smoothing", options.label_smoothing)
+    if options.label_smoothing > 1:
+        raise ValueError(f"{op}: label_smoothing is {options.label_smoothing}, expected a number from 0 to 1")
+    check_finite(op, "z_loss", options.z_loss)
+    check_non_negative(op, "softcap", options.softcap)
 
 
 def check_labels(op: str, labels: Tensor, words: int, ignore_index: int) -> None:
@@ -104,34 +110,3 @@ def row_scale(
         in_range = labels.clamp(0, weight.shape[0] - 1)
         count = torch.where(kept, weight[in_range], 0).sum()
     return one / torch.where(count == 0, one, count)
-
-
-def backward_of_linear_loss(
-    op: str,
-    ctx: Any,
-    dloss: Tensor,
-    scale: Tensor | None,
-    gradients: Sequence[Tensor],
-    again: Callable[[Tensor, bool, bool], Sequence[Tensor]],
-    hint: str,
-) -> list[Tensor | None]:
-    """Return the gradients of hidden, weight and bias, the first inputs of an op that may have kept them.
-
-    ctx.kept: whether `gradients` has that of hidden, and those of weight and bias.  again: computes them, for these
-    factors of the rows' losses.  hint: what can be differentiated again, as this cannot.
-    """
-    if torch.is_grad_enabled():  # create_graph=True, and the gradients were made without one
-        raise RuntimeError(f"{op}: its gradient cannot be differentiated again; {hint}")
-    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    factor: Tensor | None = dloss
-    if ctx.reduction == "none" or any(want and not kept for want, kept in zip(wanted, ctx.kept, strict=True)):
-        factor = None
-        rows = ctx.saved_tensors[0].shape[:1]
-        gradients = again(dloss.expand(rows) if scale is None else scale * dloss, *wanted)
-    elif not is_compiling() and type(dloss) is Tensor and dloss.is_cpu and float(dloss) == 1.0:
-        factor = None  # another pass over a gradient as large as the weight
-    needed = (wanted[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-    return [
-        None if not need else gradient if factor is None else gradient * factor.to(gradient.dtype)
-        for gradient, need in zip(gradients, needed, strict=True)
-    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from llmkern.checks import check_floating, check_has_hidden, shape_text
 from llmkern.dispatch import dispatch
 from llmkern.library import define
-from llmkern.ops._loss import check_labels, check_loss, loss_dtype, row_scale, wide_weight
+from llmkern.ops._loss import LossOptions, check_labels, check_loss, loss_dtype, row_scale, wide_weight
 
 __all__ = ["cross_entropy"]
 
@@ -49,7 +49,8 @@ def cross_entropy(
             expected = f"{shape_text(logits.shape[:-1])} (the shape of logits without its last dimension)"
             raise ValueError(f"cross_entropy: labels has shape {shape_text(labels.shape)}, expected {expected}")
         targets = labels.reshape(-1)
-    _check(rows, targets, weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    check_loss("cross_entropy", "logits", rows, rows.shape[1], targets, weight, options)
     check_labels("cross_entropy", targets, rows.shape[1], ignore_index)
     weight = wide_weight(weight, rows)
     scale = row_scale("cross_entropy", reduction, targets, weight, ignore_index, num_items, loss_dtype(rows))
@@ -58,51 +59,41 @@ def cross_entropy(
         logits=rows,
         labels=targets,
         weight=weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
+        **options._asdict(),
         reduction="none" if reduction == "none" else "sum",
     )
     return loss.view(labels.shape) if reduction == "none" else loss * scale
 
 
-def _check(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
-    words = logits.shape[-1]
-    check_loss("cross_entropy", "logits", logits, words, labels, weight, label_smoothing, z_loss, softcap)
+class _CrossEntropy(NamedTuple):
+    """Arguments of the op, in the order of its schema."""
+
+    logits: Tensor
+    labels: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    reduction: str
 
 
-def _fake(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    rows, dtype = logits.shape[:1], loss_dtype(logits)
-    return logits.new_empty(() if reduction == "sum" else rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+def _fake(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    call = _CrossEntropy(*args, **named)
+    rows, dtype = call.logits.shape[:1], loss_dtype(call.logits)
+    return call.logits.new_empty(() if call.reduction == "sum" else rows, dtype=dtype), call.logits.new_empty(
+        rows, dtype=dtype
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, weight, *ctx.numbers, _ = inputs
+    logits, labels, weight, *ctx.options, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, labels, weight, output[1])
 
 
 def _backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, labels, weight, lse = ctx.saved_tensors
-    ignore_index, label_smoothing, z_loss, softcap = ctx.numbers
     dlogits = dispatch(
         "cross_entropy_backward",
         logits=logits,
@@ -110,38 +101,16 @@ def _backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         labels=labels,
         weight=weight,
         lse=lse,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
+        **LossOptions(*ctx.options)._asdict(),
     )
     return dlogits, *[None] * 7
 
 
-def _fake_backward(
-    logits: Tensor,
-    dloss: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
+def _fake_backward(logits: Tensor, *_: Any, **__: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _fake_in_place(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
+def _fake_in_place(logits: Tensor, *_: Any, **__: Any) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=loss_dtype(logits))
 
 

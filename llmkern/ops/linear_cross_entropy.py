@@ -17,9 +17,8 @@ from llmkern.checks import (
     given,
     shape_text,
 )
-from llmkern.dispatch import dispatch
-from llmkern.library import define
-from llmkern.ops._loss import backward_of_linear_loss, check_labels, check_loss, loss_dtype, row_scale, wide_weight
+from llmkern.ops._linear_loss import LinearCrossEntropy, as_rows, define_linear_loss, run_linear_loss, under_autocast
+from llmkern.ops._loss import LossOptions, check_labels, check_loss, loss_dtype, row_scale, wide_weight
 
 __all__ = ["linear_cross_entropy"]
 
@@ -64,56 +63,29 @@ def linear_cross_entropy(
     """
     check_floating(_OP, hidden=hidden, **given(bias=bias))
     check_has_hidden(_OP, "hidden", hidden)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, bias = hidden.to(dtype), None if bias is None else bias.to(dtype)
-        weight = weight.to(dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else weight
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]) if hidden.numel() else hidden.flatten(0, -2), labels
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
+    rows, targets = as_rows(hidden), labels
     if isinstance(labels, Tensor):
         if labels.shape != hidden.shape[:-1]:
             expected = f"{shape_text(hidden.shape[:-1])} (the shape of hidden without its last dimension)"
             raise ValueError(f"{_OP}: labels has shape {shape_text(labels.shape)}, expected {expected}")
         targets = labels.reshape(-1)
-    _check(rows, weight, targets, bias, weight_scale, class_weight, label_smoothing, z_loss, softcap)
-    check_labels(_OP, targets, weight.shape[0], ignore_index)
+    head: dict[str, Any] = {"hidden": rows, "weight": weight, "bias": bias, "weight_scale": weight_scale}
+    _check(**head)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    words = weight.shape[0]
+    check_loss(_OP, "hidden", rows, words, targets, class_weight, options, weight_name="class_weight")
+    check_labels(_OP, targets, words, ignore_index)
     check_shape(_OP, "scale", scale, labels.shape, "the shape of labels")
     check_same_device(_OP, "hidden", hidden, scale=scale)
     class_weight = wide_weight(class_weight, rows)
     factor = row_scale(_OP, reduction, targets, class_weight, ignore_index, num_items, loss_dtype(rows))
     factor = factor.expand(targets.shape) if scale is None else scale.detach().reshape(-1) * factor
-    keep = torch.is_grad_enabled() and reduction != "none" and rows.dtype != torch.float16
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    loss, *_ = dispatch(
-        _OP,
-        hidden=rows,
-        weight=weight,
-        bias=bias,
-        weight_scale=weight_scale,
-        labels=targets,
-        class_weight=class_weight,
-        scale=factor,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        reduction="none" if reduction == "none" else "sum",
-        hidden_grad=keep and rows.requires_grad if hidden_grad is None else hidden_grad,
-        weight_grad=keep and trained if weight_grad is None else weight_grad,
-    )
-    return loss.view(labels.shape) if reduction == "none" else loss
+    losses = {"labels": targets, "class_weight": class_weight, "scale": factor, **options._asdict()}
+    return run_linear_loss(_OP, labels.shape, reduction, hidden_grad, weight_grad, **head, **losses)
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    weight_scale: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None) -> None:
     if weight_scale is None:
         check_floating(_OP, weight=weight)
         check_same_dtype(_OP, "hidden", hidden, weight=weight, bias=bias)
@@ -127,77 +99,13 @@ def _check(
     check_shape(_OP, "bias", bias, (words,), "one number for each word")
     check_shape(_OP, "weight_scale", weight_scale, (words, 1), "one number for each word")
     check_same_device(_OP, "hidden", hidden, weight=weight, bias=bias, weight_scale=weight_scale)
-    numbers = (label_smoothing, z_loss, softcap)
-    check_loss(_OP, "hidden", hidden, words, labels, class_weight, *numbers, weight_name="class_weight")
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_scale: Tensor | None,
-    labels: Tensor,
-    class_weight: Tensor | None,
-    scale: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(() if reduction == "sum" else labels.shape, dtype=loss_dtype(hidden)),
-        hidden.new_empty(hidden.shape if hidden_grad else 0),
-        hidden.new_empty(weight.shape if weight_grad else 0),
-        hidden.new_empty(bias.shape if weight_grad and bias is not None else 0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.z_loss, ctx.softcap, ctx.reduction, kept, weight_kept = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.kept = kept, weight_kept
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, weight_scale, labels, class_weight, scale, *gradients = ctx.saved_tensors
-
-    def again(scale: Tensor, hidden_grad: bool, weight_grad: bool) -> list[Tensor]:
-        _, *found = dispatch(
-            _OP,
-            hidden=hidden.detach(),
-            weight=weight.detach(),
-            bias=None if bias is None else bias.detach(),
-            weight_scale=weight_scale,
-            labels=labels,
-            class_weight=class_weight,
-            scale=scale,
-            ignore_index=ctx.ignore_index,
-            label_smoothing=ctx.label_smoothing,
-            z_loss=ctx.z_loss,
-            softcap=ctx.softcap,
-            reduction="sum",
-            hidden_grad=hidden_grad,
-            weight_grad=weight_grad,
-        )
-        return found
-
-    hint = "cross_entropy of the logits can"
-    return *backward_of_linear_loss(_OP, ctx, dloss, scale, gradients, again, hint), *[None] * 11
-
-
-# hidden [N, H], weight [V, H], labels [N], scale [N] and class_weight [V] in the dtype of the loss.  The loss is the
-# sum of the rows' times `scale`, or each row's where reduction is "none"; the gradients are those of the sum.  They
-# have 0 elements where they are not wanted.
-define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor? weight_scale, Tensor labels,"
-    " Tensor? class_weight, Tensor? scale, int ignore_index, float label_smoothing, float z_loss, float softcap,"
-    " str reduction, bool hidden_grad, bool weight_grad)"
-    " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+define_linear_loss(
+    _OP,
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? weight_scale, Tensor labels, Tensor? class_weight,"
+    " Tensor? scale, int ignore_index, float label_smoothing, float z_loss, float softcap, str reduction,"
+    " bool hidden_grad, bool weight_grad",
+    LinearCrossEntropy,
+    "cross_entropy of the logits can",
 )

@@ -142,6 +142,7 @@ SHARED = {
     "layers_-encoder": lambda: in_order("layers_", "minilm-float32"),
     "cross_entropy": lambda: (torch.randn(31, 5003), torch.arange(31), None, -100, 0.1, 1e-3, 5.0, "none"),
     "linear_cross_entropy": lambda: in_order("linear_cross_entropy", "70x300-smoothed-float32"),
+    "linear_jsd": lambda: in_order("linear_jsd", "70x300-bias-float32"),
     "linear_kl_div": lambda: in_order("linear_kl_div", "70x300-bias-float32"),
     "swiglu": lambda: tuple(torch.randn(2, 301, 577)),
     "swiglu_quant": lambda: tuple(torch.randn(2, 301, 577)),

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 WHOLE_LAYERS = {"layers_"}
 """`llmkern bench model` measures them, where there is a model around them to compare with."""
 # Their public functions return less than their ops, which the judge of sweeps cannot compare yet.
-LOSSES = {"cross_entropy", "linear_cross_entropy", "linear_kl_div"}
+LOSSES = {"cross_entropy", "linear_cross_entropy", "linear_jsd", "linear_kl_div"}
 
 
 class Instant:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkern.backends.reference import REFERENCE, accumulate
 from llmkern.dispatch import implements
+from llmkern.ops._loss import LossOptions
 
 __all__ = ["capped", "losses"]
 
@@ -21,58 +23,43 @@ def losses(
     scores: Tensor,
     labels: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return each row's loss and log-sum-exp: 0 where the label is ignored, NaN where it is no word."""
-    words = scores.shape[1]
-    kept, word = labels != ignore_index, (labels >= 0) & (labels < words)
+    words, smoothing = scores.shape[1], options.label_smoothing
+    kept, word = labels != options.ignore_index, (labels >= 0) & (labels < words)
     target = torch.where(word, labels, 0)
     weights = scores.new_ones(words) if weight is None else weight.to(scores.dtype)
     lse = torch.logsumexp(scores, -1)
-    loss = (1 - label_smoothing) * weights[target] * (lse - scores.gather(1, target[:, None])[:, 0])
-    if label_smoothing > 0:
-        loss = loss + label_smoothing / words * ((lse[:, None] - scores) * weights).sum(-1)
-    loss = loss + z_loss * lse.square()
+    loss = (1 - smoothing) * weights[target] * (lse - scores.gather(1, target[:, None])[:, 0])
+    if smoothing > 0:
+        loss = loss + smoothing / words * ((lse[:, None] - scores) * weights).sum(-1)
+    loss = loss + options.z_loss * lse.square()
     return tuple(torch.where(kept, torch.where(word, x, math.nan), 0) for x in (loss, lse))  # type: ignore[return-value]
 
 
 @implements("cross_entropy", REFERENCE, has_backward=True)
 def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
+    logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    loss, lse = losses(capped(logits, softcap), labels, weight, ignore_index, label_smoothing, z_loss)
+    numbers = LossOptions(**options)
+    loss, lse = losses(capped(logits, numbers.softcap), labels, weight, numbers)
     return loss.sum() if reduction == "sum" else loss, lse.detach()
 
 
 @implements("cross_entropy_backward", REFERENCE, has_backward=True)
 def cross_entropy_backward(
-    logits: Tensor,
-    dloss: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    logits: Tensor, dloss: Tensor, labels: Tensor, weight: Tensor | None, lse: Tensor, **options: Any
 ) -> Tensor:
     """With p the softmax, ε the smoothing and W the sum of the weights w, the gradient of a score is
     ((1 − ε)·w[y] + ε/V·W + 2·z_loss·lse)·p − ε/V·w − (1 − ε)·w[y]·[y]; the cap's slope is 1 − (score / softcap)²."""
+    ignore_index, smoothing, z_loss, softcap = LossOptions(**options)
     scores = capped(logits, softcap)
     words = scores.shape[1]
     word = (labels >= 0) & (labels < words)
     target = torch.where(word, labels, 0)
     weights = scores.new_ones(words) if weight is None else weight.to(scores.dtype)
-    share, each = (1 - label_smoothing) * weights[target], label_smoothing / words * weights
+    share, each = (1 - smoothing) * weights[target], smoothing / words * weights
     lse = scores.logsumexp(-1)  # again, for its part in the gradient of this gradient
     factor = share + each.sum() + 2 * z_loss * lse
     gradient = factor[:, None] * torch.exp(scores - lse[:, None]) - each
@@ -85,16 +72,8 @@ def cross_entropy_backward(
 
 @implements("cross_entropy_in_place_backward", REFERENCE)
 def cross_entropy_in_place_backward(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    scale: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    logits: Tensor, labels: Tensor, weight: Tensor | None, scale: Tensor, **options: Any
 ) -> Tensor:
-    numbers = (ignore_index, label_smoothing, z_loss, softcap)
-    loss, lse = cross_entropy(logits, labels, weight, *numbers, "none")
-    logits.copy_(cross_entropy_backward(logits, scale, labels, weight, lse, *numbers))
+    loss, lse = cross_entropy(logits, labels, weight, "none", **options)
+    logits.copy_(cross_entropy_backward(logits, scale, labels, weight, lse, **options))
     return loss

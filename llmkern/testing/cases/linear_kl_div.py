@@ -7,27 +7,51 @@ import torch
 
 from llmkern.testing.case import Call, Case, Make, each_dtype
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "divergence_call"]
 
 
-def _call(
-    make: Make, rows: int, words: int, hidden: int = 24, teacher: int = 40, *, bias: bool = False, **options: Any
+def divergence_call(
+    make: Make,
+    rows: int,
+    words: int,
+    hidden: int = 24,
+    teacher: int = 40,
+    *,
+    bias: bool = False,
+    top: int | None = None,
+    **options: Any,
 ) -> Call:
+    """A call of either divergence, but for the argument that only one of them has.
+
+    top: give as many of the teacher's logits in place of its head, 0 for all of them.
+    """
     scale = make.randn(rows, dtype=torch.float32).abs()
-    return {
+    call: Call = {
         "hidden": make.randn(rows, hidden),
         "weight": make.randn(words, hidden),
         "bias": make.randn(words) if bias else None,
         "teacher_hidden": make.randn(rows, teacher),
         "teacher_weight": make.randn(words, teacher),
         "teacher_bias": make.randn(words) if bias else None,
+        "teacher_logits": None,
+        "teacher_words": None,
         "scale": scale.masked_fill(torch.arange(rows, device=scale.device) % 4 == 1, 0),
         "temperature": 1.0,
-        "reverse": False,
         "reduction": "sum",
         "hidden_grad": True,
         "weight_grad": True,
     } | options
+    if top is None:
+        return call
+    call |= dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
+    if top == 0:
+        return call | {"teacher_logits": make.randn(rows, words)}
+    which = torch.stack([torch.arange(row, row + top) * 7 % words for row in range(rows)])
+    return call | {"teacher_logits": make.randn(rows, top), "teacher_words": which.to(scale.device)}
+
+
+def _call(make: Make, rows: int, words: int, reverse: bool = False, **options: Any) -> Call:
+    return divergence_call(make, rows, words, **options) | {"reverse": reverse}
 
 
 def _none_counts(make: Make) -> Call:
@@ -54,6 +78,8 @@ CASES = [
     *_add("70x300-bias", _BIASED, rows=70, words=300, bias=True, temperature=2.0),
     *_add("7x30-reverse", _BIASED, rows=7, words=30, bias=True, reverse=True, temperature=2.0),
     *_add("7x30-each-row", rows=7, words=30, reduction="none", hidden_grad=False, weight_grad=False),
+    *_add("7x30-logits", rows=7, words=30, top=0, temperature=2.0),
+    *_add("7x30-top", rows=7, words=30, top=5),
     *_add("7x30-hidden-only", ("hidden",), rows=7, words=30, weight_grad=False),
     *each_dtype("linear_kl_div", "6x30-strided", _strided, differentiable=_FLOATING),
     *each_dtype("linear_kl_div", "3x30-none-counts", _none_counts, differentiable=_BIASED),
