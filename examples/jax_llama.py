@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from safetensors.flax import load_file
 from transformers import AutoTokenizer
 
-from llmkern.jax import add_rms_norm, attention, attention_decode, int8_linear, interpreted, rms_norm, rope, swiglu
+from llmkern import jax as ops
 
 Weights = dict[str, Any]
 
@@ -41,11 +41,10 @@ def load(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:
-    """Dense products are XLA's own; int8 weights are ours."""
     weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.weight_scale")
     if scale is None:
-        return jnp.matmul(x, weight.T, precision="highest" if x.dtype == jnp.float32 else None)
-    w8a16, w8a8 = (partial(int8_linear, x, weight, scale, scheme=scheme) for scheme in ("w8a16", "w8a8"))
+        return ops.linear(x, weight)
+    w8a16, w8a8 = (partial(ops.int8_linear, x, weight, scale, scheme=scheme) for scheme in ("w8a16", "w8a8"))
     return jax.lax.cond(weights[f"{name}.weight_only"], w8a16, w8a8)
 
 
@@ -81,21 +80,21 @@ def forward(
 
     def layer(carry: tuple[Array, Array], inputs: tuple[Weights, Array, Array]) -> Any:
         (update, residual), (w, k_cache, v_cache) = carry, inputs
-        x, residual = add_rms_norm(update, residual, w["input_layernorm.weight"], eps)
+        x, residual = ops.add_rms_norm(update, residual, w["input_layernorm.weight"], eps)
         q, k, v = (heads(linear(w, f"self_attn.{name}_proj", x)) for name in "qkv")
-        q, k = rope(q, k, cos, sin)
+        q, k = ops.rope(q, k, cos, sin)
         k_cache, v_cache = (
             jax.lax.dynamic_update_slice(whole, new, (0, 0, past, 0)) for whole, new in ((k_cache, k), (v_cache, v))
         )
-        out = attention(q, k, v, causal=True) if prefill else attention_decode(q, k_cache, v_cache, ends)
+        out = ops.attention(q, k, v, causal=True) if prefill else ops.attention_decode(q, k_cache, v_cache, ends)
         update = linear(w, "self_attn.o_proj", out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
-        x, residual = add_rms_norm(update, residual, w["post_attention_layernorm.weight"], eps)
-        update = linear(w, "mlp.down_proj", swiglu(linear(w, "mlp.gate_proj", x), linear(w, "mlp.up_proj", x)))
+        x, residual = ops.add_rms_norm(update, residual, w["post_attention_layernorm.weight"], eps)
+        update = linear(w, "mlp.down_proj", ops.swiglu(linear(w, "mlp.gate_proj", x), linear(w, "mlp.up_proj", x)))
         return (update, residual), (k_cache, v_cache)
 
     hidden = embed(weights, tokens)
     (update, residual), cache = jax.lax.scan(layer, (hidden, jnp.zeros_like(hidden)), (weights["layers"], *cache))
-    x = rms_norm(update + residual, weights["model.norm.weight"], eps)
+    x = ops.rms_norm(update + residual, weights["model.norm.weight"], eps)
     return linear({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights, "lm_head", x), cache
 
 
@@ -141,7 +140,7 @@ def main() -> None:
     prompt = tokenizer(chosen.prompt)["input_ids"]
     if not (there := jax.default_backend() == "tpu"):
         print("JAX finds no TPU here: the kernels run in Pallas's interpreter, slowly")
-    with nullcontext() if there else interpreted():
+    with nullcontext() if there else ops.interpreted():
         found = generate(config, weights, prompt, chosen.tokens)
     print(chosen.prompt + tokenizer.decode(found))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmkern.jax._activation import gelu, swiglu, swiglu_quant
     from llmkern.jax._attention import attention
     from llmkern.jax._attention_decode import attention_decode
-    from llmkern.jax._linear import int8_linear, int8_matmul
+    from llmkern.jax._linear import int8_linear, int8_matmul, linear
     from llmkern.jax._norm import (
         add_layer_norm,
         add_layer_norm_quant,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         rms_norm,
         rms_norm_quant,
     )
+    from llmkern.jax._packed_linear import quantized_linear
     from llmkern.jax._quantize import quantize_int8
     from llmkern.jax._rope import rope
 
@@ -56,7 +57,9 @@ __all__ = [
     "interpreted",
     "layer_norm",
     "layer_norm_quant",
+    "linear",
     "quantize_int8",
+    "quantized_linear",
     "rms_norm",
     "rms_norm_quant",
     "rope",
@@ -68,7 +71,7 @@ _FAMILIES = {
     "activation": ("gelu", "swiglu", "swiglu_quant"),
     "attention": ("attention",),
     "attention_decode": ("attention_decode",),
-    "linear": ("int8_linear", "int8_matmul"),
+    "linear": ("int8_linear", "int8_matmul", "linear"),
     "norm": (
         "rms_norm",
         "layer_norm",
@@ -79,6 +82,7 @@ _FAMILIES = {
         "add_rms_norm_quant",
         "add_layer_norm_quant",
     ),
+    "packed_linear": ("quantized_linear",),
     "quantize": ("quantize_int8",),
     "rope": ("rope",),
 }

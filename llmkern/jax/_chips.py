@@ -19,11 +19,13 @@ MIB = 2**20
 class Blocks:
     """Block sizes of one step of a grid.
 
-    matmul: M, N, K of int8_matmul and int8_linear.  attention: queries, keys.  decode: keys of attention_decode.
+    matmul: M, N, K of linear, int8_matmul and int8_linear.  packed: those of quantized_linear.
+    attention: queries, keys.  decode: keys of attention_decode.
     rows: bytes in fp32, of ops that read and write each row once.
     """
 
     matmul: tuple[int, int, int]
+    packed: tuple[int, int, int]
     attention: tuple[int, int]
     decode: int
     rows: int
@@ -59,11 +61,11 @@ class Chip:
 
 # fmt: off
 _BLOCKS = {
-    #             matmul             attention    decode  rows
-    "v4":  Blocks((256, 256, 512),   (256, 256),  512,    MIB // 2),
-    "v5e": Blocks((256, 512, 1024),  (512, 512),  512,    MIB),
-    "v5p": Blocks((512, 512, 1024),  (512, 512),  1024,   MIB),
-    "v6e": Blocks((512, 1024, 1024), (512, 1024), 1024,   2 * MIB),
+    #             matmul             packed            attention    decode  rows
+    "v4":  Blocks((256, 256, 512),   (128, 128, 4096), (256, 256),  512,    MIB // 2),
+    "v5e": Blocks((256, 512, 1024),  (256, 256, 4096), (512, 512),  512,    MIB),
+    "v5p": Blocks((512, 512, 1024),  (256, 256, 4096), (512, 512),  1024,   MIB),
+    "v6e": Blocks((512, 1024, 1024), (512, 512, 4096), (512, 1024), 1024,   2 * MIB),
 }
 _TABLE = (
     #            kinds                       vmem       mxu  bandwidth bf16      int8

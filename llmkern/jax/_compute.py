@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import jax
 from jax import Array
@@ -12,6 +14,8 @@ __all__ = ["activate", "codes", "dot"]
 
 ZERO_ROW = 2.0**-118
 """A row whose largest magnitude is below this has scale 0; see llmkern.ops.quantize_int8."""
+DEPTH = 128
+"""Products in fp32 that are added before the next sum begins: as many as the smallest matrix unit is deep."""
 SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -43,8 +47,22 @@ def codes(y: Array) -> tuple[Array, Array]:
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Multiply, summing in fp32 (int32 for int8) over dimension contract[0] of `a` and contract[1] of `b`.
 
-    fp32 operands keep all their digits; the MXU by itself would round them to bf16.
+    fp32 operands keep all their digits; the MXU by itself would round them to bf16.  Their products are summed in
+    parts of `DEPTH`, because what runs the interpreter may add a row's one after the other, with several times the
+    rounding error of PyTorch's.
     """
+    size = a.shape[contract[0]]
+    if a.dtype != jnp.float32 or size <= DEPTH:
+        return _product(a, b, contract)
+    parts = [(_part(a, contract[0], i), _part(b, contract[1], i)) for i in range(0, size, DEPTH)]
+    return functools.reduce(operator.add, [_product(x, y, contract) for x, y in parts])
+
+
+def _part(x: Array, axis: int, start: int) -> Array:
+    return jax.lax.slice_in_dim(x, start, min(start + DEPTH, x.shape[axis]), axis=axis)
+
+
+def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(
         a,
         b,

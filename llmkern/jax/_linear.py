@@ -1,6 +1,7 @@
-"""Products with int8 weights: int8_matmul, and int8_linear over it.
+"""Products with weights: linear, int8_matmul, and int8_linear over it.
 
-computes  out = act((a·wᵀ)·a_scale·w_scale + bias) + residual; a int8 and the sums s32, or a floating and the sums fp32
+computes  out = act((a·wᵀ)·a_scale·w_scale + bias) + residual; a and w int8 and the sums s32, or a floating, w of its
+          dtype or int8, and the sums fp32
 blocks    a: M × K, w: N × K, out, residual: M × N, scales and bias: a row or a column of them
 VMEM      two of each, the sums M × N, the epilogue's M × N in fp32; where a is floating also w in its dtype
 grid      blocks of M × blocks of N, and for each the blocks of K one after the other
@@ -48,13 +49,17 @@ def matmul_kernel(
     def _() -> None:
         acc[...] = jnp.zeros_like(acc)
 
-    block = a[...]
-    if k % block.shape[1]:
-        # a and w hold garbage past the end of K; the codes of w are finite.
+    def within(block: Array) -> Array:
+        """Return the block with zeros for the garbage past the end of K."""
+        if k % block.shape[1] == 0:
+            return block
         column = step * block.shape[1] + jax.lax.broadcasted_iota(jnp.int32, block.shape, 1)
         wide = block.astype(jnp.int32 if block.dtype == jnp.int8 else jnp.float32)
-        block = jnp.where(column < k, wide, 0).astype(block.dtype)
-    acc[...] += dot(block, w[...].astype(block.dtype), (1, 1))
+        return jnp.where(column < k, wide, 0).astype(block.dtype)
+
+    # Codes are finite, whatever they are: zeros in a are enough.
+    weights = w[...].astype(a.dtype) if w.dtype == jnp.int8 else within(w[...])
+    acc[...] += dot(within(a[...]), weights, (1, 1))
 
     @pl.when(step == steps - 1)
     def _() -> None:
@@ -102,11 +107,20 @@ def _matmul(
     }
     extras = {name: array.reshape(shape) for name, (array, shape) in shapes.items() if array is not None}
     kinds = {name: str(array.dtype) for name, array in extras.items()}
-    name = "int8_matmul" if a.dtype == jnp.int8 else "weight_only_matmul"
-    plan = matmul_plan(name, chip, m, n, k, str(a.dtype), out_dtype, kinds)
+    name = "linear" if a.dtype == w.dtype else "weight_only_matmul"
+    name = "int8_matmul" if a.dtype == jnp.int8 else name
+    plan = matmul_plan(name, chip, m, n, k, str(a.dtype), str(w.dtype), out_dtype, kinds)
     kernel = functools.partial(matmul_kernel, activation=activation, k=k)
     (out,) = launch(kernel, plan, {"a": a.reshape(m, k), "w": w, **extras}, interpreted)
     return out.reshape(*outer, n)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None, *, activation: str = "none") -> Array:
+    """`llmkern.ops.linear`."""
+    check_array("linear", x=x)
+    check_array("linear", (str(x.dtype),), weight=weight, bias=bias)
+    _check_weight("linear", "x", x, "weight", weight, bias, activation)
+    return _matmul(x, weight, None, None, bias, None, activation=activation, out_dtype=str(x.dtype))
 
 
 def int8_matmul(
@@ -126,7 +140,7 @@ def int8_matmul(
     wanted = "float32" if out_dtype is None else str(jnp.dtype(out_dtype))
     if wanted not in (*FLOATING, "int32"):
         raise TypeError(f"{op}: out_dtype is {wanted}, expected float32, bfloat16 or int32")
-    _check_weight(op, "a_q", a_q, w_q, w_scale, bias, activation)
+    _check_codes(op, "a_q", a_q, w_q, w_scale, bias, activation)
     rows = a_q.shape[:-1]
     check_array(op, ("float32",), a_scale=a_scale)
     check_shape(op, "a_scale", a_scale, (*rows, 1), "one scale per row of a_q")
@@ -156,27 +170,29 @@ def int8_linear(
     check_choice(op, "scheme", scheme, SCHEMES)
     if w_scale is None:
         raise TypeError(f"{op}: w_scale is None, expected an array")
-    _check_weight(op, "x", x, w_q, w_scale, bias, activation)
+    _check_codes(op, "x", x, w_q, w_scale, bias, activation)
     a, a_scale = (x, None) if scheme == "w8a16" else quantize_int8(x)
     return _matmul(a, w_q, a_scale, w_scale, bias, None, activation=activation, out_dtype=str(x.dtype))
 
 
-def _check_weight(
+def _check_codes(
     op: str, lead: str, a: Array, w_q: Array, w_scale: Array | None, bias: Array | None, activation: str
 ) -> None:
     check_array(op, ("int8",), w_q=w_q)
     check_array(op, ("float32",), w_scale=w_scale)
     check_array(op, bias=bias)
-    check_choice(op, "activation", activation, ACTIVATIONS)
-    if a.ndim == 0:
-        raise ValueError(f"{op}: {lead} has no dimensions, expected [..., K]")
-    if w_q.ndim != 2 or w_q.shape[1] != a.shape[-1]:
-        check_shape(
-            op, "w_q", w_q, (w_q.shape[0] if w_q.ndim else 1, a.shape[-1]), f"[N, the last dimension of {lead}]"
-        )
+    _check_weight(op, lead, a, "w_q", w_q, bias, activation)
     n, k = w_q.shape
     if k > MAX_K:
         raise ValueError(f"{op}: K is {k}, at most {MAX_K} is accepted: a longer s32 accumulation can overflow")
     if w_scale is not None:
         check_shape(op, "w_scale", w_scale, (n, 1)[: max(w_scale.ndim, 1)], "one scale per row of w_q")
-    check_shape(op, "bias", bias, (n,), "one value per row of w_q")
+
+
+def _check_weight(op: str, lead: str, a: Array, name: str, w: Array, bias: Array | None, activation: str) -> None:
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    if a.ndim == 0:
+        raise ValueError(f"{op}: {lead} has no dimensions, expected [..., K]")
+    if w.ndim != 2 or w.shape[1] != a.shape[-1]:
+        check_shape(op, name, w, (w.shape[0] if w.ndim else 1, a.shape[-1]), f"[N, the last dimension of {lead}]")
+    check_shape(op, "bias", bias, w.shape[:1], f"one value per row of {name}")

@@ -13,8 +13,9 @@ import numpy as np
 
 from llmkern.jax._chips import Chip
 from llmkern.jax._plan import LANES, Block, Plan, cdiv
+from llmkern.packed import BLOCK, PANEL
 
-__all__ = ["attention_plan", "decode_plan", "matmul_plan", "rope_plan", "rows_plan", "visible_blocks"]
+__all__ = ["attention_plan", "decode_plan", "matmul_plan", "packed_plan", "rope_plan", "rows_plan", "visible_blocks"]
 
 SUBLANES = 32
 """Rows of a block are a multiple of this, which suits every dtype, or all there are."""
@@ -102,9 +103,9 @@ def rope_plan(
 
 
 def matmul_plan(
-    kernel: str, chip: Chip, m: int, n: int, k: int, dtype: str, out_dtype: str, extras: Mapping[str, str]
+    kernel: str, chip: Chip, m: int, n: int, k: int, dtype: str, w_dtype: str, out_dtype: str, extras: Mapping[str, str]
 ) -> Plan:
-    """Plan a [M, K] of `dtype` times w [N, K] int8, accumulated in s32 or fp32.
+    """Plan a [M, K] of `dtype` times w [N, K] of `w_dtype`, accumulated in s32 or fp32.
 
     extras: those that there are of a_scale [M, 1], w_scale and bias [1, N], residual [M, N], and their dtypes.
     """
@@ -131,13 +132,53 @@ def matmul_plan(
         ("parallel", "parallel", "arbitrary"),
         (
             Block("a", (m, k), dtype, (bm, bk), lambda i, j, s: (i, s)),
-            Block("w", (n, k), "int8", (bn, bk), lambda i, j, s: (j, s)),
+            Block("w", (n, k), w_dtype, (bn, bk), lambda i, j, s: (j, s)),
             *more,
         ),
         (Block("out", (m, n), out_dtype, (bm, bn), lambda i, j, s: (i, j)),),
         (Block("acc", (), acc, (bm, bn)),),
         values=tuple(values),
         operations=2 * m * n * k,
+        dtype=dtype,
+    )
+
+
+def packed_plan(chip: Chip, m: int, codes: Sequence[int], dtypes: Mapping[str, str]) -> Plan:
+    """Plan x [32, M, blocks] times codes [panels, blocks, bytes], unpacked to x's dtype, accumulated in fp32.
+
+    dtypes: of x, and of those that there are of scale, zero and offset [16 · panels, blocks], bias [1, 16 · panels],
+    residual [M, 16 · panels].
+    """
+    panels, blocks, size = codes
+    width, dtype = panels * PANEL, dtypes["x"]
+    bm, bn, bk = chip.blocks.packed
+    bm, bp, bb = min(bm, m), min(bn // PANEL, panels), min(bk // BLOCK, blocks)
+    bn = bp * PANEL
+    place = {
+        "x": Block("x", (BLOCK, m, blocks), dtype, (BLOCK, bm, bb), lambda i, j, s: (0, i, s)),
+        "codes": Block("codes", (panels, blocks, size), "int8", (bp, bb, size), lambda i, j, s: (j, s, 0)),
+        "bias": Block("bias", (1, width), dtypes.get("bias", dtype), (1, bn), lambda i, j, s: (0, j)),
+        "residual": Block("residual", (m, width), dtypes.get("residual", dtype), (bm, bn), lambda i, j, s: (i, j)),
+    }
+    per_block = {
+        name: Block(name, (width, blocks), "float32", (bn, bb), lambda i, j, s: (j, s))
+        for name in ("scale", "zero", "offset")
+    }
+    return Plan(
+        "quantized_linear",
+        chip,
+        (cdiv(m, bm), cdiv(panels, bp), cdiv(blocks, bb)),
+        ("parallel", "parallel", "arbitrary"),
+        tuple([(place | per_block)[name] for name in dtypes]),
+        (Block("out", (m, width), dtype, (bm, bn), lambda i, j, s: (i, j)),),
+        (Block("acc", (), "float32", (bm, bn)), Block("turned", (), "int32", (bp, size, bb))),
+        values=(
+            Block("codes", (), "int32", (bp, bb, size)),
+            *[Block(name, (), "float32", (bn, bb)) for name in ("level", "w")],
+            *[Block(name, (), "float32", (bm, bn)) for name in ("products", "y")],
+            *_parts(dtype, (bm, bb), (bn, bb)),
+        ),
+        operations=2 * m * width * blocks * BLOCK,
         dtype=dtype,
     )
 

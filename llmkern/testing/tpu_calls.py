@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmkern import packed
 from llmkern.testing.case import Call
 
 __all__ = ["calls"]
@@ -66,6 +67,19 @@ def _matmul() -> list[Call]:
 
 
 def _linear() -> list[Call]:
+    def call(m: int, n: int, k: int, dtype: str, activation: str) -> Call:
+        x, weight, bias = (_array(*shape, dtype=dtype) for shape in ((m, k), (n, k), (n,)))
+        return {"x": x, "weight": weight, "bias": bias, "activation": activation}
+
+    return [
+        call(1024, 4096, 4096, HALF, "silu"),
+        call(1024, 4096, 4096, SINGLE, "none"),
+        call(1, 577, 4100, HALF, "none"),
+        call(3, 577, 4100, SINGLE, "gelu"),
+    ]
+
+
+def _int8_linear() -> list[Call]:
     return [
         {
             "x": _array(m, k, dtype=dtype),
@@ -80,6 +94,24 @@ def _linear() -> list[Call]:
             (4, 577, 4100, HALF, "silu", "w8a8"),
             (3, 577, 4100, SINGLE, "none", "w8a16"),
         )
+    ]
+
+
+def _quantized_linear() -> list[Call]:
+    def groups(n: int, k: int, group: int, dtype: str = "float16") -> Any:
+        return _array(-(-n // packed.PANEL), k // group, packed.PANEL, dtype=dtype)
+
+    def call(m: int, n: int, k: int, dtype: str, code: str, group: int = 32) -> Call:
+        size = packed.CODES[code].block_bytes
+        codes = _array(-(-n // packed.PANEL), k // packed.BLOCK, size, dtype="uint8")
+        x, scale = _array(m, k, dtype=dtype), groups(n, k, group)
+        return {"x": x, "codes": codes, "scale": scale, "code": code, "n": n, "scheme": "a16"}
+
+    return [
+        call(1024, 4096, 4096, HALF, "s4", 128) | {"bias": _array(4096), "activation": "silu"},
+        call(1024, 4096, 4096, SINGLE, "u4") | {"offset": groups(4096, 4096, 32)},
+        call(3, 577, 5120, HALF, "s8") | {"residual": _array(3, 577)},
+        call(7, 40, 96, SINGLE, "u4") | {"zero": groups(40, 96, 32, "uint8")},
     ]
 
 
@@ -146,7 +178,9 @@ _CALLS = {
     "swiglu_quant": lambda: _rows("gate", "up"),
     "rope": _rope,
     "int8_matmul": _matmul,
-    "int8_linear": _linear,
+    "int8_linear": _int8_linear,
+    "linear": _linear,
+    "quantized_linear": _quantized_linear,
     "attention": _attention,
     "attention_decode": _decode,
 }

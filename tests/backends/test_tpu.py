@@ -14,6 +14,7 @@ import llmkern
 from llmkern import dispatch
 from llmkern import jax as twins
 from llmkern.jax import _chips
+from llmkern.packed import PackedWeight
 from llmkern.testing.compare import as_list, assert_same_bits
 from llmkern.why import why
 
@@ -84,6 +85,16 @@ def test_refusals(op, change, sentence, x) -> None:
     call = {name: value.to(change[name]) if name in change else value for name, value in call.items()}
     with dispatch.use_backend("tpu"), pytest.raises(dispatch.Refused, match=sentence):
         dispatch.dispatch(op, **call)
+
+
+@pytest.mark.parametrize(
+    ("code", "scheme", "sentence"),
+    [("s4", "a8", "scheme is 'a8', expected 'a16'"), ("s6", "a16", "code is 's6', expected 's8' or 's4' or 'u4'")],
+)
+def test_packed_weights_that_are_refused(code, scheme, sentence, x) -> None:
+    packed = PackedWeight.from_rows(code, torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 2))
+    with dispatch.use_backend("tpu"), pytest.raises(dispatch.Refused, match=sentence):
+        llmkern.ops.quantized_linear(x, **packed.tensors, code=code, n=16, scheme=scheme)
 
 
 def test_gradients_and_compilers_are_refused(x) -> None:
@@ -170,10 +181,14 @@ def test_under_jit_the_bits_are_the_same() -> None:
     "call",
     [
         lambda x: twins.rms_norm(x),
+        lambda x: twins.linear(x, jnp.ones((32, 64))),
         lambda x: twins.int8_linear(x, jnp.ones((32, 64), jnp.int8), jnp.ones(32)),
+        lambda x: twins.quantized_linear(
+            x, jnp.ones((2, 2, 256), jnp.uint8), jnp.ones((2, 2, 16), jnp.float16), code="s4", n=32
+        ),
         lambda x: twins.attention(*[x.reshape(1, 1, -1, 64)] * 3, causal=True),
     ],
-    ids=["rms_norm", "int8_linear", "attention"],
+    ids=["rms_norm", "linear", "int8_linear", "quantized_linear", "attention"],
 )
 def test_export_round_trip(call) -> None:
     """Serialised for TPUs, read again: what it needs is there, and it names the kernel."""
@@ -190,7 +205,9 @@ def test_export_round_trip(call) -> None:
 
 def test_grids_of_several_steps(monkeypatch) -> None:
     """In every dimension, with blocks so small that the arrays have several, and the last ones reach past the end."""
-    blocks = _chips.Blocks(matmul=(32, 128, 128), attention=(32, 128), decode=128, rows=32 * 128 * 4)
+    blocks = _chips.Blocks(
+        matmul=(32, 128, 128), packed=(32, 32, 64), attention=(32, 128), decode=128, rows=32 * 128 * 4
+    )
     monkeypatch.setitem(_chips.CHIPS, "v5e", dataclasses.replace(_chips.CHIPS["v5e"], blocks=blocks))
     generator = torch.Generator().manual_seed(0)
 
@@ -201,6 +218,8 @@ def test_grids_of_several_steps(monkeypatch) -> None:
         return torch.randn(shape, generator=generator)
 
     k, w, scale = normal(1, 1, 300, 16), codes(200, 300), normal(200).abs() / 1000
+    nibbles = torch.randint(0, 16, (70, 160), generator=generator, dtype=torch.uint8)
+    packed = PackedWeight.from_rows("u4", nibbles, normal(70, 5) / 8, offset=normal(70, 5))
     seq_lens, ops = torch.tensor([290]), llmkern.ops
     q, q_new, x, wide, a, rotated = (
         normal(1, 2, 70, 16),
@@ -213,6 +232,8 @@ def test_grids_of_several_steps(monkeypatch) -> None:
     calls = {
         "int8_matmul": lambda: ops.int8_matmul(a, w, out_dtype=torch.int32),
         "int8_linear": lambda: ops.int8_linear(x, w, scale, scheme="w8a16"),
+        "linear": lambda: ops.linear(x, wide[:, :300]),
+        "quantized_linear": lambda: ops.quantized_linear(x[:, :160], **packed.tensors, code="u4", n=70, scheme="a16"),
         "attention": lambda: ops.attention(q, k, k, causal=True, window=(90, 0)),
         "attention_decode": lambda: ops.attention_decode(q_new, k, k, seq_lens, window=(140, 0)),
         "rms_norm": lambda: ops.rms_norm(wide),

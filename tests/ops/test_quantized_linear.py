@@ -12,14 +12,6 @@ from llmkern.testing.case import Make
 from llmkern.testing.cases.quantized_linear import random_packed
 from llmkern.testing.compare import assert_same_bits
 
-BACKENDS = [impl.backend.name for impl in dispatch.implementations("quantized_linear") if impl.backend.missing is None]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with dispatch.use_backend(request.param):
-        yield request.param
-
 
 def arguments(packed: PackedWeight, **others: Any) -> dict[str, Any]:
     return {**packed.tensors, "code": packed.code, "n": packed.n, **others}
@@ -27,6 +19,24 @@ def arguments(packed: PackedWeight, **others: Any) -> dict[str, Any]:
 
 def int4(n: int = 8, k: int = 64) -> dict[str, Any]:
     return arguments(random_packed(Make(torch.float32, "cpu", 0), "s4-g32", n, k))
+
+
+def whole(**change: Any) -> dict[str, Any]:
+    """A call as it is dispatched."""
+    names = ("zero", "offset", "super_scale", "super_offset", "bias", "residual")
+    given = int4() | {"x": torch.randn(2, 64), "activation": "none", "scheme": "a8"}
+    return {**dict.fromkeys(names), **given, **change}
+
+
+INTEGER_PRODUCTS = [
+    i.backend.name for i in dispatch.implementations("quantized_linear") if i.why_not(**whole()) is None
+]
+
+
+@pytest.fixture(params=SERVING)
+def backend(request):
+    with dispatch.use_backend(request.param):
+        yield request.param
 
 
 @pytest.mark.usefixtures("backend")
@@ -46,15 +56,11 @@ def test_values_computed_by_hand() -> None:
 
 
 def test_the_kernels_say_what_they_leave_to_pytorch() -> None:
-    call = int4() | {"x": torch.randn(2, 64)}
     cpu = dispatch.implementation("quantized_linear", "cpu")
-    names = ("zero", "offset", "super_scale", "super_offset", "bias", "residual")
-    whole = {**dict.fromkeys(names), **call, "activation": "none", "scheme": "a16"}
     if cpu.backend.missing is None:
-        assert "the kernels multiply integers" in cpu.why_not(**whole)
-        assert cpu.why_not(**whole | {"scheme": "a8"}) is None
-        scale = call["scale"].double()
-        assert cpu.why_not(**whole | {"scheme": "a8", "scale": scale}).startswith("scale is torch.float64")
+        assert "the kernels multiply integers" in cpu.why_not(**whole(scheme="a16"))
+        assert cpu.why_not(**whole()) is None
+        assert cpu.why_not(**whole(scale=int4()["scale"].double())).startswith("scale is torch.float64")
 
 
 @pytest.mark.usefixtures("backend")

@@ -28,10 +28,15 @@ TWINS: dict[str, Twin] = {}
 
 
 def serves(
-    op: str, *, dtypes: tuple[torch.dtype, ...] = DTYPES, finish: Callable[..., Any] | None = None
+    op: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    stored: tuple[torch.dtype, ...] = (),
+    finish: Callable[..., Any] | None = None,
 ) -> Callable[[Twin], Twin]:
     """Declare the decorated function, which takes the op's schema with arrays for tensors, as the TPU's of `op`.
 
+    stored: further dtypes of its weights.
     finish: takes the results as tensors, and the call by keyword; returns what the op does.
 
     CPU tensors are served only where this backend is asked for by name: its priority is below every other's.
@@ -44,7 +49,8 @@ def serves(
 
         TWINS[op] = twin
         common: dict[str, Any] = {"dtypes": dtypes, "describe": functools.partial(_describe, twin)}
-        on_tpu, on_cpu = functools.partial(_refuse_on_tpu, twin), functools.partial(_refuse_on_cpu, twin)
+        taken = (*DTYPES, *INTEGERS, *stored)
+        on_tpu, on_cpu = (functools.partial(where, twin, taken) for where in (_refuse_on_tpu, _refuse_on_cpu))
         implements(op, TPU, device=DEVICE, refuse=on_tpu, **common)(call)
         implements(op, TPU, device="cpu", refuse=on_cpu, priority=-TPU.priority - 2, **common)(call)
         return twin
@@ -93,23 +99,23 @@ def _somewhere() -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _refuse_on_cpu(twin: Twin, **call: Any) -> str | None:
+def _refuse_on_cpu(twin: Twin, taken: tuple[torch.dtype, ...], **call: Any) -> str | None:
     if forced_backend() != TPU.name:
         return "CPU tensors are taken only where use_backend('tpu') or LLMKERN_BACKEND=tpu asks for it"
-    return _refuse(twin, **call)
+    return _refuse(twin, taken, **call)
 
 
-def _refuse_on_tpu(twin: Twin, **call: Any) -> str | None:
+def _refuse_on_tpu(twin: Twin, taken: tuple[torch.dtype, ...], **call: Any) -> str | None:
     if _chips.assumed() is None and (reason := _chips.no_tpu()) is not None:
         return reason
-    return _refuse(twin, **call)
+    return _refuse(twin, taken, **call)
 
 
-def _refuse(twin: Twin, **call: Any) -> str | None:
+def _refuse(twin: Twin, taken: tuple[torch.dtype, ...], **call: Any) -> str | None:
     if is_compiling():
         return "JAX's functions cannot be traced by torch.compile"
     for name, value in call.items():
-        if isinstance(value, Tensor) and value.dtype not in (*DTYPES, *INTEGERS):
+        if isinstance(value, Tensor) and value.dtype not in taken:
             return f"{name} is {_dtype(value)}; float32 and bfloat16 are taken"
     try:
         plans = _plans(twin, call)

@@ -131,6 +131,30 @@ CASES = [
     ],
     *[
         case
+        for kind, rows, n, k, more in (
+            ("s4-g128", (2, 3), 17, 512, {"residual": True, "activation": "silu"}),
+            ("s4-g32", (1,), 577, 96, {"bias": False}),
+            ("u4-offset", (9,), 33, 288, {}),
+        )
+        for case in each_dtype(
+            "quantized_linear",
+            f"{kind}-a16-{rows}x{n}x{k}",
+            partial(_call, kind=kind, rows=rows, n=n, k=k, scheme="a16", **more),
+            dtypes=(torch.float32, torch.bfloat16),
+        )
+    ],
+    *[
+        case
+        for rows, n, k in (((0,), 8, 64), ((3,), 0, 64), ((3,), 8, 0))
+        for case in each_dtype(
+            "quantized_linear",
+            f"a16-{rows}x{n}x{k}",
+            partial(_call, kind="s4-g32", rows=rows, n=n, k=k, scheme="a16"),
+            dtypes=(torch.float32,),
+        )
+    ],
+    *[
+        case
         for activation in ("gelu", "gelu_tanh", "silu", "relu")
         for case in each_dtype(
             "quantized_linear",
