@@ -24,7 +24,8 @@ from llmkern.testing.compare import as_list
 __all__ = ["Contender", "contenders", "run_point", "run_points"]
 
 OURS = "llmkern"
-BASELINE = "torch"
+BASELINE, XLA = "torch", "xla"
+"""Whom times are compared with: PyTorch's operators, on a TPU XLA's."""
 # A set of inputs for each call, until together they are larger than the caches that are a core's own.
 ROTATED_BYTES, MOST_SETS = 2**26, 16
 # Points that even at the device's ceiling would take longer, or more of its memory, are left out.
@@ -199,18 +200,19 @@ def _timed_rows(row: Row, timed: dict[str, Timed], work: Work, ceilings: Ceiling
     if samples.error is not None:
         row.error = samples.error
         return [row]
-    base = timed.get(BASELINE)
+    to = BASELINE if BASELINE in timed else XLA
+    base = timed.get(to)
     rows = [row]
-    _fill(row, samples.call, base.call if base is not None and base.error is None else [], work, ceilings)
+    _fill(row, samples.call, base.call if base is not None and base.error is None else [], to, work, ceilings)
     if samples.kernel:
         inside = Row("ops", row.name, row.provider, "kernel_us", row.x, accuracy=row.accuracy)
-        _fill(inside, samples.kernel, base.kernel if base is not None else [], work, ceilings)
+        _fill(inside, samples.kernel, base.kernel if base is not None else [], to, work, ceilings)
         rows.append(inside)
     return rows
 
 
-def _fill(row: Row, seconds: list[float], base: list[float], work: Work, ceilings: Ceilings) -> None:
-    """Percentiles in µs, the rates that the median makes of the work, and the ratio to PyTorch."""
+def _fill(row: Row, seconds: list[float], base: list[float], to: str, work: Work, ceilings: Ceilings) -> None:
+    """Percentiles in µs, the rates that the median makes of the work, and the ratio to the baseline `to`."""
     found = stats.summary(seconds)
     row.p20, row.p50, row.p80 = found.p20 * 1e6, found.p50 * 1e6, found.p80 * 1e6
     row.speed_of_light = ceilings.seconds(work.moved, work.operations, work.dtype) / found.p50
@@ -222,4 +224,4 @@ def _fill(row: Row, seconds: list[float], base: list[float], work: Work, ceiling
         "tflop_per_s": work.operations / found.p50 / 1e12,
     }
     if base:
-        row.detail["ratio"] = {"to": BASELINE} | stats.ratios(seconds, base).to_dict()
+        row.detail["ratio"] = {"to": to} | stats.ratios(seconds, base).to_dict()

@@ -6,7 +6,8 @@ A row is one number with its spread:
 
 suite           "ops", "model", "serve" or "families"
 name            the op or the model
-provider        who computed: "llmkern", "torch", a peer; of models the variant and its dtype; of serving the server
+provider        who computed: "llmkern", "torch" (on a TPU "xla"), a peer; of models the variant and its dtype; of
+                serving the server
 metric, unit    ops: time_us (a call, as Python makes it), kernel_us (replayed in a CUDA graph)
                 models: prefill_tokens_per_s, decode_tokens_per_s, ttft_ms, itl_ms (of all steps; p90 and p99 are in
                 `detail`), peak_memory_mb, model_memory_mb (what of the peak goes with the model: its weights, cache and

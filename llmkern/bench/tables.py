@@ -68,7 +68,8 @@ def _families_table(rows: list[Row]) -> Table:
 
 
 def _op_table(name: str, rows: list[Row]) -> Table:
-    headers = ["sweep", "size", "provider", "µs (20–80%)", "vs torch", "rate", "of ceiling", "error, remarks"]
+    baseline = next((row.detail["ratio"]["to"] for row in rows if "ratio" in row.detail), "torch")
+    headers = ["sweep", "size", "provider", "µs (20–80%)", f"vs {baseline}", "rate", "of ceiling", "error, remarks"]
     cells = []
     for row in rows:
         x = row.x

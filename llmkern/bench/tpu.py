@@ -1,4 +1,4 @@
-"""The ops suite on the TPU that JAX has: `llmkern.jax` on arrays that are there already, judged as any contender.
+"""The ops suite on the TPU that JAX has: `llmkern.jax` and XLA's operators on arrays that are there already.
 
 Inputs are drawn and results judged on the CPU.  A time is that of a whole call of a jitted function, its launch
 included; the ceilings are those of the chip's table, not measured.
@@ -6,7 +6,7 @@ included; the ceilings are those of the chip's table, not measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from llmkern.backends.tpu import NOTE, TPU
 from llmkern.backends.tpu._declare import TWINS, as_arrays, as_tensors
 from llmkern.bench.ceilings import Ceilings
 from llmkern.bench.peer import Peer
-from llmkern.bench.run_ops import OURS, Contender
+from llmkern.bench.run_ops import BASELINE, OURS, XLA, Contender
 from llmkern.bench.sweep import Inputs, Point
 from llmkern.bench.timers import Thunk
 from llmkern.dispatch import implementation
@@ -42,20 +42,29 @@ def chip_ceilings(chip: Chip) -> Ceilings:
 
 
 def contenders(point: Point, call: dict[str, Any], peers: Iterable[Peer]) -> list[Contender]:
-    """The TPU's kernels alone: no peer runs there."""
+    """The TPU's kernels, and XLA's operators where PyTorch's are asked for: no peer runs there."""
+    from llmkern.bench.xla import BASELINES
+
     impl = implementation(point.op, TPU.name)
-    note = impl.describe(None, **call) if impl.describe is not None else ""
-    return [Contender(OURS, _prepare(point.op), note=note, as_tensors=as_tensors)]
+    try:
+        note = impl.describe(None, **call) if impl.describe is not None else ""
+    except ValueError as error:
+        note = f"refused: {error}"
+    found = [Contender(OURS, _prepare(TWINS[point.op]), note=note, as_tensors=as_tensors)]
+    if point.op in BASELINES and BASELINE in [peer.name for peer in peers]:
+        found.append(Contender(XLA, _prepare(BASELINES[point.op]), as_tensors=as_tensors))
+    return found
 
 
-def _prepare(op: str) -> Any:
+def _prepare(function: Callable[..., Any]) -> Callable[[Inputs], Thunk]:
+    """Jit `function` on arrays that are on the TPU before it is timed."""
     import jax
 
     def prepare(inputs: Inputs) -> Thunk:
         tensors = {name: value for name, value in inputs.call.items() if isinstance(value, Tensor)}
         plain = {name: value for name, value in inputs.call.items() if name not in tensors}
         arrays = as_arrays(tensors)
-        jitted = jax.jit(lambda arrays: TWINS[op](**arrays, **plain))
+        jitted = jax.jit(lambda arrays: function(**arrays, **plain))
         return lambda: jax.block_until_ready(jitted(arrays))
 
     return prepare

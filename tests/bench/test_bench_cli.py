@@ -42,7 +42,7 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, 
     assert shown.out == ""
 
 
-def test_a_tpus_kernels_are_judged_and_timed(tmp_path, monkeypatch) -> None:
+def test_a_tpus_kernels_are_judged_and_timed(tmp_path, capsys, monkeypatch) -> None:
     """The path of `--device tpu`, in the interpreter."""
     pytest.importorskip("jax")
     monkeypatch.setattr(run_ops, "MOST_SETS", 1)
@@ -63,11 +63,15 @@ def test_a_tpus_kernels_are_judged_and_timed(tmp_path, monkeypatch) -> None:
     ]
     with interpreted():
         assert run([*command, "--json", str(path)]) == 0
-    (row,) = Result.load(path).rows
-    assert (row.provider, row.x["mode"], row.error) == ("llmkern", "forward", None)
-    assert row.detail["note"].startswith("norm on v5e: x 4×64")
-    assert row.accuracy["error"] >= 0  # of a result that is right; a wrong one has no time
-    assert row.p50 > 0
+    rows = Result.load(path).rows
+    assert [(row.provider, row.x["mode"], row.error) for row in rows] == [
+        ("llmkern", "forward", None),
+        ("xla", "forward", None),
+    ]
+    assert rows[0].detail["note"].startswith("norm on v5e: x 4×64")
+    assert all(row.accuracy["error"] >= 0 for row in rows)  # of results that are right; wrong ones have no time
+    assert all(row.p50 > 0 and row.detail["ratio"]["to"] == "xla" for row in rows)
+    assert "vs xla" in capsys.readouterr().out
 
 
 def test_one_call_from_the_command_line(quick_ceilings, tmp_path, capsys, monkeypatch) -> None:

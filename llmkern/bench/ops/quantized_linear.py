@@ -11,10 +11,20 @@ from llmkern.bench.ops._linear import linear_sweeps
 from llmkern.bench.sweep import Work, tensor_bytes
 from llmkern.packed import CODES
 
-SWEEPS = tuple(
-    replace(sweep, title=f"{sweep.title} {code}", options={"code": code, "group": group})
-    for code, group in (("s4", 32), ("s8", 32))
-    for sweep in linear_sweeps()
+_LAYERS = linear_sweeps()
+SWEEPS = (
+    *[
+        replace(sweep, title=f"{sweep.title} {code}", options={"code": code, "group": group})
+        for code, group in (("s4", 32), ("s8", 32))
+        for sweep in _LAYERS
+    ],
+    # Weight-only, as a TPU computes it: one layer is enough beside those above.
+    replace(
+        _LAYERS[1],
+        title=f"{_LAYERS[1].title} s4 a16",
+        options={"code": "s4", "group": 128, "scheme": "a16"},
+        quick=(),
+    ),
 )
 
 
