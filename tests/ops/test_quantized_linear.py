@@ -33,7 +33,7 @@ INTEGER_PRODUCTS = [
 ]
 
 
-@pytest.fixture(params=SERVING)
+@pytest.fixture(params=INTEGER_PRODUCTS)
 def backend(request):
     with dispatch.use_backend(request.param):
         yield request.param
