@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Optional
 
 import typer
 
-from llmkern.cli.arguments import SCHEMES, check_scheme
-from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, load, prepare
+from llmkern.cli.arguments import SCHEMES, check_scheme, least_and_most
+from llmkern.cli.models import DEVICE_HELP, DTYPE_HELP, HELP, load, load_prepared, prepare
 from llmkern.cli.output import say
 from llmkern.serve.options import LONGEST_CONTEXT
 
@@ -41,6 +42,14 @@ def serve(
         Optional[str],  # noqa: UP045
         typer.Option("--served-model-name", metavar="NAME", help="What requests call the model; MODEL if not given."),
     ] = None,
+    replicas: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="N..M", help="Replicas of the model, each a process, as many as the load asks for (Ray)."),
+    ] = None,
+    cpus: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="CPUs of each replica; else the machine's, divided."),
+    ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
 ) -> None:
@@ -52,6 +61,7 @@ def serve(
 
     \b
     llmkern serve demo:smollm2 --quantize int8
+    llmkern serve demo:smollm2 --quantize int8 --replicas 1..4
     llmkern serve ./my-checkpoint --host 0.0.0.0 --api-key "$KEY" --max-concurrent 32
     """
     from llmkern.serve import require
@@ -61,6 +71,9 @@ def serve(
     from llmkern.serve.run import run
 
     check_scheme(scheme)
+    if cpus is not None and (replicas is None or cpus < 1):
+        expected = "at least 1" if replicas else "--replicas with it: --cpus is of each replica"
+        raise ValueError(f"--cpus is {cpus}, expected {expected}")
     options = ServeOptions(
         name=name or model,
         max_context=max_context,
@@ -75,9 +88,23 @@ def serve(
     if not options.is_loopback and options.api_key is None:
         say(f"anyone who reaches {host} can use this server: --api-key asks for a key")
 
-    loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
-    options.for_model(loaded.model, loaded.tokenizer)  # before it is quantized
-    prepare(loaded, scheme, optimize=optimize)
-    status = run(loaded.model, loaded.tokenizer, options, lambda url: say(f"serving {options.name} at {url}"))
+    def ready(url: str) -> None:
+        say(f"serving {options.name} at {url}")
+
+    if replicas is None:
+        loaded = load(model, dtype=dtype, device=device, packed=scheme is None)
+        options.for_model(loaded.model, loaded.tokenizer)  # before it is quantized
+        prepare(loaded, scheme, optimize=optimize)
+        status = run(loaded.model, loaded.tokenizer, options, ready)
+    else:
+        from llmkern.integrations.ray import require as require_ray
+
+        require_ray("--replicas", "serve")
+        from llmkern.integrations.ray.run import run_replicas
+
+        make = functools.partial(load_prepared, model, scheme, optimize=optimize, dtype=dtype, device=device)
+        gpus = 1 if device.startswith("cuda") else 0
+        counts = least_and_most("--replicas", replicas)
+        status = run_replicas(make, options, counts, ready, cpus=cpus, gpus=gpus)
     if status:
         raise typer.Exit(status)

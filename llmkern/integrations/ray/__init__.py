@@ -1,4 +1,4 @@
-"""Ray: batch jobs over many workers.
+"""Ray: batch jobs over many workers, and servers whose number follows the load.
 
 ===========  =================================================================================================
 file         what it holds
@@ -6,6 +6,8 @@ file         what it holds
 batch        a job: slices out, answers in, each row once (Ray Data)
 worker       what answers rows: the server's application, asked in its own process
 files        jsonl, csv, parquet and OpenAI's batch format, in slices
+deployment   the server as replicas behind a front (Ray Serve)
+run          `llmkern serve --replicas`: from start to drained end
 ===========  =================================================================================================
 
 Importing this package imports nothing of the extra `ray`.
@@ -24,8 +26,9 @@ from llmkern.extras import need
 
 if TYPE_CHECKING:
     from llmkern.integrations.ray.batch import run_batch as run_batch
+    from llmkern.integrations.ray.deployment import deployment as deployment
 
-__all__ = ["Machines", "cluster", "require", "run_batch"]
+__all__ = ["Machines", "cluster", "deployment", "require", "run_batch"]
 
 _OBJECT_STORE = 256 << 20  # bytes; what travels is text
 
@@ -80,6 +83,7 @@ def cluster(address: str | None) -> Iterator[Machines]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run_batch":
-        return import_module(f"{__name__}.batch").run_batch
+    homes = {"run_batch": "batch", "deployment": "deployment"}
+    if name in homes:
+        return getattr(import_module(f"{__name__}.{homes[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
