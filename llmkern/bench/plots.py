@@ -17,6 +17,12 @@ __all__ = ["missing", "plots", "write_plots"]
 
 OURS = "#c0392b"
 OTHERS = ("#2c6fbb", "#3a9a5b", "#8e6bbf", "#d99a2b", "#4aa5a5", "#7f7f7f", "#b5588f", "#6b7a2f", "#1f3d5c")
+_OUR_SHADES = (OURS, "#e67e22", "#922b21", "#f1948a")
+_SERVED = {
+    "throughput_tokens_per_s": ("p50", "tokens/s of all clients"),
+    "ttft_ms": ("p99", "first token, ms, p99"),
+    "itl_ms": ("p99", "between tokens, ms, p99"),
+}
 _RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "sentences_per_s")
 
 
@@ -28,7 +34,7 @@ def missing() -> str | None:
 
 
 def write_plots(folder: Path, result: Result) -> list[Path]:
-    """A PNG for each op, dtype and mode, and for each model; returns the files."""
+    """Write a PNG for each op, dtype and mode, for each model, and for each that is served; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, png in plots(result):
@@ -55,6 +61,10 @@ def plots(result: Result) -> Iterator[tuple[str, bytes]]:
         rows = [row for row in result.rows if row.suite == "model" and row.name == model and row.p50 is not None]
         if any(row.metric in _RATES for row in rows):
             yield slug(model), _model_plot(f"{model} · {device}", rows)
+    for model in dict.fromkeys(row.name for row in result.rows if row.suite == "serve"):
+        rows = [row for row in result.rows if row.suite == "serve" and row.name == model and row.p50 is not None]
+        if rows:
+            yield f"{slug(model)}-served", _serve_plot(f"{model}, served · {device}", rows)
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -93,23 +103,46 @@ def _op_plot(title: str, rows: list[Row]) -> bytes:
         rate, unit = ("tflop_per_s", "TFLOP/s") if own[-1].detail["operations"] else ("gb_per_s", "GB/s")
         for provider in providers:
             line = sorted((row.x[x], row.detail[rate]) for row in own if row.provider == provider)
-            if line:
-                ours = provider.startswith("llmkern")
-                style = {"linewidth": 2.6, "zorder": 5} if ours else {"linewidth": 1.3}
-                axis.plot(
-                    *zip(*line, strict=True), "o-", markersize=4, label=provider, color=colours[provider], **style
-                )
+            _draw_line(axis, line, provider, colours[provider])
         ceiling = {row.x[x]: row.detail[rate] / row.speed_of_light for row in own if row.speed_of_light}
         points = sorted(ceiling.items())
         axis.plot(*zip(*points, strict=True), "k--", linewidth=1, label="measured ceiling")
         axis.set_title(sweep, fontsize=10)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted(ceiling), [str(value) for value in sorted(ceiling)], rotation=30, fontsize=8)
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel(label(x))
-        axis.set_ylabel(unit)
-        axis.grid(alpha=0.25)
+        _name_axes(axis, sorted(ceiling), label(x), unit)
+    axes[0].legend(fontsize=8)
+    return _png(figure)
+
+
+def _draw_line(axis: Any, line: list[tuple[float, float]], provider: str, colour: str) -> None:
+    if line:
+        style = {"linewidth": 2.6, "zorder": 5} if provider.startswith("llmkern") else {"linewidth": 1.3}
+        axis.plot(*zip(*line, strict=True), "o-", markersize=4, label=provider, color=colour, **style)
+
+
+def _name_axes(axis: Any, places: Sequence[float], x: str, y: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(places, [str(value) for value in places], rotation=30, fontsize=8)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+
+
+def _serve_plot(title: str, rows: list[Row]) -> bytes:
+    """A panel for throughput, first token and time between tokens, over the number of clients."""
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    ours = [provider for provider in providers if provider.startswith("llmkern")]
+    colours = _colours(providers) | dict(zip(ours, _OUR_SHADES, strict=False))
+    places = sorted({row.x["clients"] for row in rows})
+    figure, axes = _figure(len(_SERVED), 4.6, 4.2)
+    figure.suptitle(title)
+    for axis, (metric, (percentile, said)) in zip(axes, _SERVED.items(), strict=True):
+        for provider in providers:
+            own = [row for row in rows if (row.provider, row.metric) == (provider, metric)]
+            values = ((row.x["clients"], row.detail["p99"] if percentile == "p99" else row.p50) for row in own)
+            _draw_line(axis, sorted(values), provider, colours[provider])
+        _name_axes(axis, places, "clients", said)
     axes[0].legend(fontsize=8)
     return _png(figure)
 

@@ -46,9 +46,13 @@ def serve(
         Optional[Path],  # noqa: UP045
         typer.Option("--json", metavar="FILE", help="Write the result as JSON; - prints it in place of the table."),
     ] = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--plot", metavar="DIR", help="Write a PNG plot into this folder."),
+    ] = None,
     record: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--record", metavar="DIR", help="Keep the JSON under DIR/results, by device."),
+        typer.Option("--record", metavar="DIR", help="Keep JSON and plot under DIR/results and DIR/plots, by device."),
     ] = None,
 ) -> None:
     """Put the same load on llmkern serve, transformers serve and llama.cpp's server, one after the other.
@@ -78,8 +82,8 @@ def serve(
         if name not in known:
             raise ValueError(f"--servers has {name!r}, expected some of {', '.join(known)}")
     device = torch.device("cpu")
-    as_json, _ = recorded(record, f"serve-{model}", device, as_json, None)
-    outputs = Outputs(as_json, None, None)
+    as_json, plot = recorded(record, f"serve-{model}", device, as_json, plot)
+    outputs = Outputs(as_json, plot, None)
     loaded = load(model, dtype=dtype, device="cpu")
     if loaded.tokenizer is None or not loaded.is_language_model:
         raise ValueError(f"MODEL {model} is no language model with a tokenizer, so it does not chat")

@@ -157,6 +157,22 @@ def test_plots_and_page(result, tmp_path) -> None:
     assert "99.00%" in shown
 
 
+def test_a_plot_of_servers_has_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[tuple[str, list[tuple[float, float]]]] = []
+    monkeypatch.setattr(plots, "_draw_line", lambda axis, line, provider, colour: drawn.append((provider, line)))
+
+    def row(provider: str, metric: str, clients: int, value: float) -> Row:
+        return Row("serve", "tiny", provider, metric, {"clients": clients}, p50=value, detail={"p99": 10 * value})
+
+    metrics = ("throughput_tokens_per_s", "ttft_ms", "itl_ms")
+    rows = [row(who, metric, n, float(n)) for who in ("llmkern", "peer") for metric in metrics for n in (1, 4)]
+    served = Result("llmkern bench serve", {"device": "a CPU"}, [*rows, Row("serve", "tiny", "late", metrics[0], {})])
+    assert [name for name, _ in plots.plots(served)] == ["tiny-served"]
+    throughput, latency = [(1, 1.0), (4, 4.0)], [(1, 10.0), (4, 40.0)]
+    assert drawn == [(who, line) for line in (throughput, latency, latency) for who in ("llmkern", "peer")]
+
+
 def test_the_page_without_matplotlib_says_so(result, monkeypatch) -> None:
     monkeypatch.setattr(plots, "missing", lambda: "plots are drawn by matplotlib, which is not installed")
     shown = page(result)
