@@ -140,8 +140,8 @@ def _serve_plot(title: str, rows: list[Row]) -> bytes:
     for axis, (metric, (percentile, said)) in zip(axes, _SERVED.items(), strict=True):
         for provider in providers:
             own = [row for row in rows if (row.provider, row.metric) == (provider, metric)]
-            values = ((row.x["clients"], row.detail["p99"] if percentile == "p99" else row.p50) for row in own)
-            _draw_line(axis, sorted(values), provider, colours[provider])
+            line = [(row.x["clients"], row.detail["p99"] if percentile == "p99" else row.p50 or 0.0) for row in own]
+            _draw_line(axis, sorted(line), provider, colours[provider])
         _name_axes(axis, places, "clients", said)
     axes[0].legend(fontsize=8)
     return _png(figure)
