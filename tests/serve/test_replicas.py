@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
-from tiny_server import CONTEXT, tiny_model, tiny_tokenizer
+from tiny_server import CONTEXT, PATIENCE, tiny_model, tiny_tokenizer
 
 from llmkern.cli import run
 from llmkern.integrations.ray import run as replicas_run
@@ -49,10 +49,10 @@ def slow(folder: str) -> tuple[Any, Any]:
 
 
 class Replicated:
-    """Server of 1 to 2 replicas: its address, and the folder in which replicas leave their process numbers."""
+    """Server of several replicas: its address, and the folder in which they leave their process numbers."""
 
-    def __init__(self, url: str, folder: Path, running: contextlib.ExitStack) -> None:
-        self.url, self.folder, self.end = url, folder, running.close
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
 
     def pids(self) -> list[int]:
         return [pid for pid in (int(file.name) for file in self.folder.iterdir()) if _runs(pid)]
@@ -65,14 +65,15 @@ class Replicated:
         assert found is not None
         return int(float(found[1]))
 
-    def until(self, replicas: int, seconds: float = 90) -> None:
-        end = time.monotonic() + seconds
-        while self.replicas() != replicas:
+    def until(self, replicas: int, also: Callable[[], bool] = lambda: True) -> None:
+        """Wait until so many report their load."""
+        end = time.monotonic() + PATIENCE
+        while not (also() and self.replicas() == replicas):
             assert time.monotonic() < end, f"{self.replicas()} replicas, not {replicas}"
             time.sleep(0.1)
 
     async def ask(self, texts: list[str], tokens: int) -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=self.url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as client:
             return await asyncio.gather(*[client.post(CHAT, json=body(text, tokens)) for text in texts])
 
 
@@ -83,18 +84,33 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def replicated(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicated]:
-    folder = tmp_path_factory.mktemp("replicas")
+def test_replicas_follow_the_load_and_one_that_is_killed_takes_no_whole_answer_with_it(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    """One test, because a cluster, a front and a first replica take longer than all that is asked of them."""
     options = ServeOptions("tiny", CONTEXT, port=0, max_concurrent=8, max_queue=60, timeout=60)
     delays = {"upscale_delay_s": 0.5, "downscale_delay_s": 1.0, "look_back_period_s": 1.0}
-    make = functools.partial(slow, str(folder))
+    make = functools.partial(slow, str(tmp_path))
     with contextlib.ExitStack() as running:
         serving = serving_replicas(make, options, (1, 2), cpus=1, target_ongoing_requests=2, **delays)
-        yield Replicated(running.enter_context(serving), folder, running)
+        replicated = Replicated(running.enter_context(serving), tmp_path)
+        _answers_as_one_server(replicated)
+        replicated.until(1)
+        texts = [f"text {i}" for i in range(6)]
+        before, after, ends = asyncio.run(_under_load(replicated, texts))
+        assert {answer.status_code for answer in (*before, *after)} == {200}
+        said = [answer.json()["choices"][0]["message"]["content"] for answer in (*before, *after)]
+        assert said == said[: len(texts)] * (len(said) // len(texts))  # whoever answers, and however often it is asked
+        assert any("the replica of this stream has died" in end for end in ends)
+        assert any(end == "data: [DONE]" for end in ends)
+        assert re.search(r"^llmkern:front_retries_total [1-9]", replicated.metrics(), re.MULTILINE)
+        replicated.until(1)
+        assert _last_line_of_a_stream(replicated, running.close) == "data: [DONE]"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(replicated.url + "/health")
 
 
-def test_replicas_follow_the_load_and_one_that_is_killed_takes_no_whole_answer_with_it(replicated: Replicated) -> None:
+def _answers_as_one_server(replicated: Replicated) -> None:
     client = OpenAI(base_url=f"{replicated.url}/v1", api_key="any", max_retries=0, timeout=60)
     assert [model.id for model in client.models.list()] == ["tiny"]
     alone = client.chat.completions.create(**body("hello", 8)).choices[0].message.content
@@ -103,38 +119,23 @@ def test_replicas_follow_the_load_and_one_that_is_killed_takes_no_whole_answer_w
     refused = httpx.post(replicated.url + CHAT, json=body("hello", 8) | {"tools": [1]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
     assert httpx.get(replicated.url + "/health").json() == {"status": "ok"}
-    replicated.until(1)
-
-    texts = [f"text {i}" for i in range(6)]
-    before, after, ends = asyncio.run(_under_load(replicated, texts))
-    assert {answer.status_code for answer in (*before, *after)} == {200}
-    said = [answer.json()["choices"][0]["message"]["content"] for answer in (*before, *after)]
-    assert said == said[: len(texts)] * (len(said) // len(texts))  # whoever answers, and however often it is asked
-    assert any("the replica of this stream has died" in end for end in ends)
-    assert any(end == "data: [DONE]" for end in ends)
-    assert re.search(r"^llmkern:front_retries_total [1-9]", replicated.metrics(), re.MULTILINE)
-    replicated.until(1)
 
 
 async def _under_load(
     replicated: Replicated, texts: list[str]
 ) -> tuple[list[httpx.Response], list[httpx.Response], list[str]]:
-    """Ask until there are two replicas, then kill one of them with requests on both.
+    """Ask until there are two replicas, kill one of them with requests on both, and ask until there are two again.
 
     Returns the whole answers before and after that, and the last line of each stream.
     """
-    before = []
-    risen = asyncio.create_task(asyncio.to_thread(replicated.until, 2))
-    while not risen.done():
-        before += await replicated.ask(texts, 40)
-    await risen
+    before = await _ask_until(replicated, 2, texts)
     for name in ("process_cpu_percent", "process_resident_memory_bytes", "num_requests_waiting"):
         assert len(re.findall(rf'^llmkern:{name}{{.*replica="', replicated.metrics(), re.MULTILINE)) == 2
     begun: asyncio.Queue[None] = asyncio.Queue()
 
     async def stream() -> str:
         async with (
-            httpx.AsyncClient(base_url=replicated.url, timeout=120) as client,
+            httpx.AsyncClient(base_url=replicated.url, timeout=PATIENCE) as client,
             client.stream("POST", CHAT, json=body("hello", 200) | {"stream": True}) as answer,
         ):
             lines = answer.aiter_lines()
@@ -149,19 +150,31 @@ async def _under_load(
     await asyncio.sleep(0.3)
     assert not asking.done()
     os.kill(replicated.pids()[0], signal.SIGKILL)
-    return before, await asking, await asyncio.gather(*streams)
+    after, ends = await asking, await asyncio.gather(*streams)
+    after += await _ask_until(replicated, 2, texts, also=lambda: len(replicated.pids()) == 2)
+    return before, after, ends
 
 
-def test_what_runs_is_finished_at_the_end(replicated: Replicated) -> None:
+async def _ask_until(
+    replicated: Replicated, replicas: int, texts: list[str], also: Callable[[], bool] = lambda: True
+) -> list[httpx.Response]:
+    answers: list[httpx.Response] = []
+    there = asyncio.create_task(asyncio.to_thread(replicated.until, replicas, also))
+    while not there.done():
+        answers += await replicated.ask(texts, 40)
+    await there
+    return answers
+
+
+def _last_line_of_a_stream(replicated: Replicated, meanwhile: Callable[[], None]) -> str:
     with httpx.stream("POST", replicated.url + CHAT, json=body("hello", 100) | {"stream": True}, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
-        end = threading.Thread(target=replicated.end)
-        end.start()
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    end.join(60)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(replicated.url + "/health")
+        other = threading.Thread(target=meanwhile)
+        other.start()
+        last = [line for line in lines if line][-1]
+    other.join(60)
+    return last
 
 
 def test_a_replica_that_cannot_start_is_one_line() -> None:
