@@ -87,7 +87,7 @@ gpu:
 
 wheel: install
 	@echo "Building the wheel"
-	@LLMKERN_CUDA=$(or $(CUDA),nvcc) $(BIN)/python tools/wheel.py
+	@LLMKERN_CUDA=$(or $(CUDA),nvcc) LLMKERN_CUDA_ARCHS="$(or $(LLMKERN_CUDA_ARCHS),80;90a;100;120)" $(BIN)/python tools/wheel.py
 
 # Python's own allocations stay unwatched: leaks would all be its.
 SANITIZED := build/sanitize/lib

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from llmkern._form import form_of
 from llmkern.checks import PLAIN_TENSORS
 from llmkern.config import settings
+from llmkern.preference import GivesWay, in_order
 from llmkern.registry import (
     OPS,
     Backend,
@@ -26,6 +27,7 @@ from llmkern.registry import (
     Op,
     backend_named,
     backends,
+    capability_of,
     define_op,
     implementation,
     implementations,
@@ -44,6 +46,7 @@ from llmkern.transforms import is_transformed
 
 __all__ = [
     "Backend",
+    "GivesWay",
     "Implementation",
     "Recorder",
     "Refused",
@@ -103,7 +106,7 @@ _state = _State()
 def _usable(
     op: str, device: torch.device, dtype: torch.dtype, grad: bool, forced: str | None
 ) -> tuple[Implementation, ...]:
-    """The implementations that only a `refuse` function can still rule out, best first."""
+    """The implementations that only a `refuse` function can still rule out, those with the larger priority first."""
     found = []
     for impl in OPS[op].implementations:
         chosen = forced is None or impl.backend.name == forced
@@ -133,7 +136,10 @@ def decisions(
             else:
                 reason = (None if capability else backend.missing) or f"does not implement {op}"
             found.append((backend, None, reason))
-    return sorted(found, key=lambda entry: -(entry[1].priority if entry[1] else entry[0].priority))
+    found.sort(key=lambda entry: -(entry[1].priority if entry[1] else entry[0].priority))
+    able = [impl for _, impl, reason in found if impl is not None and reason is None]
+    asked = iter(in_order(able, call, capability or capability_of(device)))
+    return [entry if entry[2] is not None else ((impl := next(asked)).backend, impl, None) for entry in found]
 
 
 def select(op: str, call: dict[str, Any]) -> Implementation:
@@ -156,7 +162,7 @@ def select(op: str, call: dict[str, Any]) -> Implementation:
         usable = spec.usable[key]
     if not is_compiling() and is_transformed():
         usable = tuple([impl for impl in usable if impl.follows_transforms])
-    for impl in usable:
+    for impl in in_order(usable, call, capability_of(lead.device)):
         if impl.why_not_call(call, forced is not None) is None:
             if settings.strict and forced is None and not impl.backend.kernels:
                 raise Refused(_explain_refusal(op, call, None))

@@ -20,6 +20,7 @@ from llmkern._compile import constant_result
 from llmkern._form import Form
 from llmkern.config import settings
 from llmkern.kernel_files import kernel_file
+from llmkern.preference import GivesWay
 from llmkern.transforms import why_transformed
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RowsAlone",
     "backend_named",
     "backends",
+    "capability_of",
     "define_op",
     "forget",
     "implementation",
@@ -91,6 +93,7 @@ class Implementation:
     slower: Callable[..., str | None] | None = field(default=None, repr=False)
     rows_alone: RowsAlone = "no"
     copies: Callable[..., str | None] | None = field(default=None, repr=False)
+    gives_way: GivesWay | None = field(default=None, repr=False)
 
     @property
     def follows_transforms(self) -> bool:
@@ -186,6 +189,11 @@ def _probe(name: str) -> str | None:
 def _capability(index: int | None) -> tuple[int, int] | None:
     """Return the compute capability, or None without a GPU: Triton's interpreter, for one, runs all the same."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return a GPU's compute capability; None for other devices, and where torch finds no GPU."""
+    return _capability(device.index) if device.type == "cuda" else None
 
 
 def known(condition: Any) -> bool:
@@ -357,6 +365,7 @@ def implements(
     rows_alone: RowsAlone = "no",
     for_gradient: Mapping[str, Any] | None = None,
     copies: Callable[..., str | None] | None = None,
+    gives_way: GivesWay | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare the decorated function as `backend`'s implementation of `op`.
 
@@ -376,6 +385,7 @@ def implements(
         words what would run, for `llmkern why`.
     copies: takes the call's arguments by keyword, returns the sentence what this implementation copies before it
         computes, or None, for `explain`.  Unlike `refuse` it may look at addresses: it decides nothing.
+    gives_way: GPUs and calls for which another backend that could serve them is asked first.
     for_gradient: arguments that take the place of the call's where a gradient is needed, so that the forward keeps
         what the backward reads.
     """
@@ -400,6 +410,7 @@ def implements(
             slower,
             rows_alone,
             copies,
+            gives_way,
         )
         spec = OPS[op]
         replace_implementations(op, (*spec.implementations, impl))

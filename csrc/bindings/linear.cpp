@@ -128,7 +128,7 @@ Tensor run(const Call& call) {
         gpu);
     p.a_rows = dense_rows(a.x.rows.count, a.k);
   }
-  const int64_t bytes = int8_matmul_workspace_bytes(p.a_rows.count, p.n, p.k, gpu.sm_count);
+  const int64_t bytes = int8_matmul_workspace_bytes(p.a_rows.count, p.n, p.k, gpu);
   Tensor workspace = new_tensor(call.x, {bytes}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   launch_int8_matmul(p, gpu);

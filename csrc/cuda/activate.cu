@@ -1,8 +1,9 @@
 // activate: activation(x) · up, for swiglu and gelu, quantized to int8 or not (llmkern/activate.h)
 // work     256 threads take 1024 vectors of 16 bytes of a row, four each, all loaded before the first is used; rows
 //          without gaps are one long row
-// codes    A warp or a block per row (plan_rows), since the scale is the whole row's.  x stays in registers; y is made
-//          twice, for its largest magnitude and for the codes, and up comes back from the cache the second time.
+// codes    A warp or a block per row (plan_rows), since the scale is the whole row's.  y stays in registers, in fp32;
+// what
+//          is beyond them is read and made twice, for the largest magnitude and for the codes.
 // smem     with codes, 256 bytes per block for the largest magnitude
 // needs    any shape; 16-byte accesses where rows are aligned, else element by element
 #include "llmkern/activate.h"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks) act
       if (up) right[i].unpack(factor);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        y[j] = activate<kActivation>(y[j]);
+        y[j] = activate<kActivation, kDigitsOf<T>>(y[j]);
         if (up) y[j] *= factor[j];
       }
       left[i].pack(y);
@@ -45,9 +46,10 @@ __global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks) act
   });
 }
 
-template <class T, int kVector, int kHeld>
+template <class T, int kVector, int kHeld, Activation kActivation>
 __global__ void __launch_bounds__(kMaxRowThreads, codes_residency(kHeld).blocks)
     activate_codes_kernel(const ActivateParams p) {
+  constexpr bool kKeeps = kHeld <= 4;
   RowReduce reduce(dynamic_shared_memory());
   // Warps beyond the last row go on with none, since barriers and shuffles are for all.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.x_rows.count;
@@ -58,9 +60,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, codes_residency(kHeld).blocks)
     const T* up = p.up ? static_cast<const T*>(p.up) + p.up_rows.offset(row) : nullptr;
     RowShare<T, kVector, kHeld> share(inside ? p.hidden : 0);
     share.load(x);
-    auto activated = [&](const float (&values)[kVector], int column, float (&y)[kVector]) {
+    auto activated = [&](const Packed<T, kVector>& values, int column, float (&y)[kVector]) {
+      values.unpack(y);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] = activate(p.activation, values[i]);
+      for (int i = 0; i < kVector; ++i) y[i] = activate<kActivation, Digits::fp32>(y[i]);
       if (!up) return;
       Packed<T, kVector> vector;
       float factor[kVector];
@@ -69,18 +72,30 @@ __global__ void __launch_bounds__(kMaxRowThreads, codes_residency(kHeld).blocks)
 #pragma unroll
       for (int i = 0; i < kVector; ++i) y[i] *= factor[i];
     };
+    auto beyond = [&](const auto& f) {
+      share.each_other([&](int column) {
+        Packed<T, kVector> vector;
+        float y[kVector];
+        vector.load(x + column);
+        activated(vector, column, y);
+        f(y, column);
+      });
+    };
+    float held[kKeeps ? kHeld : 1][kVector];
     uint32_t most = 0;
-    share.each(x, [&](const float (&values)[kVector], int column) {
-      float y[kVector];
-      activated(values, column, y);
+    share.each_held([&](const Packed<T, kVector>& vector, int column, int i) {
+      float (&y)[kVector] = held[kKeeps ? i : 0];
+      activated(vector, column, y);
       most = largest(most, y);
     });
+    beyond([&](const float (&y)[kVector], int) { most = largest(most, y); });
     const RowCodes codes(reduce(most, MaxBits()));
-    share.each(x, [&](const float (&values)[kVector], int column) {
-      float y[kVector];
-      activated(values, column, y);
-      codes.store(p.codes + row * p.hidden + column, y);
+    int8_t* out = p.codes + row * p.hidden;
+    share.each_held([&](const Packed<T, kVector>& vector, int column, int i) {
+      if (!kKeeps) activated(vector, column, held[0]);
+      codes.store(out + column, held[kKeeps ? i : 0]);
     });
+    beyond([&](const float (&y)[kVector], int column) { codes.store(out + column, y); });
     if (inside && threadIdx.x == 0) st_global(p.scale + row, codes.scale);
   }
 }
@@ -89,9 +104,11 @@ template <class T>
 void launch_codes(const ActivateParams& p, const Gpu& gpu) {
   constexpr int kV = kPerVector<T>;
   const bool vectors = aligned_rows<T>(p.x, p.x_rows) && aligned_rows<T>(p.up, p.up_rows) && aligned(p.codes, 1, kV);
-  const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu.sm_count);
+  const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu);
   with_row_plan<T>(plan, [&]<int kVector, int kHeld>() {
-    launch("activate_codes", activate_codes_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
+    with_op_activation(p.activation, [&]<Activation kActivation>() {
+      launch("activate_codes", activate_codes_kernel<T, kVector, kHeld, kActivation>, row_launch(plan), gpu, p);
+    });
   });
 }
 

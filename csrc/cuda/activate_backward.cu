@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kElementwise.threads, kElementwise.blocks)
         if (up) factor[i].unpack(f);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          const Activated at = activate_with_slope<kActivation>(z[j]);
+          const Activated at = activate_with_slope<kActivation, kDigitsOf<T>>(z[j]);
           z[j] = d[j] * at.slope;
           if (up) z[j] *= f[j], f[j] = d[j] * at.value;
         }

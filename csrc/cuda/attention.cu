@@ -167,10 +167,11 @@ __device__ __forceinline__ void hide_scores(float (&s)[kTilesM][kTilesN][4], con
   }
 }
 
-template <class T, int kDim, bool kLarge>
-__global__ void __launch_bounds__(attention_tile(kDim, kLarge).threads(), attention_tile(kDim, kLarge).resident)
+template <class T, int kDim, bool kLarge, bool kCompact>
+__global__ void __launch_bounds__(attention_tile(kDim, kLarge, kCompact).threads(),
+                                  attention_tile(kDim, kLarge, kCompact).resident)
     attention_kernel(const AttentionParams p, const AttentionPlan plan, const Band band, const ScoreScale scale) {
-  constexpr AttentionTile kTile = attention_tile(kDim, kLarge);
+  constexpr AttentionTile kTile = attention_tile(kDim, kLarge, kCompact);
   constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads(), kStages = kTile.stages;
   constexpr int kTilesM = kBlockM / kTile.warps / 16, kTilesN = kBlockN / 8;
   constexpr int kAhead = 2 * kStages - 1;  // copies on their way
@@ -289,19 +290,21 @@ __global__ void __launch_bounds__(attention_tile(kDim, kLarge).threads(), attent
                 ld_shared(reinterpret_cast<const uint4*>(results + Rows::offset(row, chunk))));
 }
 
-template <class T, int kDim, bool kLarge>
+template <class T, int kDim, bool kLarge, bool kCompact = false>
 void launch_tile(const AttentionParams& p, const AttentionPlan& plan, const Gpu& gpu) {
   const LaunchConfig config = {static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.tile.threads()),
                                plan.tile.shared_bytes()};
   const Band band(p.queries, p.keys, p.window_left, p.window_right, p.causal);
   const ScoreScale scale(p.sm_scale, p.softcap, p.mask && !p.mask_is_bool);
-  launch("attention", attention_kernel<T, kDim, kLarge>, config, gpu, p, plan, band, scale);
+  launch("attention", attention_kernel<T, kDim, kLarge, kCompact>, config, gpu, p, plan, band, scale);
 }
 
 template <class T>
 void launch_planned(const AttentionParams& p, const AttentionPlan& plan, const Gpu& gpu) {
   if (plan.tile.dim == 64)
     plan.large ? launch_tile<T, 64, true>(p, plan, gpu) : launch_tile<T, 64, false>(p, plan, gpu);
+  else if (plan.compact)
+    plan.large ? launch_tile<T, 128, true, true>(p, plan, gpu) : launch_tile<T, 128, false, true>(p, plan, gpu);
   else if (plan.tile.dim == 128)
     plan.large ? launch_tile<T, 128, true>(p, plan, gpu) : launch_tile<T, 128, false>(p, plan, gpu);
   else
@@ -311,8 +314,8 @@ void launch_planned(const AttentionParams& p, const AttentionPlan& plan, const G
 }  // namespace
 
 void launch_attention(const AttentionParams& p, const Gpu& gpu) {
-  const AttentionPlan plan = plan_attention(p.batch, p.heads, p.kv_heads, p.queries, p.keys, p.dim, p.value_dim,
-                                            p.mask != nullptr, gpu.sm_count);
+  const AttentionPlan plan =
+      plan_attention(p.batch, p.heads, p.kv_heads, p.queries, p.keys, p.dim, p.value_dim, p.mask != nullptr, gpu);
   if (plan.blocks == 0) return;  // an empty grid is a launch error
   if (p.dtype == DType::bf16)
     launch_planned<BFloat16>(p, plan, gpu);

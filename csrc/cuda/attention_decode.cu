@@ -540,7 +540,7 @@ AttentionDecodePlan plan_for(const AttentionDecodeParams& p, const Gpu& gpu) {
   const int64_t capacity = p.capacity();
   const int64_t window = p.window_left < 0 || p.window_left > capacity ? capacity : p.window_left + p.queries;
   return plan_attention_decode(p.batch, p.kv_heads, p.heads / p.kv_heads * p.queries, std::min(window, capacity),
-                               std::max(p.dim, p.value_dim), p.k_scale ? 1 : 2, gpu.sm_count);
+                               std::max(p.dim, p.value_dim), p.k_scale ? 1 : 2, gpu);
 }
 
 template <class T, class C>

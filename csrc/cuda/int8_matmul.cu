@@ -71,7 +71,7 @@ __device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t 
 #pragma unroll
     for (int i = 0; i < kN; ++i) y[i] += values[i];
   }
-  activate(p.activation, y);
+  activate<Digits::fp32>(p.activation, y);
   if (p.residual) {
     load_as_float(p.residual, p.residual_dtype, p.residual_rows.offset(m) + n, values);
 #pragma unroll
@@ -445,7 +445,7 @@ void launch_planned(const Int8MatmulParams& p, const Int8MatmulPlan& plan, const
 
 void launch_int8_matmul(const Int8MatmulParams& p, const Gpu& gpu) {
   if (p.a_rows.count == 0 || p.n == 0) return;  // an empty grid is a launch error
-  const Int8MatmulPlan plan = plan_int8_matmul(p.a_rows.count, p.n, p.k, gpu.sm_count);
+  const Int8MatmulPlan plan = plan_int8_matmul(p.a_rows.count, p.n, p.k, gpu);
   const int64_t out_bytes = p.sums ? 4 : size_of(p.out_dtype);
   const bool wide = p.n % 8 == 0 && aligned(p.out, out_bytes, 8) && aligned(p.w_scale, 4, 8) &&
                     aligned(p.bias, size_of(p.bias_dtype), 8) && aligned(p.residual, size_of(p.residual_dtype), 8) &&

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, norm_residency(kHeld).blocks) 
     share.load(x);
     if (p.residual) {
       const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row);
-      auto add = [&](Vector& held, int column) {
+      auto add = [&](Vector& held, int column, int = 0) {
         Vector other;
         other.load(residual + column);
         float a[kVector], b[kVector];
@@ -116,7 +116,7 @@ void launch_norm(const NormParams& p, const Gpu& gpu) {
                          aligned(p.residual_rows, kV) && aligned(p.total, sizeof(T), kV) && aligned(p.total_rows, kV) &&
                          aligned(p.out, sizeof(T), kV) && aligned(p.out_rows, kV) && aligned(p.codes, 1, kV) &&
                          aligned(p.weight, size_of(p.weight_dtype), kV) && aligned(p.bias, size_of(p.bias_dtype), kV);
-    const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu.sm_count);
+    const RowPlan plan = plan_rows(p.x_rows.count, p.hidden, sizeof(T), vectors, gpu);
     with_row_plan<T>(plan, [&]<int kVector, int kHeld>() {
       launch("norm", norm_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
     });

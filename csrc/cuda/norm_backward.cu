@@ -161,7 +161,7 @@ void launch_norm_backward(const NormBackwardParams& p, const Gpu& gpu) {
                            aligned(p.weight, size_of(p.weight_dtype), kV);
       const bool short_rows = p.hidden <= int64_t{kNormBackward.threads} * (vectors ? kV : 1);
       const Residency shared = short_rows ? kNormBackward : kNormBackwardLong;
-      blocks = plan_norm_backward_blocks(p.x_rows.count, shared, gpu.sm_count);
+      blocks = plan_norm_backward_blocks(p.x_rows.count, shared, gpu);
       const LaunchConfig config = {static_cast<unsigned>(blocks), static_cast<unsigned>(shared.threads),
                                    kRowSharedBytes};
       if (vectors && short_rows) return launch("norm_backward", norm_backward_kernel<T, kV, 1>, config, gpu, p);

@@ -38,7 +38,7 @@ void launch_quantize_int8(const QuantizeInt8Params& p, const Gpu& gpu) {
   with_type(p.dtype, [&]<class T>() {
     constexpr int kV = kPerVector<T>;
     const bool vectors = aligned(p.x, sizeof(T), kV) && aligned(p.rows, kV) && aligned(p.codes, 1, kV);
-    const RowPlan plan = plan_rows(p.rows.count, p.hidden, sizeof(T), vectors, gpu.sm_count);
+    const RowPlan plan = plan_rows(p.rows.count, p.hidden, sizeof(T), vectors, gpu);
     with_row_plan<T>(plan, [&]<int kVector, int kHeld>() {
       launch("quantize_int8", quantize_int8_kernel<T, kVector, kHeld>, row_launch(plan), gpu, p);
     });

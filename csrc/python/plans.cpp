@@ -19,50 +19,51 @@ const Shape& of_length(const Shape& shape, size_t length, const char* names) {
   return shape;
 }
 
-py::dict launched(const char* kernel, int64_t blocks, int threads, int shared_bytes, const Residency& residency) {
+py::dict launched(const char* kernel, int64_t blocks, int threads, int shared_bytes, const Residency& residency,
+                  const Gpu& gpu) {
   py::dict plan;
   plan["kernel"] = kernel, plan["blocks"] = blocks, plan["threads"] = threads, plan["shared_bytes"] = shared_bytes;
-  plan["blocks_per_sm"] = resident_blocks(residency.registers(), threads, shared_bytes);
+  plan["blocks_per_sm"] = resident_blocks(residency, threads, shared_bytes, gpu.sm());
   return plan;
 }
 
-py::dict rows(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
+py::dict rows(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, const Gpu& gpu) {
   of_length(shape, 2, "rows, hidden");
-  const RowPlan p = plan_rows(shape[0], shape[1], element_bytes, aligned, sm_count);
+  const RowPlan p = plan_rows(shape[0], shape[1], element_bytes, aligned, gpu);
   const Residency residency = kernel == "norm"             ? norm_residency(p.held)
                               : kernel == "activate_codes" ? codes_residency(p.held)
                                                            : quantize_residency(p.held);
-  py::dict plan = launched(kernel.c_str(), p.blocks, p.row_threads * p.rows_per_block, kRowSharedBytes, residency);
+  py::dict plan = launched(kernel.c_str(), p.blocks, p.row_threads * p.rows_per_block, kRowSharedBytes, residency, gpu);
   plan["rows_per_block"] = p.rows_per_block, plan["vector"] = p.vector, plan["held"] = p.held;
   return plan;
 }
 
-py::dict product(const Shape& shape, int sm_count) {
+py::dict product(const Shape& shape, const Gpu& gpu) {
   of_length(shape, 3, "m, n, k");
-  const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], shape[2], sm_count);
+  const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], shape[2], gpu);
   const bool decode = p.kernel == Int8MatmulKernel::decode_8 || p.kernel == Int8MatmulKernel::decode_16;
   py::dict plan =
-      launched(decode ? "int8_decode" : "int8_matmul", p.blocks * p.parts, p.threads, p.shared_bytes, p.residency);
+      launched(decode ? "int8_decode" : "int8_matmul", p.blocks * p.parts, p.threads, p.shared_bytes, p.residency, gpu);
   plan["tile"] = py::make_tuple(p.block_m, p.block_n), plan["stages"] = p.stages, plan["parts"] = p.parts;
   return plan;
 }
 
-py::dict decode(const Shape& shape, int element_bytes, int sm_count) {
+py::dict decode(const Shape& shape, int element_bytes, const Gpu& gpu) {
   of_length(shape, 5, "batch, kv_heads, rows, keys, dim");
   const AttentionDecodePlan p =
-      plan_attention_decode(shape[0], shape[1], shape[2], shape[3], shape[4], element_bytes, sm_count);
+      plan_attention_decode(shape[0], shape[1], shape[2], shape[3], shape[4], element_bytes, gpu);
   const AttentionDecodeTile& tile = p.tile;
-  py::dict plan = launched("attention_decode", p.blocks, tile.threads(), tile.shared_bytes(), tile.residency());
+  py::dict plan = launched("attention_decode", p.blocks, tile.threads(), tile.shared_bytes(), tile.residency(), gpu);
   plan["rows"] = tile.rows(), plan["keys"] = tile.keys(), plan["stages"] = tile.stages(), plan["splits"] = p.splits;
   return plan;
 }
 
-py::dict attention(const Shape& shape, int sm_count) {
+py::dict attention(const Shape& shape, const Gpu& gpu) {
   of_length(shape, 8, "batch, heads, kv_heads, queries, keys, dim, value_dim, masked");
   const AttentionPlan p =
-      plan_attention(shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7] != 0, sm_count);
+      plan_attention(shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], shape[7] != 0, gpu);
   const AttentionTile& tile = p.tile;
-  py::dict plan = launched("attention", p.blocks, tile.threads(), tile.shared_bytes(), tile.residency());
+  py::dict plan = launched("attention", p.blocks, tile.threads(), tile.shared_bytes(), tile.residency(), gpu);
   plan["queries"] = tile.block_m, plan["keys"] = tile.block_n, plan["dim"] = tile.dim, plan["stages"] = tile.stages;
   return plan;
 }
@@ -79,37 +80,40 @@ constexpr bool has_gradient_part(int dim, GradientPart part) {
   return dim == 256 ? part != GradientPart::dkv : !apart;
 }
 
-py::dict gradient(GradientPart part, const char* name, const Shape& shape) {
+py::dict gradient(GradientPart part, const char* name, const Shape& shape, const Gpu& gpu) {
   of_length(shape, 6, "batch, heads, kv_heads, queries, keys, head_dim");
   const AttentionBackwardPlan p = plan_attention_backward(shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]);
   if (!has_gradient_part(p.dim, part))
     throw std::invalid_argument("plan: " + std::to_string(shape[5]) + " dimensions need no " + name);
   const bool of_queries = part == GradientPart::row_sums || part == GradientPart::dq;
   const GradientTile tile = gradient_tile(p.dim, part);
-  py::dict plan =
-      launched(name, of_queries ? p.query_blocks : p.key_blocks, tile.threads(), tile.shared_bytes, tile.residency());
+  py::dict plan = launched(name, of_queries ? p.query_blocks : p.key_blocks, tile.threads(), tile.shared_bytes,
+                           tile.residency(), gpu);
   plan["tile"] = py::make_tuple(tile.own, tile.step), plan["stages"] = 2;
   return plan;
 }
 
-py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count) {
+py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, bool aligned, int sm_count,
+              int capability) {
+  const Gpu gpu{nullptr, sm_count, capability};
   const int vector = aligned ? 16 / element_bytes : 1;
   if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
-    return rows(kernel, shape, element_bytes, aligned, sm_count);
-  if (kernel == "int8_matmul") return product(shape, sm_count);
+    return rows(kernel, shape, element_bytes, aligned, gpu);
+  if (kernel == "int8_matmul") return product(shape, gpu);
   if (kernel == "activate") {
     of_length(shape, 2, "rows, hidden");
-    return launched("activate", elementwise_blocks(shape[0], shape[1], vector), kElementwiseThreads, 0, kElementwise);
+    return launched("activate", elementwise_blocks(shape[0], shape[1], vector), kElementwiseThreads, 0, kElementwise,
+                    gpu);
   }
   if (kernel == "rope") {
     of_length(shape, 4, "positions, heads, dim, rotary_dim");
     const RopePlan p = plan_rope(shape[0], shape[1], shape[2], shape[3], vector);
-    return launched("rope", p.blocks, p.threads, 0, kRope);
+    return launched("rope", p.blocks, p.threads, 0, kRope, gpu);
   }
-  if (kernel == "attention") return attention(shape, sm_count);
-  if (kernel == "attention_decode") return decode(shape, element_bytes, sm_count);
+  if (kernel == "attention") return attention(shape, gpu);
+  if (kernel == "attention_decode") return decode(shape, element_bytes, gpu);
   for (const auto& [part, name] : kGradientParts)
-    if (kernel == name && part != GradientPart::dmask) return gradient(part, name, shape);
+    if (kernel == name && part != GradientPart::dmask) return gradient(part, name, shape, gpu);
   throw std::invalid_argument(
       "plan: " + kernel +
       " is none of norm, quantize_int8, activate, activate_codes, rope, int8_matmul, attention, "
@@ -119,7 +123,7 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
 // function: its name in profilers and cuobjdump, with * for parts that differ between instantiations.
 py::dict described(const char* name, const char* function, const char* tile, const Residency& residency,
                    int shared_bytes, int stages, const char* needs) {
-  const int blocks = resident_blocks(residency.registers(), residency.threads, shared_bytes);
+  const int blocks = resident_blocks(residency, residency.threads, shared_bytes, sm_of(80));
   py::dict kernel;
   kernel["name"] = name, kernel["function"] = function, kernel["tile"] = tile, kernel["threads"] = residency.threads;
   kernel["registers"] = residency.registers(), kernel["shared_bytes"] = shared_bytes, kernel["stages"] = stages;
@@ -140,14 +144,15 @@ py::list kernels() {
   add("quantize_int8", "quantize_int8_kernel<*, 8>", kRow, quantize_residency(8), kRowSharedBytes, 1, kAny);
   add("activate", "activate_kernel<*>", "1024 vectors of a row", kElementwise, 0, 1, kAny);
   add("activate_backward", "activate_backward_kernel<*>", "1024 vectors of a row", kElementwise, 0, 1, kAny);
-  add("activate_codes", "activate_codes_kernel<*, 1>", kRow, codes_residency(1), kRowSharedBytes, 1, kAny);
-  add("activate_codes", "activate_codes_kernel<*, [48]>", kRow, codes_residency(8), kRowSharedBytes, 1, kAny);
+  add("activate_codes", "activate_codes_kernel<*, 1, (*>", kRow, codes_residency(1), kRowSharedBytes, 1, kAny);
+  add("activate_codes", "activate_codes_kernel<*, [48], (*>", kRow, codes_residency(8), kRowSharedBytes, 1, kAny);
   add("rope", "rope_kernel<*>", "the heads of a position", kRope, 0, 1, kAny);
   add("int8_matmul", "int8_matmul_kernel<true, *>", "128x128", kLargeTile.residency(), kLargeTile.shared_bytes(),
       kLargeTile.stages, kAny);
   add("int8_matmul", "int8_matmul_kernel<false, *>", "64x64", kSmallTile.residency(), kSmallTile.shared_bytes(),
       kSmallTile.stages, kAny);
-  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1, 1), more = plan_int8_matmul(16, 1, 1, 1);
+  const Gpu gpu{nullptr, 1, 80};
+  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1, gpu), more = plan_int8_matmul(16, 1, 1, gpu);
   add("int8_decode", "int8_decode_kernel<*, 1, *>", "8x16", few.residency, few.shared_bytes, 1, kAny);
   add("int8_decode", "int8_decode_kernel<*, 2, *>", "16x16", more.residency, more.shared_bytes, 1, kAny);
   add("sum_parts", "sum_parts_kernel<*>", "1024 elements", kSumParts, 0, 1, kAny);
@@ -163,10 +168,11 @@ py::list kernels() {
       }
   add("attention_decode_combine", "combine_kernel<*>", "a query of a head", kCombine, kCombineSharedBytes, 1, kAny);
   for (const int dim : {64, 128, 256})
-    for (const bool large : {true, false}) {
-      const AttentionTile tile = attention_tile(dim, large);
-      if (dim == 256 && !large) continue;  // the same
-      const std::string function = "attention_kernel<*, " + std::to_string(dim) + (large ? ", true>" : ", false>");
+    for (const auto& [large, compact] : {std::pair{true, false}, {false, false}, {true, true}, {false, true}}) {
+      if ((dim == 256 && !large) || (dim != 128 && compact)) continue;  // the same as another
+      const AttentionTile tile = attention_tile(dim, large, compact);
+      const std::string function = "attention_kernel<*, " + std::to_string(dim) + (large ? ", true" : ", false") +
+                                   (compact ? ", true>" : ", false>");
       const std::string text =
           std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n) + "x" + std::to_string(dim);
       add("attention", function.c_str(), text.c_str(), tile.residency(), tile.shared_bytes(), tile.stages, kAny);
@@ -192,14 +198,15 @@ py::list kernels() {
 
 void define_plans(py::module_& m) {
   m.def("plan", &plan, py::arg("kernel"), py::arg("shape"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
-        py::arg("sm_count") = 132,
+        py::arg("sm_count") = 132, py::arg("capability") = 90,
         "What the launcher of a CUDA kernel would launch: the kernel, blocks, threads, shared memory, and how many of\n"
-        "the blocks fit onto an SM of compute capability 8.0.\n\n"
+        "the blocks fit onto an SM.\n\n"
         "shape: rows, hidden of norm, quantize_int8, activate and activate_codes; positions, heads, dim, rotary_dim of "
         "rope; m, n, k of int8_matmul; batch, heads, kv_heads, queries, keys, dim, value_dim, masked (by attn_mask: 1, "
         "else 0) of attention; batch, kv_heads, rows (packed queries of a key head), keys, dim of attention_decode; "
         "batch, heads, kv_heads, queries, keys, head_dim of attention_dq and the other parts of attention's backward.\n"
-        "element_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.");
+        "element_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.  sm_count: the GPU's SMs.  "
+        "capability: 10 * major + minor.");
   m.def(
       "kernels", &kernels,
       "The CUDA kernels: tile, most threads, shared memory, stages and what they need; the registers that a thread may "

@@ -291,21 +291,6 @@ size_t launch_bound(const void* entry) {
   return nearest && at - nearest <= kMaxThreads ? at - nearest : 0;
 }
 
-// Largest shared memory of a block, by compute capability (CUDA Programming Guide, "Technical Specifications").
-size_t most_shared(int capability) {
-  switch (capability) {
-    case 80:
-    case 87:
-      return 163 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 227 * 1024;
-    default:
-      return 99 * 1024;
-  }
-}
-
 }  // namespace
 
 void fault(const std::string& sentence) {
@@ -340,7 +325,7 @@ void launch(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t
             " is not one that CUDA launches";
     return;
   }
-  if (const size_t most = most_shared(settings.gpu.capability); dynamic_shared_bytes > most) {
+  if (const size_t most = settings.gpu.sm().block_shared_kib * size_t{1024}; dynamic_shared_bytes > most) {
     error = who + std::to_string(dynamic_shared_bytes) + " bytes of shared memory, and a block of sm_" +
             std::to_string(settings.gpu.capability) + " has at most " + std::to_string(most);
     return;

@@ -28,6 +28,7 @@ from llmkern.checks import shape_text
 from llmkern.config import settings
 from llmkern.discovery import import_children
 from llmkern.jax import assume
+from llmkern.registry import capability_of
 from llmkern.table import render
 
 __all__ = ["Decision", "Ghosts", "Row", "builder", "capture", "ops", "sizes", "why"]
@@ -257,10 +258,24 @@ def _rows(op: str, call: dict[str, Any], capability: tuple[int, int] | None) -> 
         if reason is not None:
             rows.append(Row(backend.name, "refused", reason))
         else:
-            because = "a better one serves the call" if chosen else _description(implementation, call, capability)
+            because = (
+                _passed_over(implementation, call, capability)
+                if chosen
+                else _description(implementation, call, capability)
+            )
             rows.append(Row(backend.name, "able" if chosen else "chosen", because))
             chosen = True
     return tuple(_merged(backend, rows) for backend in dict.fromkeys(row.backend for row in rows))
+
+
+def _passed_over(
+    implementation: dispatch.Implementation | None, call: dict[str, Any], capability: tuple[int, int] | None
+) -> str:
+    """Why an implementation that could serve the call does not."""
+    way = implementation.gives_way if implementation is not None else None
+    if way is not None and way.applies(call, capability or capability_of(call[next(iter(call))].device)):
+        return f"gives way to {way.to}: {way.because}"
+    return "a better one serves the call"
 
 
 def _merged(backend: str, rows: list[Row]) -> Row:

@@ -23,7 +23,7 @@ WANTED = {
     r"norm_backward_kernel<.*, [48], \d>": ["LDG.E.128", "STG.E.128"],
     r"sum_blocks_kernel": [],  # columns of floats, one for each lane
     r"quantize_int8_kernel<.*, [48], \d>": ["LDG.E.128"],
-    r"activate_codes_kernel<.*, [48], \d>": ["LDG.E.128"],
+    r"activate_codes_kernel<.*, [48], \d, ": ["LDG.E.128"],
     r"activate_backward_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"activate_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],
     r"rope_kernel<.*, [48], ": ["LDG.E.128", "STG.E.128"],

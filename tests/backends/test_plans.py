@@ -7,6 +7,9 @@ import itertools
 import pytest
 import torch
 
+from llmkern import dispatch
+from llmkern.config import settings
+from llmkern.preference import in_order
 from llmkern.why import why
 
 _C = pytest.importorskip("llmkern._C", reason="llmkern._C was not built")
@@ -97,13 +100,63 @@ def test_attention(shape: tuple[int, ...], tile: tuple[int, int, int], blocks: i
     assert (plan["threads"], plan["blocks_per_sm"]) == (entry["threads"], entry["blocks_per_sm"])
 
 
+@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize("queries", [64, 4096])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_two_blocks_of_attention_share_an_sm_of_100_kib(dim: int, queries: int, capability: int) -> None:
+    shape = [1, 32, 8, queries, 4096, dim, dim, 0]
+    plan = _C.plan("attention", shape, sm_count=84, capability=capability)
+    assert plan["blocks_per_sm"] >= 2
+    assert plan["keys"] == (32 if dim == 128 else 64)
+    assert _C.plan("attention", shape, sm_count=84, capability=80)["keys"] == 64
+
+
+def test_splits_of_decode_go_by_what_an_sm_holds() -> None:
+    """Long keys of few heads fill every SM, however many blocks it holds."""
+    plans = [_C.plan("attention_decode", [1, 8, 4, 2**17, 128], 2, True, 100, c) for c in (80, 89, 90)]
+    assert [plan["blocks_per_sm"] for plan in plans] == [2, 1, 3]
+    assert all(plan["blocks"] >= 90 * plan["blocks_per_sm"] for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "capability", "serves"),
+    [
+        ("attention", (1, 32, 8, 4096, 4096, 128), (8, 9), "cuda"),
+        ("attention", (1, 32, 8, 4096, 4096, 128), (9, 0), "triton"),
+        ("attention", (1, 32, 8, 64, 4096, 128), (9, 0), "cuda"),
+        ("attention", (1, 32, 8, 4096, 4096, 128), (10, 3), "triton"),
+        ("attention", (1, 32, 8, 4096, 4096, 128), (12, 0), "cuda"),  # mma.sync is all that it has
+        ("int8_matmul", (65, 4096, 4096), (9, 0), "triton"),
+        ("int8_matmul", (64, 4096, 4096), (9, 0), "cuda"),
+        ("int8_matmul", (4096, 4096, 4096), (8, 0), "cuda"),
+        ("int8_linear", (512, 4096, 4096), (10, 0), "triton"),
+        ("rms_norm", (512, 4096), (9, 0), "cuda"),
+    ],
+)
+def test_newer_tensor_cores_are_left_to_triton(op: str, shape: tuple[int, ...], capability, serves: str) -> None:
+    decision = why(op, shape, dtype=torch.bfloat16, device="cuda", capability=capability)
+    assert decision.served_by == serves
+    (row,) = [row for row in decision.rows if row.backend == "cuda"]
+    assert row.reason.startswith("gives way to triton: ") == (serves == "triton")
+
+
+def test_a_row_has_one_backend_where_batches_must_not_matter(monkeypatch) -> None:
+    """The order goes by the number of rows, and two backends may round differently."""
+    implementations = dispatch.implementations("int8_matmul")
+    call = {"a_q": torch.empty(4096, 64, dtype=torch.int8, device="meta")}
+    assert [impl.backend.name for impl in in_order(implementations, call, (9, 0))][:2] == ["triton", "cuda"]
+    assert in_order(implementations, call, None) == list(implementations)
+    monkeypatch.setattr(settings, "batch_invariant", True)
+    assert in_order(implementations, call, (9, 0)) == implementations
+
+
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 136, 256])
 def test_the_backward_of_attention(head_dim: int) -> None:
     """Each query and key is in one block; shared memory is enough of every GPU since sm_80: 99 KiB."""
     wide = head_dim > 128
     of_keys = ["attention_dk", "attention_dv"] if wide else ["attention_dkv"]
     for kernel in ("attention_row_sums", "attention_dq", *of_keys):
-        plan = _C.plan(kernel, [2, 12, 4, 1000, 3000, head_dim])
+        plan = _C.plan(kernel, [2, 12, 4, 1000, 3000, head_dim], capability=80)
         own, step = plan["tile"]
         assert plan["blocks"] == (-(-3000 // own) * 2 * 4 if kernel in of_keys else -(-1000 // own) * 2 * 12)
         assert plan["shared_bytes"] <= 99 * 1024

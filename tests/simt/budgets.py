@@ -27,7 +27,7 @@ BF16 = torch.bfloat16
 class Budget:
     """An op's call, and what its kernels may need of it.
 
-    sm_count: of the GPU, by which launchers choose tiles.
+    sm_count: of the GPU, of compute capability 8.0, by which launchers choose tiles.
     reads: how often a tensor's bytes are read, where that is not once.
     written: bytes written, over those of the results.
     mma, ldmatrix: instructions of warps; of mma as many as the products of whole 16 x 8 x 16 (codes: x 32) have.
@@ -198,7 +198,7 @@ def ratio(counts: dict[str, Any], of: str) -> float:
 def count(operators: Operators, name: str) -> Counted:
     budget = BUDGETS[name]
     call = budget.call()
-    operators.set(count=True, sm_count=budget.sm_count)
+    operators.set(count=True, sm_count=budget.sm_count, capability=(8, 0))
     results = operators.op(budget.op, call)
     moved = operators.bytes()
     reads = {

@@ -24,7 +24,7 @@ MACHINES = [(0, "at once", 1), (1, "late", 1), (2, "late", 1000), (3, "random", 
 call_of = partial(random_call, return_lse=True)
 
 
-def judge(operators, call: Call, machines=MACHINES) -> None:
+def judge(operators, call: Call, machines=MACHINES, capability: tuple[int, int] = (9, 0)) -> None:
     """As accurate as PyTorch, and for each choice of tiles with the same bits whatever the order."""
     assert CUDA.refuse is not None
     assert CUDA.refuse(**call) is None
@@ -34,7 +34,7 @@ def judge(operators, call: Call, machines=MACHINES) -> None:
     allowed = spreads_of("attention", call, exact)
     results: dict[int, list[Tensor]] = {}
     for seed, copies, sm_count in machines:
-        operators.set(seed=seed, copies=copies, sm_count=sm_count)
+        operators.set(seed=seed, copies=copies, sm_count=sm_count, capability=capability)
         out = operators.op("attention", call)
         assert_as_accurate(out, baseline=base, exact=exact, spreads=allowed, names=["out", "lse"])
         assert_same_bits(out, results.setdefault(sm_count, out))
@@ -80,6 +80,15 @@ FEATURES = {
 def test_features_across_blocks(operators, feature: str, dim: int, dtype: torch.dtype) -> None:
     make = Make(dtype, "cpu", seed=0)
     judge(operators, call_of(make, 150, 171, dim=dim, batch=2, heads=(4, 2), **FEATURES[feature](make)), MACHINES[1:3])
+
+
+@pytest.mark.parametrize("feature", ["window-both-sides", "padding", "bias", "sinks"])
+@pytest.mark.parametrize("dim", [72, 128])
+def test_compact_tiles(operators, dim: int, feature: str) -> None:
+    """What GPUs with 100 KiB of shared memory on an SM get: 32 keys at a time instead of 64."""
+    make = Make(torch.bfloat16, "cpu", seed=0)
+    call = call_of(make, 150, 171, dim=dim, batch=2, heads=(4, 2), **FEATURES[feature](make))
+    judge(operators, call, MACHINES[1:3], capability=(8, 9))
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 16), (64, 128), (72, 256), (192, 128), (200, 192)])

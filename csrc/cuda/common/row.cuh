@@ -16,13 +16,13 @@ struct RowShare {
 
   __device__ explicit RowShare(int64_t hidden) : vectors(static_cast<int>(hidden / kVector)) {}
 
-  // f(vector, first column) for the vectors in registers, which it may change.
+  // f(vector, first column, its place among those held) for the vectors in registers, which it may change.
   template <class F>
   __device__ __forceinline__ void each_held(const F& f) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int vector = i * blockDim.x + threadIdx.x;
-      if (vector < vectors) f(held[i], vector * kVector);
+      if (vector < vectors) f(held[i], vector * kVector, i);
     }
   }
 
@@ -33,13 +33,13 @@ struct RowShare {
   }
 
   __device__ __forceinline__ void load(const T* row) {
-    each_held([&](Vector& vector, int column) { vector.load(row + column); });
+    each_held([&](Vector& vector, int column, int) { vector.load(row + column); });
   }
 
   // f(values, first column) for all of this thread's vectors; those not held are read from `row`.
   template <class F>
   __device__ __forceinline__ void each(const T* row, const F& f) {
-    auto unpacked = [&](const Vector& vector, int column) {
+    auto unpacked = [&](const Vector& vector, int column, int = 0) {
       float values[kVector];
       vector.unpack(values);
       f(values, column);

@@ -21,7 +21,7 @@ struct Int8MatmulParams {
   const void* bias;      // [n], bias_dtype; null for 0
   const void* residual;  // [m, n], residual_dtype; rows at residual_rows.offset(m), each contiguous; null for 0
   void* out;             // [m, n], contiguous: out_dtype, or int32 where `sums`
-  void* workspace;       // int8_matmul_workspace_bytes(m, n, k, sm_count), 16-byte aligned
+  void* workspace;       // int8_matmul_workspace_bytes(m, n, k, gpu), 16-byte aligned
   Rows a_rows, residual_rows;
   int64_t n, k;                                          // k at most 131071, so that s32 cannot overflow
   int64_t w_stride;                                      // elements
@@ -31,8 +31,8 @@ struct Int8MatmulParams {
 };
 
 // The sums of each part of K, where it is shared out.
-constexpr int64_t int8_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k, int sm_count) {
-  const Int8MatmulPlan plan = plan_int8_matmul(m, n, k, sm_count);
+constexpr int64_t int8_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  const Int8MatmulPlan plan = plan_int8_matmul(m, n, k, gpu);
   return plan.parts > 1 ? 4 * plan.parts * m * n : 0;
 }
 

@@ -34,7 +34,7 @@ struct NormBackwardParams {
 
 // One row of sums for dweight and one for dbias of each block.
 inline int64_t norm_backward_workspace_floats(int64_t rows, int64_t hidden, const Gpu& gpu) {
-  return 2 * plan_norm_backward_blocks(rows, kNormBackward, gpu.sm_count) * hidden;
+  return 2 * plan_norm_backward_blocks(rows, kNormBackward, gpu) * hidden;
 }
 
 // On the CPU the same for each part of the rows: 16 rows and more, so that its sums cost little beside them, and at

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "llmkern/gpu.h"
 #include "llmkern/rows.h"
 
 namespace llmkern {
@@ -18,12 +19,13 @@ struct Residency {
   constexpr int registers() const { return std::min(65536 / (threads * blocks) / 8 * 8, 255); }
 };
 
-// Blocks on an SM at a time: 64 warps, 32 blocks, 64 Ki registers, which warps get by 256; and of shared memory, of
-// which every block takes 1 KiB more than it asks for, 164 KiB on an A100 (228 on an H100).
-constexpr int resident_blocks(int registers, int threads, int shared_bytes, int sm_shared_kib = 164) {
-  const int warps = (threads + 31) / 32, block_registers = warps * ((registers * 32 + 255) / 256 * 256);
-  return std::min(
-      {64 / warps, 32, 65536 / block_registers, sm_shared_kib * 1024 / ((shared_bytes + 1023) / 1024 * 1024 + 1024)});
+// Blocks on an SM at a time: of 64 Ki registers warps get theirs by 256, and of shared memory every block takes 1 KiB
+// more than it asks for.
+constexpr int resident_blocks(const Residency& residency, int threads, int shared_bytes, const Sm& sm) {
+  const int warps = (threads + 31) / 32;
+  const int block_registers = warps * ((residency.registers() * 32 + 255) / 256 * 256);
+  return std::min({sm.warps / warps, sm.blocks, 65536 / block_registers,
+                   sm.shared_kib * 1024 / ((shared_bytes + 1023) / 1024 * 1024 + 1024)});
 }
 
 // For kernels that work row by row (norms, activations, quantization).
@@ -54,7 +56,7 @@ LLMKERN_HOST_DEVICE constexpr Residency quantize_residency(int held) {
 // A warp takes a row of up to four vectors per lane: no barrier, and every lane has several loads in flight.  Longer
 // rows take a block, of as many threads as give each four vectors; with fewer rows than SMs, one row should use the
 // whole SM, so each thread has one.  512 threads hold up to 8 each: 32,768 halves.
-constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, bool aligned, int sm_count) {
+constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, bool aligned, const Gpu& gpu) {
   constexpr int kWarp = 32, kBlock = 128;
   RowPlan plan{};
   plan.vector = aligned && hidden % (16 / element_bytes) == 0 ? 16 / element_bytes : 1;
@@ -62,7 +64,7 @@ constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, boo
   auto threads_for = [&](int64_t each) {
     return static_cast<int>(std::min<int64_t>((vectors + each * kWarp - 1) / (each * kWarp) * kWarp, kMaxRowThreads));
   };
-  const bool few_rows = rows <= sm_count;
+  const bool few_rows = rows <= gpu.sm_count;
   if (vectors <= kWarp) {
     plan.held = 1, plan.row_threads = kWarp;
   } else if (few_rows && vectors <= kMaxRowThreads) {
@@ -85,8 +87,8 @@ constexpr RowPlan plan_rows(int64_t rows, int64_t hidden, int element_bytes, boo
 // would need 170 registers, and half as many warps would fit.
 constexpr Residency kNormBackward{256, 2}, kNormBackwardLong{512, 1};
 
-constexpr int64_t plan_norm_backward_blocks(int64_t rows, const Residency& residency, int sm_count) {
-  return std::min<int64_t>(rows, int64_t{residency.blocks} * sm_count);
+constexpr int64_t plan_norm_backward_blocks(int64_t rows, const Residency& residency, const Gpu& gpu) {
+  return std::min<int64_t>(rows, int64_t{residency.blocks} * gpu.sm_count);
 }
 
 // The blocks' sums are added up by blocks of 32 columns x 8 parts of them.
@@ -151,10 +153,10 @@ constexpr Residency kDecode{256, 2};
 
 // What the blocks of a product that leave half of the SMs or more without work share out besides the result: K, in
 // parts of at least `least`, since their sums go through memory and a second launch adds them up.
-constexpr Int8MatmulPlan in_parts(Int8MatmulPlan plan, int64_t k, int64_t least, int sm_count) {
+constexpr Int8MatmulPlan in_parts(Int8MatmulPlan plan, int64_t k, int64_t least, const Gpu& gpu) {
   constexpr int64_t kStep = 64, kMost = 16;
   const int64_t steps = std::max<int64_t>((k + kStep - 1) / kStep, 1);
-  const int64_t room = plan.blocks > 0 ? sm_count / plan.blocks : 1;
+  const int64_t room = plan.blocks > 0 ? gpu.sm_count / plan.blocks : 1;
   const int64_t parts = std::clamp<int64_t>(std::min(room, k / least), 1, kMost);
   plan.part = (steps + parts - 1) / parts * kStep;
   plan.parts = static_cast<int>((steps * kStep + plan.part - 1) / plan.part);
@@ -166,7 +168,7 @@ constexpr Residency kSumParts{256, 4};
 // Up to 16 rows cannot fill a tile: then what counts is to stream the weights, and a block of few has enough of them on
 // the way for its share of the memory's speed, so that only a long K is worth parts.  Otherwise large tiles, which load
 // least for each product, unless there are too few of them for the SMs.
-constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, int sm_count) {
+constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
   constexpr int64_t kLeast = 1024, kLeastStreamed = 4096;
   auto blocks = [&](int block_m, int block_n) { return (m + block_m - 1) / block_m * ((n + block_n - 1) / block_n); };
   auto tiled = [&](Int8MatmulKernel kernel, const ProductTile& tile) {
@@ -193,11 +195,11 @@ constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, int s
                           1,
                           0};
   };
-  if (m <= 8) return in_parts(decode(Int8MatmulKernel::decode_8, 8), k, kLeastStreamed, sm_count);
-  if (m <= kMostStreamedRows) return in_parts(decode(Int8MatmulKernel::decode_16, 16), k, kLeastStreamed, sm_count);
+  if (m <= 8) return in_parts(decode(Int8MatmulKernel::decode_8, 8), k, kLeastStreamed, gpu);
+  if (m <= kMostStreamedRows) return in_parts(decode(Int8MatmulKernel::decode_16, 16), k, kLeastStreamed, gpu);
   const Int8MatmulPlan large = tiled(Int8MatmulKernel::large_tile, kLargeTile);
-  const bool enough = large.blocks >= sm_count;
-  return in_parts(enough ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile), k, kLeast, sm_count);
+  const bool enough = large.blocks >= gpu.sm_count;
+  return in_parts(enough ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile), k, kLeast, gpu);
 }
 
 // The instantiated head dimensions, to which others are padded with zeros.
@@ -248,7 +250,7 @@ constexpr int kCombineSharedBytes = 16 * kCombine.threads;
 // step's time to start, and one more where splits must be put together.  For each number of waves only the fewest
 // splits that have as few steps as any come into question.
 constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_heads, int64_t rows, int64_t keys,
-                                                    int64_t dim, int element_bytes, int sm_count) {
+                                                    int64_t dim, int element_bytes, const Gpu& gpu) {
   constexpr auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AttentionDecodePlan plan{};
   plan.tile = {padded_head_dim(dim), element_bytes, rows > 16};
@@ -256,7 +258,7 @@ constexpr AttentionDecodePlan plan_attention_decode(int64_t batch, int64_t kv_he
   plan.row_tiles = static_cast<int>(quotient(rows, tile.rows()));
   const int64_t tasks = std::max<int64_t>(batch * kv_heads * plan.row_tiles, 1);
   const int64_t at_a_time =
-      int64_t{sm_count} * resident_blocks(tile.residency().registers(), tile.threads(), tile.shared_bytes());
+      int64_t{gpu.sm_count} * resident_blocks(tile.residency(), tile.threads(), tile.shared_bytes(), gpu.sm());
   const int64_t most = std::clamp<int64_t>(keys / kDecodeLeastKeys, 1, kMaxDecodeSplits);
   const int64_t all_steps = std::max<int64_t>(quotient(keys, tile.keys()), 1), least_waves = quotient(tasks, at_a_time);
   plan.splits = 1;
@@ -289,18 +291,20 @@ struct AttentionTile {
 };
 
 // 32 queries for each warp halve what it reads of keys and values in shared memory; with 128 dimensions their sums then
-// leave no registers for the queries too, nor for masks.
-LLMKERN_HOST_DEVICE constexpr AttentionTile attention_tile(int dim, bool large) {
+// leave no registers for the queries too, nor for masks.  compact: half as many keys, for SMs of 100 KiB, which would
+// hold one block with 128 dimensions where others hold two.
+LLMKERN_HOST_DEVICE constexpr AttentionTile attention_tile(int dim, bool large, bool compact = false) {
   if (dim <= 64)
     return large ? AttentionTile{64, 128, 64, 4, 2, 4, true, 2} : AttentionTile{64, 64, 64, 4, 2, 4, true, 3};
+  const int keys = compact ? 32 : 64;
   if (dim <= 128)
-    return large ? AttentionTile{128, 128, 64, 4, 1, 0, false, 2} : AttentionTile{128, 64, 64, 4, 2, 8, true, 2};
+    return large ? AttentionTile{128, 128, keys, 4, 1, 0, false, 2} : AttentionTile{128, 64, keys, 4, 2, 8, true, 2};
   return {256, 64, 32, 4, 1, 12, true, 2};
 }
 
 struct AttentionPlan {
   AttentionTile tile;
-  bool large;
+  bool large, compact;
   int query_blocks;
   int64_t blocks;
   int heads_at_once;  // of all batches: blocks of so many heads run side by side, those of the last queries first
@@ -312,17 +316,21 @@ constexpr int64_t kAttentionCacheBytes = 16 << 20;  // of keys and values, to be
 // last queries see most keys under causality, so that they begin; across as many heads as have their keys and values in
 // L2 together.
 constexpr AttentionPlan plan_attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys,
-                                       int64_t dim, int64_t value_dim, bool masked, int sm_count) {
+                                       int64_t dim, int64_t value_dim, bool masked, const Gpu& gpu) {
   AttentionPlan plan{};
   const int widest = static_cast<int>(std::max(dim, value_dim));
   auto take = [&](bool large) {
     plan.tile = attention_tile(widest, large);
+    const int resident =
+        resident_blocks(plan.tile.residency(), plan.tile.threads(), plan.tile.shared_bytes(), gpu.sm());
+    plan.compact = plan.tile.dim == 128 && resident < 2;
+    if (plan.compact) plan.tile = attention_tile(widest, large, true);
     plan.large = large;
     plan.query_blocks = static_cast<int>((queries + plan.tile.block_m - 1) / plan.tile.block_m);
     plan.blocks = plan.query_blocks * heads * batch;
   };
   take(true);
-  if (plan.blocks < sm_count || queries <= attention_tile(widest, false).block_m || (masked && !plan.tile.masks))
+  if (plan.blocks < gpu.sm_count || queries <= attention_tile(widest, false).block_m || (masked && !plan.tile.masks))
     take(false);
   const int64_t group = heads / kv_heads, head_bytes = 2 * std::max<int64_t>(keys, 1) * (dim + value_dim);
   plan.heads_at_once =

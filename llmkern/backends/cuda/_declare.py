@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmkern.backends.cpu._rows import DTYPES, refuse_norm, refuse_strided
 from llmkern.backends.cuda import CUDA, _plan
-from llmkern.dispatch import implements
+from llmkern.dispatch import GivesWay, implements
 from llmkern.library import native
 
 __all__ = ["MAX_ROW", "refuse_rows", "serves", "serves_norm", "serves_norm_backward"]
@@ -28,6 +28,7 @@ def serves(
     has_backward: bool = False,
     for_gradient: Mapping[str, Any] | None = None,
     copies: Callable[..., str | None] | None = None,
+    gives_way: GivesWay | None = None,
 ) -> None:
     """`torch.ops.llmkern.<op>` as CUDA's implementation, from Ampere on."""
     declare = implements(
@@ -40,6 +41,7 @@ def serves(
         describe=describe,
         for_gradient=for_gradient,
         copies=copies,
+        gives_way=gives_way,
     )
     declare(native(op))
 

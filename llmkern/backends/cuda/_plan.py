@@ -22,26 +22,29 @@ __all__ = [
 ]
 
 NOTHING = "nothing is launched: there are no elements"
-_SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
-"""SMs of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200."""
+_SM_COUNT = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+"""SMs of the GPU most used with each compute capability: A100, RTX A6000, L40S, H100 SXM, B200, RTX 5090."""
 
 
-def _sm_count(capability: tuple[int, int] | None, device: torch.device) -> int:
+def _gpu(capability: tuple[int, int] | None, device: torch.device) -> tuple[int, int]:
+    """Return the number of SMs and the compute capability as `_C.plan` takes it, 10 * major + minor."""
     if capability is None:
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        return properties.multi_processor_count, 10 * properties.major + properties.minor
     older = [known for known in _SM_COUNT if known <= capability]
-    return _SM_COUNT[max(older)] if older else _SM_COUNT[(8, 0)]
+    return _SM_COUNT[max(older) if older else (8, 0)], 10 * capability[0] + capability[1]
 
 
 def _plan(
     kernel: str, shape: Sequence[int], lead: Tensor, capability: tuple[int, int] | None, *, aligned: bool = True
 ) -> str:
     """One line; empty without `llmkern._C`.  Nothing is launched for empty tensors."""
-    sm_count = _sm_count(capability, lead.device)
+    sm_count, sm_version = _gpu(capability, lead.device)
     if 0 in shape[:2]:
         return NOTHING
     try:
-        plan = importlib.import_module("llmkern._C").plan(kernel, list(shape), lead.element_size(), aligned, sm_count)
+        introspection = importlib.import_module("llmkern._C")
+        plan = introspection.plan(kernel, list(shape), lead.element_size(), aligned, sm_count, sm_version)
     except ImportError:
         return ""
     parts = [f"{plan['kernel']}: {plan['blocks']} blocks of {plan['threads']} threads"]

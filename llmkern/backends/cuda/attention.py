@@ -7,6 +7,7 @@ from torch import Tensor
 from llmkern.backends.cuda import _plan
 from llmkern.backends.cuda._declare import serves
 from llmkern.backends.cuda._heads import DTYPES, copies_of, refuse_heads, refuse_lengths
+from llmkern.backends.cuda._newer import WARPGROUP_ATTENTION
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **_: Any) -> str | None:
@@ -26,4 +27,5 @@ serves(
     has_backward=True,
     for_gradient={"return_lse": True},
     copies=_copies,
+    gives_way=WARPGROUP_ATTENTION,
 )

@@ -7,6 +7,7 @@ from llmkern.backends.cpu._rows import refuse_strided
 from llmkern.backends.cpu._weights import refuse_vectors, refuse_weight
 from llmkern.backends.cuda import _plan
 from llmkern.backends.cuda._declare import serves
+from llmkern.backends.cuda._newer import many_rows
 from llmkern.checks import row_count
 
 FEW_ROWS = 16
@@ -23,4 +24,4 @@ def _refuse(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activa
     return refuse_strided(x=x) or refuse_weight("w_q", w_q) or refuse_vectors(w_scale=w_scale, bias=bias)
 
 
-serves("int8_linear", refuse=_refuse, describe=_plan.int8_linear, has_backward=True)
+serves("int8_linear", refuse=_refuse, describe=_plan.int8_linear, has_backward=True, gives_way=many_rows("x"))

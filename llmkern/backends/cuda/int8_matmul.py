@@ -6,6 +6,7 @@ from llmkern.backends.cpu._rows import DTYPES, refuse_strided
 from llmkern.backends.cpu._weights import refuse_vectors
 from llmkern.backends.cuda import _plan
 from llmkern.backends.cuda._declare import serves
+from llmkern.backends.cuda._newer import many_rows
 
 
 def _refuse(
@@ -25,4 +26,4 @@ def _refuse(
     return refuse_vectors(a_scale=a_scale, w_scale=w_scale, bias=bias)
 
 
-serves("int8_matmul", refuse=_refuse, describe=_plan.product, dtypes=None)
+serves("int8_matmul", refuse=_refuse, describe=_plan.product, dtypes=None, gives_way=many_rows("a_q"))
