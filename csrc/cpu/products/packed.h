@@ -1,7 +1,8 @@
 // Packed weights on the CPU: a line of a panel, 16 rows × 4 columns in 64 bytes, as registers of codes that multiply
 // by four bytes of x in every lane.
 //   small codes  of 4, 5 and 6 bits, unsigned: 0 … 63, of which the shift is taken from the sums
-//   wide codes   s8 and nl4's levels; with vpdpbusd, which multiplies unsigned by signed, 128 more
+//   wide codes   s8 and nl4's levels; with vpdpbusd, which multiplies unsigned by signed, 128 more, which the sums
+//                begin without
 #pragma once
 
 #include "../int8.h"
@@ -121,9 +122,6 @@ inline int shift_of(PackedCode code) {
       return 16;
     case PackedCode::s6:
       return 32;
-    case PackedCode::s8:
-    case PackedCode::nl4:
-      return kWideShift;
     default:
       return 0;
   }
@@ -273,17 +271,48 @@ class FactorReader {
   F32 shift_;
 };
 
+// Codes with nothing but a scale for each block.
+inline bool is_plain(const PackedWeight& w) {
+  return w.scale.size == kPackedBlock && !w.super_scale.data && !w.zero.data && !w.offset.data;
+}
+
+// The factors of a panel of a plain weight with wide codes, block by block: scales.
+class PlainReader {
+ public:
+  PlainReader(const PackedWeight& w, int64_t k, int64_t panel, int64_t column)
+      : scale_(w.scale), next_((panel * (k / kPackedBlock) + column / kPackedBlock) * kPanelRows) {}
+
+  void next(Factors& to) {
+    for (int reg = 0; reg < kRegs; ++reg) to.scale[reg] = load_group_values(scale_, next_ + reg * kLanes);
+    next_ += kPanelRows;
+  }
+
+ private:
+  const PackedGroups& scale_;
+  int64_t next_;
+};
+
+template <bool kPlain, int kHalves>
+using Reader = std::conditional_t<kPlain, PlainReader, FactorReader<kHalves>>;
+
 inline bool has_zero(const PackedWeight& w) {
   return w.zero.data || shift_of(w.code);
 }
 
-// Of 32 numbers of x: what a code of theirs stands for, and the sums of the codes of both halves and of all; integers.
+// Of 32 numbers of x: what a code of theirs stands for, the sums of the codes of both halves and of all, integers, and
+// the sum that products with wide codes begin with.
 struct XBlock {
   float scale, half[2], all;
+  int32_t wide;
 
   template <int kHalves>
   float sum(int i) const {
     return kHalves == 2 ? half[i] : all;
+  }
+
+  template <bool kWide>
+  S32 first_sum() const {
+    return kWide && kWideShift != 0 ? S32{} + wide : S32{};
   }
 };
 

@@ -44,39 +44,105 @@ PackedRow packed_row(const LinearParams& p, int64_t r) {
   return {reinterpret_cast<const int8_t*>(row), reinterpret_cast<const XBlock*>(row + padded(p.k))};
 }
 
+// Combine the lanes of each register to one number, that of register i in lane i.
+template <class V, class F>
+V combined(V (&v)[kLanes], const F& f) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = f(interleave_lower(v[i], v[i + half]), interleave_upper(v[i], v[i + half]));
+  return v[0];
+}
+
+// Rounds kLanes blocks of x at most as the op quantize_int8 would each of them, to the bit.
+template <class T>
+void prepare_lanes(const T* x, int count, int8_t* codes, XBlock* blocks) {
+  constexpr int kBlockRegs = kPackedBlock / kLanes;
+  S32 most[kLanes] = {};  // as in amax_of
+  for (int b = 0; b < count; ++b) {
+    S32 largest = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockRegs; ++i) {
+      const S32 magnitude = bits_as<S32>(load(x + b * kPackedBlock + i * kLanes)) & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    most[b] = largest;
+  }
+  const F32 amax = bits_as<F32>(combined(most, [](S32 a, S32 b) { return a > b ? a : b; }));
+  alignas(64) float scale[kLanes], inverse[kLanes];
+  store(scale, amax < broadcast(0x1p-118f) ? F32{} : amax / broadcast(127.0f));
+  store(inverse, broadcast(127.0f) / amax);
+  S32 sums[2][kLanes] = {};
+  for (int b = 0; b < count; ++b, x += kPackedBlock, codes += kPackedBlock) {
+    if (!(scale[b] > 0.0f && scale[b] < __builtin_inff())) {
+      std::memset(codes, 0, kPackedBlock);
+      continue;
+    }
+    const F32 by = broadcast(inverse[b]);
+    S32 halves[2] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockRegs; ++i) {
+      typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+      const S32 rounded = round_to_int(load(x + i * kLanes) * by);
+      const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+      std::memcpy(codes + i * kLanes, &narrow, sizeof(narrow));
+      halves[2 * i / kBlockRegs] += rounded;
+    }
+    sums[0][b] = halves[0], sums[1][b] = halves[1];
+  }
+  const auto add = [](S32 a, S32 b) { return a + b; };
+  const S32 first = combined(sums[0], add), last = combined(sums[1], add);
+  for (int b = 0; b < count; ++b)
+    blocks[b] = {.scale = scale[b],
+                 .half = {static_cast<float>(first[b]), static_cast<float>(last[b])},
+                 .all = static_cast<float>(first[b] + last[b]),
+                 .wide = -kWideShift * (first[b] + last[b])};
+}
+
 void prepare_blocks(const LinearParams& p, const Threads& threads) {
   with_type(p.dtype, [&]<class T>() {
     threads.parallel_for(p.rows.count, kElementsPerThread / (p.k + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* const x = static_cast<const T*>(p.x) + p.rows.offset(r);
         const PackedRow row = packed_row(p, r);
-        for (int64_t b = 0; b < p.k / kPackedBlock; ++b) {
-          int8_t* const codes = const_cast<int8_t*>(row.codes) + b * kPackedBlock;
-          XBlock& block = const_cast<XBlock&>(row.blocks[b]);
-          block.scale = quantize_row(x + b * kPackedBlock, kPackedBlock, codes);
-          int32_t sums[2] = {};
-          for (int i = 0; i < kPackedBlock / 2; ++i) sums[0] += codes[i], sums[1] += codes[kPackedBlock / 2 + i];
-          block.half[0] = sums[0], block.half[1] = sums[1], block.all = sums[0] + sums[1];
-        }
+        for (int64_t b = 0, count = p.k / kPackedBlock; b < count; b += kLanes)
+          prepare_lanes(x + b * kPackedBlock, static_cast<int>(std::min<int64_t>(kLanes, count - b)),
+                        const_cast<int8_t*>(row.codes) + b * kPackedBlock, const_cast<XBlock*>(row.blocks) + b);
       }
     });
   });
 }
 
+// f.template operator()<Codes, kPlain>(), where wide codes alone are told apart: int8 in blocks has them.
+template <class F>
+void with_kind(const PackedWeight& w, const F& f) {
+  with_codes(w.code, [&]<class Codes>() {
+    if constexpr (Codes::kWide)
+      if (is_plain(w)) return f.template operator()<Codes, true>();
+    f.template operator()<Codes, false>();
+  });
+}
+
 // totals[r][reg] = Σ over k of rows [r0, r0 + kRows) times a panel.
-template <class Codes, int kRows>
+template <class Codes, bool kPlain, int kRows>
 void stream_panel(const LinearParams& p, const PackedWeight& w, int64_t panel, int64_t r0,
                   F32 (&totals)[kRows][kRegs]) {
   constexpr int kHalves = Codes::kHalves;
   const int64_t blocks = p.k / kPackedBlock;
-  const bool zero = has_zero(w), offset = w.offset.data;
-  FactorReader<kHalves> reader(w, p.k, panel, 0);
+  const bool zero = !kPlain && has_zero(w), offset = !kPlain && w.offset.data;
+  Reader<kPlain, kHalves> reader(w, p.k, panel, 0);
   PackedRow rows[kRows];
   for (int r = 0; r < kRows; ++r) rows[r] = packed_row(p, r0 + r);
   const uint8_t* block = w.codes + panel * blocks * Codes::kBytes;
   for (int64_t b = 0; b < blocks; ++b, block += Codes::kBytes) {
     for (int64_t line = 0; line < Codes::kBytes; line += 64) __builtin_prefetch(block + kFetchAhead + line);
-    S32 sums[kHalves][kRows][kRegs] = {};
+    S32 sums[kHalves][kRows][kRegs];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int reg = 0; reg < kRegs; ++reg)
+        for (int half = 0; half < kHalves; ++half)
+          sums[half][r][reg] = rows[r].blocks[b].template first_sum<Codes::kWide>();
     for_constants<kLinesPerBlock / 2>([&]<int i>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int reg = 0; reg < kRegs; ++reg) {
@@ -111,7 +177,8 @@ template <int kRows>
 void stream_rows(const LinearParams& p, const Columns<Blocks>& to, int64_t r0) {
   F32 totals[kRows][kRegs] = {};
   const PackedWeight& w = to.segment->packed;
-  with_codes(w.code, [&]<class Codes>() { stream_panel<Codes, kRows>(p, w, to.n / kPanelRows, r0, totals); });
+  with_kind(
+      w, [&]<class Codes, bool kPlain>() { stream_panel<Codes, kPlain, kRows>(p, w, to.n / kPanelRows, r0, totals); });
   alignas(64) float y[kRows * Columns<Blocks>::kMost] = {};
   for (int r = 0; r < kRows; ++r)
     for (int reg = 0; reg < kRegs; ++reg) store(y + r * Columns<Blocks>::kMost + reg * kLanes, totals[r][reg]);
@@ -141,10 +208,10 @@ struct Tile {
 };
 
 // Blocks [begin, end) of k of one panel, the i-th of the tile.
-template <class Codes>
+template <class Codes, bool kPlain>
 void decode(const PackedWeight& w, int64_t k, int64_t panel, int64_t begin, int64_t end, int i, Tile& tile) {
   constexpr int kHalves = Codes::kHalves;
-  FactorReader<kHalves> reader(w, k, panel, begin * kPackedBlock);
+  Reader<kPlain, kHalves> reader(w, k, panel, begin * kPackedBlock);
   const uint8_t* block = w.codes + (panel * (k / kPackedBlock) + begin) * Codes::kBytes;
   for (int64_t b = 0; b < end - begin; ++b, block += Codes::kBytes) {
     for (int64_t line = 0; line < Codes::kBytes; line += 64) __builtin_prefetch(block + kFetchAhead + line);
@@ -157,10 +224,11 @@ void decode(const PackedWeight& w, int64_t k, int64_t panel, int64_t begin, int6
 }
 
 // totals[r] += kRows rows times the tile, which has blocks [begin, end) of k.
-template <bool kWide, int kHalves, int kRows>
-void multiply_tile(const LinearParams& p, const Tile& tile, bool zero, bool offset, int64_t r0, int64_t begin,
+template <bool kWide, int kHalves, bool kPlain, int kRows>
+void multiply_tile(const LinearParams& p, const Tile& tile, bool has_zero, bool has_offset, int64_t r0, int64_t begin,
                    int64_t end, float* totals) {
   constexpr int kLines = kLinesPerBlock / kHalves, kTileRegs = kTilePanels * kRegs;
+  const bool zero = !kPlain && has_zero, offset = !kPlain && has_offset;
   const int64_t stride = row_stride(p.k), x_blocks = padded(p.k);
   const char* const x0 = p.workspace + r0 * stride;
   F32 total[kRows][kTileRegs];
@@ -173,7 +241,13 @@ void multiply_tile(const LinearParams& p, const Tile& tile, bool zero, bool offs
     const char* const x_block = x0 + x_blocks + b * sizeof(XBlock);
 #pragma GCC unroll 2
     for (int half = 0; half < kHalves; ++half) {
-      S32 sums[kRows][kTileRegs] = {};
+      S32 sums[kRows][kTileRegs];
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const XBlock& of_x = *reinterpret_cast<const XBlock*>(x_block + r * stride);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileRegs; ++i) sums[r][i] = of_x.first_sum<kWide>();
+      }
       const Bytes* w = &tile.codes[b - begin][half * kLines][0][0];
 #pragma GCC unroll 1  // else gcc loads all of x first and has no registers left
       for (int line = 0; line < kLines; ++line, x += 4, w += kTileRegs)
@@ -200,7 +274,7 @@ void multiply_tile(const LinearParams& p, const Tile& tile, bool zero, bool offs
     for (int i = 0; i < kTileRegs; ++i) store(totals + r * kTileColumns + i * kLanes, total[r][i]);
 }
 
-template <class Codes>
+template <class Codes, bool kPlain>
 void many_rows_of(const LinearParams& p, const Columns<Blocks>& to, int64_t first, int64_t last) {
   const PackedWeight& w = to.segment->packed;
   const int64_t blocks = p.k / kPackedBlock, panel = to.n / kPanelRows;
@@ -208,15 +282,17 @@ void many_rows_of(const LinearParams& p, const Columns<Blocks>& to, int64_t firs
   alignas(64) float totals[kRowsPerChunk * kTileColumns];
   std::memset(totals, 0, (last - first) * kTileColumns * sizeof(float));
   Tile tile;
-  for (int64_t begin = 0; begin < blocks; begin += kTileBlocks) {
-    const int64_t end = std::min(blocks, begin + kTileBlocks);
+  const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = blocks * t / tiles, end = blocks * (t + 1) / tiles;
     // Beyond the last panel the last one again: computed and not used.
-    for (int i = 0; i < kTilePanels; ++i) decode<Codes>(w, p.k, panel + std::min(i, panels - 1), begin, end, i, tile);
+    for (int i = 0; i < kTilePanels; ++i)
+      decode<Codes, kPlain>(w, p.k, panel + std::min(i, panels - 1), begin, end, i, tile);
     int64_t r = first;
     const auto rows = [&]<int kRows>() {
       for (; r + kRows <= last; r += kRows)
-        multiply_tile<Codes::kWide, Codes::kHalves, kRows>(p, tile, has_zero(w), w.offset.data, r, begin, end,
-                                                           totals + (r - first) * kTileColumns);
+        multiply_tile<Codes::kWide, Codes::kHalves, kPlain, kRows>(p, tile, has_zero(w), w.offset.data, r, begin, end,
+                                                                   totals + (r - first) * kTileColumns);
     };
     rows.template operator()<kRowsAtOnce>();
     if constexpr (kRowsAtOnce > 4) rows.template operator()<4>();
@@ -233,7 +309,8 @@ void many_rows(const LinearParams& p, const Threads& threads) {
       Columns<Blocks> to;
       set_columns(p, kTileColumns, i % all, to);
       const int64_t first = p.rows.count * (i / all) / chunks, last = p.rows.count * (i / all + 1) / chunks;
-      with_codes(to.segment->packed.code, [&]<class Codes>() { many_rows_of<Codes>(p, to, first, last); });
+      with_kind(to.segment->packed,
+                [&]<class Codes, bool kPlain>() { many_rows_of<Codes, kPlain>(p, to, first, last); });
     }
   });
 }

@@ -31,6 +31,8 @@ def random_packed(make: Make, kind: str, n: int, k: int) -> PackedWeight:
     half, rows = torch.float16, PackedWeight.from_rows
     if kind == "q8_0":
         return rows("s8", codes("s8"), scales(32, 1 / 73, half))
+    if kind == "s8-g64":
+        return rows("s8", codes("s8"), scales(64, 1 / 73, torch.float32))
     if kind == "s4-g128":
         return rows("s4", codes("s4"), scales(128, 1 / 4.6, torch.bfloat16))
     if kind == "s4-g32":
@@ -88,12 +90,14 @@ def _strided(make: Make) -> Call:
 
 
 def _special_rows(make: Make) -> Call:
-    """A zero row, and rows with a NaN, an infinity and one overwhelming value; each may only spoil itself."""
+    """Rows with nothing but zeros, a NaN, an infinity, one overwhelming value, a block that rounds to nothing; each may
+    only spoil itself."""
     call = _call(make, "u4-zero-g64", (5,), 8, 128)
     call["x"][0] = 0
     call["x"][1, 7] = float("nan")
     call["x"][2, 70] = float("inf")
     call["x"][3, 7] = 3e4
+    call["x"][4, 32:64] = 1e-37
     return call
 
 
@@ -168,6 +172,16 @@ CASES = [
         for rows, n, k in (((1,), 1, 32), ((7,), 48, 32), ((4,), 31, 96), ((16,), 577, 64), ((8,), 5, 1600))
         for case in each_dtype(
             "quantized_linear", f"q8_0-{rows}x{n}x{k}", partial(_call, kind="q8_0", rows=rows, n=n, k=k, bias=False)
+        )
+    ],
+    *[
+        case
+        for rows in ((3,), (9,))
+        for case in each_dtype(
+            "quantized_linear",
+            f"s8-g64-{rows}x33x256",
+            partial(_call, kind="s8-g64", rows=rows, n=33, k=256),
+            dtypes=(torch.float32,),
         )
     ],
     *each_dtype("quantized_linear", "strided", _strided, differentiable=_GRAD),
