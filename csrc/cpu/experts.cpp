@@ -15,11 +15,15 @@ inline bool is_more(float a, float b) {
   return a > b || (a != a && b == b);
 }
 
-// Compute scores[e] from one row's logits.
-template <class T>
-void score(const RouteParams& p, const T* logits, float* scores) {
+// One row's experts: weights that may be taken, and the keys by which they are chosen.
+struct Row {
+  alignas(64) float scores[kMostExperts], keys[kMostExperts];
+  bool taken[kMostExperts];
+};
+
+// Compute the scores from one row's logits.
+void score(const RouteParams& p, float* scores) {
   float largest = -__builtin_inff();
-  for_registers(p.experts, [&](int64_t i, int n) { store_at_most(scores + i, load_at_most(logits + i, n), n); });
   for (int64_t e = 0; e < p.experts; ++e) largest = is_more(scores[e], largest) ? scores[e] : largest;
   const F32 top = broadcast(largest);
   float total = 0.0f;
@@ -34,39 +38,74 @@ void score(const RouteParams& p, const T* logits, float* scores) {
   });
 }
 
-// Keep exactly `top` weights, the largest (NaN included), and zero the rest: readers have room for `top` per row.
-void keep_top(const RouteParams& p, float* scores) {
+// Return the first of the largest of `count` keys that are not taken, and take it.
+int64_t take_largest(const float* keys, bool* taken, int64_t count) {
+  int64_t best = -1;
+  for (int64_t i = 0; i < count; ++i)
+    if (!taken[i] && (best < 0 || is_more(keys[i], keys[best]))) best = i;
+  taken[best] = true;
+  return best;
+}
+
+// Lower the keys of all experts outside the best groups to -inf.
+void keep_groups(const RouteParams& p, float* keys) {
+  const int64_t size = p.experts / p.groups;
+  float sums[kMostExperts];
+  bool kept[kMostExperts] = {};
+  for (int64_t g = 0; g < p.groups; ++g) {
+    bool taken[kMostExperts] = {};
+    const float* const own = keys + g * size;
+    const float first = own[take_largest(own, taken, size)];
+    sums[g] = first + own[take_largest(own, taken, size)];
+  }
+  for (int64_t i = 0; i < p.group_top; ++i) take_largest(sums, kept, p.groups);
+  for (int64_t e = 0; e < p.experts; ++e)
+    if (!kept[e / size]) keys[e] = -__builtin_inff();
+}
+
+// Keep exactly `top` scores, those with the largest keys, and zero the rest: readers have room for `top` per row.
+void keep_top(const RouteParams& p, Row& row) {
   float kept[kMostExperts] = {};
   int64_t chosen[kMostExperts];
-  float total = 0.0f;
+  float total = p.eps;
+  std::memset(row.taken, 0, p.experts);
+  if (p.groups > 1) keep_groups(p, row.keys);
   for (int64_t i = 0; i < p.top; ++i) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < p.experts; ++e)
-      if (scores[e] >= 0.0f || scores[e] != scores[e])
-        if (best < 0 || is_more(scores[e], scores[best])) best = e;
-    chosen[i] = best;
-    kept[best] = scores[best];
-    total += scores[best];
-    scores[best] = -1.0f;  // taken: no score is negative
+    chosen[i] = take_largest(row.keys, row.taken, p.experts);
+    total += row.scores[chosen[i]];
   }
-  const float factor = p.normalized ? p.scale / total : p.scale;
-  for (int64_t i = 0; i < p.top; ++i) kept[chosen[i]] *= factor;
-  std::memcpy(scores, kept, p.experts * sizeof(float));
+  for (int64_t i = 0; i < p.top; ++i) {
+    const float score = row.scores[chosen[i]];
+    kept[chosen[i]] = (p.normalized ? score / total : score) * p.scale;
+  }
+  std::memcpy(row.scores, kept, p.experts * sizeof(float));
+}
+
+template <class T>
+void load_row(const void* from, int64_t first, float* to, int64_t count) {
+  const T* const x = static_cast<const T*>(from) + first;
+  for_registers(count, [&](int64_t i, int n) { store_at_most(to + i, load_at_most(x + i, n), n); });
 }
 
 }  // namespace
 
 void route(const RouteParams& p, const Threads& threads) {
-  with_type(p.dtype, [&]<class T>() {
-    threads.parallel_for(p.rows, kElementsPerThread / (p.experts * p.top + 1) + 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float scores[kMostExperts];
-      for (int64_t r = begin; r < end; ++r) {
-        score(p, static_cast<const T*>(p.logits) + r * p.experts, scores);
-        keep_top(p, scores);
+  alignas(64) float correction[kMostExperts] = {};
+  if (p.correction) with_type(p.correction_dtype, [&]<class T>() { load_row<T>(p.correction, 0, correction, p.experts); });
+  threads.parallel_for(p.rows, kElementsPerThread / (p.experts * p.top + 1) + 1, [&](int64_t begin, int64_t end) {
+    Row row;
+    for (int64_t r = begin; r < end; ++r) {
+      with_type(p.logits_dtype, [&]<class T>() { load_row<T>(p.logits, r * p.experts, row.scores, p.experts); });
+      if (!p.sigmoid) std::memcpy(row.keys, row.scores, p.experts * sizeof(float));
+      score(p, row.scores);
+      if (p.sigmoid || p.correction)
+        for (int64_t e = 0; e < p.experts; ++e) row.keys[e] = row.scores[e] + correction[e];
+      keep_top(p, row);
+      with_type(p.dtype, [&]<class T>() {
         T* const out = static_cast<T*>(p.weights) + r * p.experts;
-        for_registers(p.experts, [&](int64_t i, int n) { store_at_most(out + i, load_at_most(scores + i, n), n); });
-      }
-    });
+        for_registers(p.experts, [&](int64_t i, int n) { store_at_most(out + i, load_at_most(row.scores + i, n), n); });
+      });
+    }
   });
 }
 

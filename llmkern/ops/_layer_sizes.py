@@ -227,8 +227,19 @@ class _Walk:
 
     def route(self, step: Step) -> None:
         count = self.weight(step.places[0], self.rows(step.values[0]))
-        if not 1 <= _whole(step, "top") <= count:
-            raise self.wrong(f"route: top is {step.option('top')}, expected 1 to {count}, the rows of {step.places[0]}")
+        groups, most = step.option("groups"), count
+        if isinstance(groups, int):
+            size = 0 if groups == 0 or count % groups else count // groups
+            if size < 2 or not 1 <= _whole(step, "group_top") <= groups:
+                said = f"route: {step.option('group_top')} of {groups} groups of {count} experts"
+                raise self.wrong(f"{said}, expected groups of as many, at least 2")
+            most = size * _whole(step, "group_top")
+        if not 1 <= _whole(step, "top") <= most:
+            where = f"the rows of {step.places[0]}" if groups is None else "the experts of group_top groups"
+            raise self.wrong(f"route: top is {step.option('top')}, expected 1 to {most}, {where}")
+        correction = step.option("correction")
+        if isinstance(correction, Place):
+            self.vector(correction, count, "one for each expert")
         self.make(step.results, [count], self.tokens[step.values[0]])
 
     def experts(self, step: Step) -> None:

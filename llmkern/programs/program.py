@@ -129,11 +129,23 @@ OPERATORS: dict[str, Operator] = {
         parameters="linear",
     ),
     # A weight for each expert, of softmax(linear(x)) or of sigmoid(linear(x)): the largest `top` of them, 0 for the
-    # others; normalized: divided by their sum; times scale.
+    # others; normalized: divided by their sum + eps; times scale.  wide: linear(x) is in fp32 whatever x is.
+    # correction: one number for each expert, added to the weights for choosing among them only.  groups: of as many
+    # experts each; only those in the `group_top` groups with the largest sums of two are chosen from.
     "route": Operator(
         (1, 1),
         (1, 1),
-        options={"top": "whole", "sigmoid": "flag", "normalized": "flag", "scale": "number"},
+        options={
+            "top": "whole",
+            "sigmoid": "flag",
+            "normalized": "flag",
+            "eps": "number",
+            "scale": "number",
+            "wide": "flag",
+            "groups": "whole",
+            "group_top": "whole",
+            "correction": "place",
+        },
         required=("top",),
         parameters="linear",
     ),
@@ -148,9 +160,13 @@ OPERATORS: dict[str, Operator] = {
         parameters="linear",
     ),
     # (q, k, cos, sin) or (x, cos, sin).  rotary: columns of a head that turn, the first ones; all unless given.
-    # interleaved: pairs are neighbours, not halves apart.
+    # interleaved: pairs are neighbours, not halves apart.  half: cos and sin have a column for each column that turns,
+    # and only the first half of them is read, one for each pair.
     "rope": Operator(
-        (3, 4), results="turned", options={"dim": "whole", "rotary": "whole", "interleaved": "flag"}, required=("dim",)
+        (3, 4),
+        results="turned",
+        options={"dim": "whole", "rotary": "whole", "interleaved": "flag", "half": "flag"},
+        required=("dim",),
     ),
     # Keys and values of these tokens join those of the layer's cache; all of them.  Without a cache: themselves.
     "append": Operator((2, 2), results=2),

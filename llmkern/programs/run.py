@@ -30,6 +30,7 @@ __all__ = [
     "attend",
     "dispatched",
     "reference",
+    "routed",
     "run",
 ]
 
@@ -50,7 +51,7 @@ class Weights(Protocol):
     """Source of the parameters at a program's places, for one layer."""
 
     def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
-        """Return x · weightᵀ + bias, with all rows of the linear layer."""
+        """Return x · weightᵀ + bias, with all rows of the linear layer, in x's dtype (a router's x may be fp32)."""
 
     def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
         """Return a norm's weight and bias."""
@@ -163,14 +164,11 @@ class _Layer:
         return tuple(found)
 
     def route(self, step: Step, x: Tensor) -> Tensor:
-        logits = _rows(self.weights.linear(step.places[0].path, x, self.call), step.places[0])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        scores = wide.sigmoid() if step.option("sigmoid") else wide.softmax(-1)
-        most, chosen = scores.topk(_whole(step, "top"), -1)
-        if step.option("normalized"):
-            most = most / most.sum(-1, keepdim=True)
-        most = most * float(step.option("scale", 1.0))  # type: ignore[arg-type]
-        return torch.zeros_like(scores).scatter(-1, chosen, most).to(x.dtype)
+        place, correction = step.places[0], step.option("correction")
+        rows = x.float() if step.option("wide") and x.dtype != torch.float64 else x
+        logits = _rows(self.weights.linear(place.path, rows, self.call), place)
+        added = self.weights.tensor(correction.path) if isinstance(correction, Place) else None
+        return routed(step, logits, added).to(x.dtype)
 
     def experts(self, step: Step, x: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -202,6 +200,8 @@ class _Layer:
         *rows, cos, sin = values
         dim = _whole(step, "dim")
         heads = [_heads(x, dim) for x in rows]
+        if step.option("half"):
+            cos, sin = [table[..., : table.shape[-1] // 2] for table in (cos, sin)]
         turned = self.call(
             "rope",
             q=heads[0],
@@ -277,6 +277,29 @@ class _Layer:
             return y
         wide = x if x.dtype == torch.float64 else x.float()
         return ACTIVATION_FUNCTIONS[kind](wide).to(x.dtype)
+
+
+def routed(step: Step, logits: Tensor, correction: Tensor | None) -> Tensor:
+    """The weights of a `route` step whose linear layer gives these logits [..., experts]; in fp32 or fp64.
+
+    Sorting is stable: of experts that are equally good the first is chosen, and NaN before numbers.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    scores = logits.sigmoid() if step.option("sigmoid") else logits.softmax(-1)
+    keys = scores if step.option("sigmoid") else logits  # a softmax's order, with fewer ties
+    if correction is not None:
+        keys = scores + correction.to(scores.dtype)
+    if step.option("groups") is not None:
+        by_group = keys.unflatten(-1, (_whole(step, "groups"), -1))
+        sums = by_group.topk(2, -1).values.sum(-1)
+        kept = sums.argsort(dim=-1, descending=True, stable=True)[..., : _whole(step, "group_top")]
+        outside = torch.ones_like(sums, dtype=torch.bool).scatter(-1, kept, False)
+        keys = by_group.masked_fill(outside[..., None], -math.inf).flatten(-2)
+    chosen = keys.argsort(dim=-1, descending=True, stable=True)[..., : _whole(step, "top")]
+    most = scores.gather(-1, chosen)
+    if step.option("normalized"):
+        most = most / (most.sum(-1, keepdim=True) + (_number(step, "eps") or 0.0))
+    return torch.zeros_like(scores).scatter(-1, chosen, most * (_number(step, "scale") or 1.0))
 
 
 def attend(

@@ -17,11 +17,12 @@ from llmkern.nn.packed_linear import PackedLinear
 from llmkern.ops._layer_packed import handle_of, packed_behind
 from llmkern.ops.int8_linear import resolve_scheme
 from llmkern.programs.passes import quantized
-from llmkern.programs.program import Parameter, Program
+from llmkern.programs.program import Parameter, Place, Program
 from llmkern.programs.run import Call
 from llmkern.swap.derive import as_before, original_class
 from llmkern.swap.guard import Path, why_hooks
 from llmkern.swap.match import agrees, probe, why_elsewhere
+from llmkern.swap.packed_experts import layout_of
 from llmkern.swap.parts import norm_of
 from llmkern.swap.whole_layer import NotServed, at
 
@@ -41,6 +42,7 @@ class Bound:
     ) -> None:
         self.program, self.layer, self.dtype = program, layer, dtype
         self.mentioned = _mentioned(program)
+        self._routers, self._corrections = _routing(program)
         self._linears: dict[str, tuple[Tensor, Tensor | None, Tensor | None, str | None]] = {}
         self._norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -49,7 +51,7 @@ class Bound:
         for path, rows in packed:
             weight = self._linears[path][0]
             held = packed_behind(weight)
-            if (now := weight.shape[0] if held is None else held.n) != rows:
+            if (now := weight.shape[-2] if held is None else held.n) != rows:
                 raise NotServed(f"{path} has {now} rows, and had {rows} when it was swapped")
 
     @property
@@ -87,13 +89,13 @@ class Bound:
         return _coded(self.program, frozenset(coded), head)
 
     def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
-        weight, scale, bias, scheme = self._linears[path]
-        if scale is None:
-            y: Tensor = call("linear", x=x, weight=weight, bias=bias, activation="none")
-            return y
-        form = {"activation": "none", "scheme": resolve_scheme(scheme or "auto", x)}
-        y = call("int8_linear", x=x, w_q=weight, w_scale=scale, bias=bias, **form)
-        return y
+        return _product(x, *self._linears[path], call)
+
+    def expert(self, path: str, number: int, x: Tensor, call: Call) -> Tensor:
+        *tensors, scheme = self._linears[path]
+        weight, scale, bias = [None if tensor is None else tensor[number] for tensor in tensors]
+        assert weight is not None
+        return _product(x, weight, scale, bias, scheme, call)
 
     def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
         return self._norms[path]
@@ -105,14 +107,17 @@ class Bound:
         *above, name = steps_of(path)
         holder = at(self.layer, tuple(above))
         weight: Tensor | None
+        bias: Tensor | None
         scale: Tensor | None = None
         scheme: str | None = None
         if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
             weight, bias = holder.in_proj_weight, holder.in_proj_bias
+        elif name not in holder._modules:
+            weight, bias = _of_experts(path, holder, name)
         else:
             module: Any = holder._modules[name]
             cls, state = original_class(module), vars(module)
-            if cls not in (Int8Linear, PackedLinear) and not _is_plain(cls):
+            if cls not in (Int8Linear, PackedLinear) and path not in self._routers and not _is_plain(cls):
                 raise NotServed(f"{path} is a {cls.__name__}, not a plain linear layer")
             reason = why_hooks(path, state)
             if reason is not None:
@@ -151,7 +156,9 @@ class Bound:
 
     def _bind_tensor(self, path: str) -> None:
         *above, name = steps_of(path)
-        tensor = self._checked(path, getattr(at(self.layer, tuple(above)), name))
+        tensor = getattr(at(self.layer, tuple(above)), name)
+        if path not in self._corrections or type(tensor) not in PLAIN_TENSORS:
+            tensor = self._checked(path, tensor)
         if tensor is None:
             raise NotServed(f"{path} is None")
         self._tensors[path] = tensor
@@ -160,6 +167,41 @@ class Bound:
         if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.dtype is not self.dtype):
             raise NotServed(f"{what} has another type than the hidden states")
         return tensor
+
+
+def _product(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, scheme: str | None, call: Call
+) -> Tensor:
+    if scale is None:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)  # a router's x may be fp32
+        y: Tensor = call("linear", x=x, weight=weight, bias=bias, activation="none")
+        return y
+    form = {"activation": "none", "scheme": resolve_scheme(scheme or "auto", x)}
+    y = call("int8_linear", x=x, w_q=weight, w_scale=scale, bias=bias, **form)
+    return y
+
+
+def _of_experts(path: str, holder: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return weight [experts, rows, columns] and bias of packed experts."""
+    layout = layout_of(holder)
+    if layout is None or name not in (layout.inner, layout.down):
+        raise NotServed(f"{path} is no weight of packed experts any more")
+    weight: Any = holder._parameters[name]
+    bias = None if layout.bias is None else holder._parameters[name + layout.bias]
+    if type(weight) not in PLAIN_TENSORS:
+        raise NotServed(f"{path} is no plain parameter")
+    return layout.weight(weight), bias
+
+
+@functools.lru_cache(maxsize=512)
+def _routing(program: Program) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the paths of a program's routers, and of the tensors that correct their choice."""
+    steps = [step for step in program.steps if step.op == "route"]
+    corrections = [step.option("correction") for step in steps]
+    return (
+        frozenset([step.places[0].path for step in steps]),
+        frozenset([place.path for place in corrections if isinstance(place, Place)]),
+    )
 
 
 @functools.cache

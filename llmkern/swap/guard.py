@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from llmkern.integrations.transformers.attention import WEIGHTS, collects_weights
+from llmkern.integrations.transformers.attention import why_collected
 from llmkern.swap.derive import derive, untouched
 from llmkern.swap.surroundings import Place, Surroundings, surroundings, why_hooks_for_all, why_untouched
 
@@ -306,8 +306,7 @@ def why_hooks(name: str, state: dict[str, Any]) -> str | None:
     if forward or state["_forward_pre_hooks"] or "forward" in state or _hears_gradients(state):
         if state["_forward_pre_hooks"] or "forward" in state or not are_inert(forward) or _hears_gradients(state):
             return f"{name} has hooks, or a forward of its own"
-        if collects_weights():
-            return WEIGHTS
+        return why_collected()
     return None
 
 

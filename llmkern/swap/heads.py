@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,12 +19,15 @@ _UNROTATED = "it multiplies queries or keys by cosines and sines otherwise than 
 
 
 class _Turn(NamedTuple):
-    """A rotary embedding: its tables, how many columns of each head it rotates, and how they are paired."""
+    """A rotary embedding: its tables, how many columns of each head it rotates, how they are paired, and whether only
+    half of the tables is read.
+    """
 
     cos: Value
     sin: Value
     rotary: int
     interleaved: bool
+    half: bool
 
 
 def heads(recorder: Recorder, arranged: Arranged, what: str) -> tuple[Value, int, float]:
@@ -60,7 +64,7 @@ def _turned(recorder: Recorder, value: Value, turn: _Turn, dim: int) -> Value:
         if node.op == "rope" and node.values == [value, turn.cos, turn.sin]:
             return node.results[0]
     rotary = None if turn.rotary == dim else turn.rotary
-    options: dict[str, Any] = {"dim": dim, "rotary": rotary, "interleaved": turn.interleaved}
+    options: dict[str, Any] = {"dim": dim, "rotary": rotary, "interleaved": turn.interleaved, "half": turn.half}
     return recorder.node("rope", [value, turn.cos, turn.sin], [value.shape], **options)[0]
 
 
@@ -133,10 +137,11 @@ def _pairing(
     row = torch.arange(batch)[:, None, None, None] * (tokens if tables["cos"].shape[0] > 1 else 0)
     row = row + torch.arange(tokens)[:, None]
     half, pair = rotary // 2, torch.arange(rotary)
-    for interleaved in (False, True):
+    for interleaved, halved in itertools.product((False, True), (False, True) if width == rotary else (False,)):
         partner = pair ^ 1 if interleaved else (pair + half) % rotary
         sign = torch.where((pair % 2 == 0) if interleaved else (pair < half), -1.0, 1.0)
-        index = pair if width == rotary else (pair // 2 if interleaved else pair % half)
+        once = halved or width != rotary  # one entry for each pair
+        index = (pair // 2 if interleaved else pair % half) if once else pair
         entries = row * width + index
         turned = torch.equal(partners, rows[..., partner])
         signed = torch.allclose(partner_factors, factors[..., :rotary] * sign, rtol=1e-12)
@@ -145,5 +150,5 @@ def _pairing(
             for name, found in (("cos", cos[..., :rotary]), ("sin", sin))
         )
         if turned and signed and looked_up:
-            return _Turn(tables["cos"], tables["sin"], rotary, interleaved)
+            return _Turn(tables["cos"], tables["sin"], rotary, interleaved, halved)
     raise Refused(_UNROTATED)

@@ -232,7 +232,7 @@ def _heads_kept(module: nn.Module, program: Program) -> tuple[int, int]:
         raise NoProgram("it does more with an encoder's keys than a linear layer does")
     place, dim = maker.places[maker.results.index(keep.values[0])], reader.option("dim")
     assert isinstance(dim, int)
-    rows = linear_sizes(module, place.path)[0]
+    rows = linear_sizes(module, place.path).rows
     if place.rows is not None:
         begin, end, period = place.rows
         rows = (end - begin) * (rows // period if period else 1)

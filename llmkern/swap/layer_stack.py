@@ -247,7 +247,9 @@ class _Stack:
                 for store in (owner._parameters, owner._buffers):
                     self.snapshot.entry(store, steps[-1])
                 continue
-            if steps in kept:
+            if steps[-1] in at(layer, steps[:-1])._parameters:  # of packed experts
+                steps = steps[:-1]
+            elif steps in kept:
                 continue
             self._keep_child(layer, steps)
             held = at(layer, steps)

@@ -73,12 +73,13 @@ class Sources:
 
     probed: look at what has run, not at branches that were not taken, and let it go by dtypes, by numbers of dimensions
         and by quotients without a rest: for who probes all that matters, in all dtypes, of which this is one, and with
-        sizes that have no divisors in common.  `goes_by_dtype` says whether it goes by dtypes."""
+        sizes that have no divisors in common.  `goes_by_dtype` says whether it goes by dtypes.
+    every_index: let loops compare their variable with what is fixed: for who probes all its values."""
 
-    def __init__(self, probed: torch.dtype | None = None) -> None:
+    def __init__(self, probed: torch.dtype | None = None, every_index: bool = False) -> None:
         self._lines: dict[types.CodeType, set[int]] = {}
         self._inexact: dict[types.CodeType, set[int]] = {}
-        self._probed = probed
+        self._probed, self._every_index = probed, every_index
 
     def __enter__(self) -> Sources:
         self._before = sys.gettrace()
@@ -91,7 +92,7 @@ class Sources:
     @property
     def reason(self) -> str:
         if self._probed is None:
-            return next(filter(None, map(why_undecided, self._lines)), "")
+            return next(filter(None, [why_undecided(c, every_index=self._every_index) for c in self._lines]), "")
         ran = {code: frozenset(lines) for code, lines in self._lines.items()}
         inexact = {code: frozenset(lines) for code, lines in self._inexact.items()}
         dtype = str(self._probed)
@@ -126,20 +127,27 @@ def _is_of_a_library(module: str) -> bool:
 
 @functools.cache
 def why_undecided(
-    code: types.CodeType, ran: frozenset[int] | None = None, inexact: frozenset[int] = frozenset(), dtype: str = ""
+    code: types.CodeType,
+    ran: frozenset[int] | None = None,
+    inexact: frozenset[int] = frozenset(),
+    dtype: str = "",
+    every_index: bool = False,
 ) -> str | None:
     """Return why a probe does not determine what the function computes on other inputs, or None if its source decides
     only by whether an argument is present.
 
     ran, inexact: as for `Sources`, the lines that have run, and those in which something was divided with a rest.
-    dtype: the one that was probed."""
+    dtype: the one that was probed.  every_index: as for `Sources`."""
     if code.co_name in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"):  # part of the function's own source
         return None
     tree = _tree(code)
     if isinstance(tree, str):
         return tree
     above = code.co_firstlineno - 1
+    indices = _loop_variables(tree) if every_index and tree is not None else frozenset()
     for node in [] if tree is None else _visited(tree, above, ran, dtype):
+        if isinstance(node, ast.Compare) and _is_index_of(node, indices):
+            continue
         divides = ran is not None and isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv)
         if divides and getattr(node, "lineno", 0) + above not in inexact:
             continue
@@ -190,6 +198,38 @@ def _visited(node: ast.AST, above: int, ran: frozenset[int] | None, dtype: str) 
     for child in ast.iter_child_nodes(node):
         if child not in left_out:
             yield from _visited(child, above, ran, dtype)
+
+
+def _loop_variables(tree: ast.AST) -> frozenset[str]:
+    """Return the variables of loops that are assigned nothing in them but an element of their own."""
+    found = {
+        node.target.id for node in ast.walk(tree) if isinstance(node, ast.For) and isinstance(node.target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr)):
+            targets = [node.target]
+        for name in [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]:
+            value = node.value if isinstance(node, ast.Assign) else None
+            own = (
+                isinstance(value, ast.Subscript)
+                and isinstance(value.slice, ast.Constant)
+                and _is_name(value.value, name)
+            )
+            found -= set() if own else {name}
+    return frozenset(found)
+
+
+def _is_index_of(node: ast.Compare, indices: frozenset[str]) -> bool:
+    left, right = node.left, node.comparators[0]
+    named = isinstance(left, ast.Name) and left.id in indices
+    return named and len(node.comparators) == 1 and isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and _is_fixed(right)
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _is_for_dtypes(node: ast.AST, dtype: str) -> bool:

@@ -20,6 +20,7 @@ from llmkern.swap.edit import Edit, edited, edits_of
 from llmkern.swap.layer_stack import forget
 from llmkern.swap.match import Match, linear_like, remembering_refusals
 from llmkern.swap.observe import settled
+from llmkern.swap.packed_experts import layout_of
 from llmkern.swap.report import SwapReport, SwapRow, current, forget_report, record_report
 from llmkern.swap.rules import rules
 from llmkern.swap.rules.attention import skipping_masks
@@ -216,7 +217,7 @@ def _resolved(sites: list[_Site]) -> list[_Site]:
             if inner := [path for path in left if path.startswith(f"{site.path}.")]:
                 site = replace(site, excluded=f"a part of it is left alone: {inner[0]}")
             else:
-                absorbed |= {id(child) for child in _linears(site.module)}
+                absorbed |= {id(child) for child in site.module.modules() if linear_like(child) or layout_of(child)}
         if id(site.module) not in absorbed:
             settled.append(site)
     return settled

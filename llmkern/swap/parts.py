@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from llmkern.integrations.transformers.attention import HARMLESS, INTERFACE
 from llmkern.nn._int8_weight import HOOKS
-from llmkern.programs.run import ACTIVATION_FUNCTIONS, Call, attend, reference
+from llmkern.programs.program import Place, Program, Step
+from llmkern.programs.run import ACTIVATION_FUNCTIONS, Call, attend, reference, run
 from llmkern.swap.derive import as_before, mentioned_globals, rebind
 from llmkern.swap.guard import UNSEEN, Part, Read, below, merged, noted
 from llmkern.swap.match import PROBE_SCALE, agrees, linear_like, probe, stand_in, why_elsewhere
 from llmkern.swap.observe import aside
+from llmkern.swap.packed_experts import Experts, experts_of, layout_of
 from llmkern.swap.record import Recorder
+from llmkern.swap.routers import Router, router_of
 from llmkern.swap.rules import experts as experts_rule
 from llmkern.swap.rules import norms as norms_rule
 from llmkern.swap.track import Refused
@@ -44,6 +47,7 @@ class StandIns:
         self.generator = torch.Generator().manual_seed(0)
         self.parts: tuple[Part, ...] = ()  # what norms and activations take for granted
         self._linears: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._factors: dict[str, Tensor] = {}  # of experts: each has the same product times a number of its own
         self._norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._tensors: dict[str, Tensor] = {}
 
@@ -53,13 +57,21 @@ class StandIns:
     def linear(self, path: str, x: Tensor, call: Call = reference) -> Tensor:
         """Implement `Weights.linear` (llmkern/programs/run.py) by a product of rank 3."""
         if path not in self._linears:
-            rows, columns, has_bias = linear_sizes(self.module, path)
-            into = self.randn(columns, _RANK) * (columns**-0.5 * self.spread)
-            bias = self.randn(rows) * self.spread if has_bias else None
-            self._linears[path] = into, self.randn(_RANK, rows), bias
-        into, onto, bias = self._linears[path]
+            sizes = linear_sizes(self.module, path)
+            into = self.randn(sizes.columns, _RANK) * (sizes.columns**-0.5 * self.spread)
+            bias = self.randn(sizes.rows) * self.spread if sizes.bias else None
+            self._linears[path] = into, self.randn(_RANK, sizes.rows), bias
+        into, onto, bias = [None if t is None else t.to(x.dtype) for t in self._linears[path]]
+        assert into is not None
+        assert onto is not None
         y = x @ into @ onto
         return y if bias is None else y + bias
+
+    def expert(self, path: str, number: int, x: Tensor, call: Call) -> Tensor:
+        """Implement `Experts.expert` (llmkern/programs/run.py)."""
+        if path not in self._factors:
+            self._factors[path] = self.randn(linear_sizes(self.module, path).experts)
+        return self.linear(path, x) * self._factors[path][number]
 
     def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
         if path not in self._norms:
@@ -78,19 +90,36 @@ class StandIns:
         return self._tensors[path]
 
 
-def linear_sizes(module: nn.Module, path: str) -> tuple[int, int, bool]:
-    """Return (out, in) of the linear layer at a path, and whether it has a bias: nn.Linear and modules like it,
-    transformers' Conv1D, and `in_proj` of a torch.nn.MultiheadAttention.
+class LinearSizes(NamedTuple):
+    """Sizes of a linear layer.  turned: its weight is the transpose of another.  experts: how many have one each, or
+    0."""
+
+    rows: int
+    columns: int
+    bias: bool
+    turned: bool = False
+    experts: int = 0
+
+
+def linear_sizes(module: nn.Module, path: str) -> LinearSizes:
+    """Return the sizes of the linear layer at a path: nn.Linear and modules like it, transformers' Conv1D, a router,
+    `in_proj` of a torch.nn.MultiheadAttention, or a weight of packed experts.
     """
     owner, _, name = path.rpartition(".")
     holder: Any = module.get_submodule(owner)
     if name == "in_proj" and isinstance(holder, nn.MultiheadAttention):
-        return 3 * holder.embed_dim, holder.embed_dim, holder.in_proj_bias is not None
+        return LinearSizes(3 * holder.embed_dim, holder.embed_dim, holder.in_proj_bias is not None)
+    if name in holder._parameters and (layout := layout_of(holder)) is not None:
+        rows, columns = layout.sizes(name)
+        return LinearSizes(rows, columns, layout.bias is not None, layout.turned, layout.experts)
     layer: Any = module.get_submodule(path)
     has_bias = getattr(layer, "bias", None) is not None
     if linear_like(layer):
-        return layer.out_features, layer.in_features, has_bias
-    return layer.nf, layer.nx, has_bias
+        return LinearSizes(layer.out_features, layer.in_features, has_bias)
+    if hasattr(layer, "nf"):
+        return LinearSizes(layer.nf, layer.nx, has_bias, turned=True)
+    rows, columns = layer.weight.shape
+    return LinearSizes(rows, columns, has_bias)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -167,10 +196,9 @@ def copied(module: nn.Module, recorder: Recorder, weights: StandIns, path: str =
         if child is None:
             continue
         below, child = f"{path}.{name}" if path else name, as_before(child)
-        experts = experts_rule.find(child)
-        if experts is not None:
-            raise Refused(f"{below}: {experts.reason}")
         made = _part(child, below, recorder, weights)
+        if made is None and experts_rule.find(child) is not None:
+            raise Refused(f"{below} computes something else than packed experts do that are known")
         children[name] = copied(child, recorder, weights, below) if made is None else made
     parameters = {}
     for name, parameter in module._parameters.items():
@@ -216,8 +244,15 @@ def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) ->
             return out
 
         return _Part(linear, child, weights.dtype)
+    at = tuple(path.split("."))
+    if (experts := experts_of(child)) is not None:
+        weights.parts += below(at, experts.parts)
+        return _Part(partial(_mixed, experts, path, recorder, weights), child, weights.dtype)
     if child._modules:
         return None
+    if (router := router_of(child)) is not None:
+        weights.parts += below(at, router.parts)
+        return _Part(partial(_routed, router, path, recorder, weights), child, weights.dtype)
     found = norm_of(child)
     if found is not None:
 
@@ -228,13 +263,13 @@ def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) ->
             recorder.norm(found.op, path, x, out, found.eps, found.offset)
             return out
 
-        weights.parts += below(tuple(path.split(".")), found.parts)
+        weights.parts += below(at, found.parts)
         return _Part(norm, child, weights.dtype)
     known = activation_of(child)
     if known is None:
         return None
     kind, parts = known
-    weights.parts += below(tuple(path.split(".")), parts)
+    weights.parts += below(at, parts)
 
     def activation(x: Tensor) -> Tensor:
         out = ACTIVATION_FUNCTIONS[kind](x)
@@ -242,6 +277,32 @@ def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) ->
         return out
 
     return _Part(activation, child, weights.dtype)
+
+
+def _routed(router: Router, path: str, recorder: Recorder, weights: StandIns, x: Tensor) -> tuple[Tensor, ...]:
+    """Stand in for a router: the weights and numbers of the experts of each token."""
+    correction = None if router.correction is None else Place(f"{path}.{router.correction}", tensor=True)
+    step = Step(("r",), "route", ("x",), (Place(path),)).with_options(**router.options, correction=correction)
+    dense = run(Program(("x",), (step,), "r"), {"x": x}, weights).flatten(0, -2)
+    index = dense.topk(int(step.option("top") or 0), -1).indices  # type: ignore[arg-type]
+    count, of_weights, of_index = router.returned
+    out = [dense] * count
+    out[of_weights], out[of_index] = dense.gather(-1, index), index
+    recorder.routed(step, x, dense.shape[-1], out[of_weights], index)
+    return tuple(out)
+
+
+def _mixed(
+    experts: Experts, path: str, recorder: Recorder, weights: StandIns, x: Tensor, index: Tensor, each: Tensor
+) -> Tensor:
+    """Stand in for packed experts.  index, each: the numbers and weights of the experts of each token."""
+    layout = experts.layout
+    step = Step(("u",), "experts", ("x", "r"), tuple(layout.places(path, experts.interleaved)))
+    step = step.with_options(**experts.options)
+    dense = x.new_zeros(x.shape[0], layout.experts).scatter(-1, index, each.to(x.dtype))
+    out = run(Program(("x", "r"), (step,), "u"), {"x": x, "r": dense}, weights)
+    recorder.mixed(step, x, index, each, out)
+    return out
 
 
 def _multihead(

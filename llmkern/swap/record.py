@@ -117,6 +117,25 @@ class Recorder(TorchDispatchMode):
         (result,) = self.node(op, [value], [value.shape], **options)
         self.values.hold(out, Arranged(places + result.first))
 
+    def routed(self, step: Step, x: Tensor, experts: int, weights: Tensor, index: Tensor) -> None:
+        """Record a router, which gives the weights and numbers of some of the experts for each row of x."""
+        value = self.in_order(x, str(step.places[0]))
+        shape = (*value.shape[:-1], experts)
+        (result,) = self.node("route", [value], [shape], list(step.places), **dict(step.options))
+        self.values.hold(weights, self.values.new(weights.shape, "routed", about=result))
+        self.values.hold(index, self.values.new(index.shape, "chosen", about=result))
+
+    def mixed(self, step: Step, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Record experts that are given a router's choice."""
+        value = self.in_order(x, str(step.places[0]))
+        kinds = ((weights, "routed"), (index, "chosen"))
+        routed, chosen = [self._whole(t, kind, "its experts' choice", "a router's") for t, kind in kinds]
+        if routed.about is not chosen.about:
+            raise self.refuse("its experts are given weights of one router and numbers of another")
+        operands = [value, routed.about]
+        (result,) = self.node("experts", operands, [value.shape], list(step.places), **dict(step.options))
+        self.values.hold(out, result)
+
     def heads_of(self, tensor: Tensor, what: str) -> tuple[Value, int, float]:
         """Return the value whose heads are [B, heads, tokens, D], the number of heads, and the factor it is multiplied
         by.
@@ -176,11 +195,11 @@ class Recorder(TorchDispatchMode):
         value, _, factor = found
         return value if factor == 1 else self.node("scale", [value], [value.shape], by=factor)[0]
 
-    def _whole(self, tensor: Tensor, kind: str, what: str) -> Value:
+    def _whole(self, tensor: Tensor, kind: str, what: str, expected: str = "the one that the layer is given") -> Value:
         arranged = self.values.held(tensor)
         value = None if arranged is None else self.values.whole(arranged, kind)
         if value is None:
-            raise self.refuse(f"{what} is not the one that the layer is given")
+            raise self.refuse(f"{what} is not {expected}")
         return value
 
     # What the forward does between them.

@@ -39,7 +39,8 @@ class Value:
     """One value of a program: an input, a parameter, or what a step makes.
 
     first: the identity of its first element.  shape: [B, S, columns] of rows; of other things whatever they have.
-    kind: "rows", "table" (cosines, sines), "mask", "bias", "parameter", "terms", "scores", "weights" or "whole".
+    kind: "rows", "table" (cosines, sines), "mask", "bias", "parameter", "terms", "scores", "weights", "whole", or a
+        router's "routed" (weights of experts) and "chosen" (their numbers).
     name: of an input, or the place of a parameter.
     """
 

@@ -32,12 +32,8 @@ LEFT = {
     "deberta-v2 encoder.layer.0": "attends by distances between contents, too",
     "deepseek-v3 layers.0": "compresses keys and values, and copies parts of them together",
     "falcon h.0": "puts every head of keys and values in its cache several times",
-    "glm layers.0": "turns by angles that are repeated pair by pair",
-    "gpt-oss layers.0": "has routed experts",
-    "mixtral layers.0": "has routed experts",
     "mpt blocks.0": "fills a mask in itself",
     "nemotron layers.0": "adds 1 to the weights of its norms itself",
-    "qwen3-moe layers.0": "has routed experts",
 }
 """Layers that no program is read off, and why."""
 TURNED = tuple(re.findall(r"(?:attn|mlp)\.c_\w+", PROGRAMS["gpt2 h.0"]))
@@ -103,13 +99,36 @@ def test_a_sequence_does_not_depend_on_others(name: str, natively: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
 def test_a_row_whose_experts_cannot_be_chosen_stays_alone(value: float, natively: Any) -> None:
-    for name in ("mixtral", "gpt-oss"):
+    for name in ("mixtral", "gpt-oss", "glm4-moe"):
         call = call_of(Make(torch.float32, "cpu", 0), FAMILIES[name], 1, experts=40)
         expected = natively(call)[0]
         call["hidden"][0, 0, 3] = value
         out = natively(call)[0]
         assert torch.equal(out[1], expected[1])
         assert not torch.equal(out[0], expected[0])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_logits_that_bf16_does_not_tell_apart(wide: bool, natively: Any) -> None:
+    """The experts are as many as the columns, so that a layer returns a router's weights."""
+    weight = torch.zeros(32, 32)
+    weight[:, 0], weight[:, 1] = 100, torch.arange(32) * 2**-7
+    program = f"layer(hidden)\n  r = route(hidden, router, top=1{', wide' * wide})\n  return r"
+    for rows in (1, 40):
+        call = {
+            "hidden": torch.ones(1, rows, 32, dtype=torch.bfloat16),
+            "programs": [program],
+            "parameters": [weight.bfloat16(), None, None],
+            "inputs": [],
+            "caches": [],
+            "past": 0,
+            "schemes": "w8a8",
+        }
+        for isa in here():
+            with on(isa):
+                (out,) = natively(call)
+                assert torch.equal(out, reference("layers_", call)[0]), isa
+                assert bool((out.argmax(-1) == (31 if wide else 0)).all()), isa
 
 
 CALLS = {name: call_of(Make(torch.float32, "cpu", 0), text, 2, 3) for name, text in FAMILIES.items()}
@@ -166,6 +185,18 @@ BAD: dict[str, tuple[Call, str]] = {
     "rows that do not divide": (
         without(wrong("gpt-neox"), "parameters", at2=torch.zeros(95, 32), at4=None),
         r"qkv\[0:8/24\]: weight has 95 rows, which are not of that form",
+    ),
+    "a correction of other experts": (
+        without(wrong("glm4-moe"), "parameters", at17=torch.ones(3)),
+        r"@added has shape \[3\]",
+    ),
+    "groups that do not divide": (
+        (call := wrong("glm4-moe")) | {"programs": [call["programs"][0].replace("groups=2", "groups=3")]},
+        "1 of 3 groups of 4 experts",
+    ),
+    "more experts than there are in the groups": (
+        (call := wrong("glm4-moe")) | {"programs": [call["programs"][0].replace("top=2", "top=3")]},
+        "top is 3, expected at most 2|top is 3, expected 1 to 2",
     ),
     "a factor of other columns": (
         without(wrong("dinov2"), "parameters", at14=torch.zeros(31)),

@@ -325,8 +325,8 @@ ZOO = [
         "decoder",
         hf.MixtralForCausalLM,
         lambda: hf.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2),
-        # transformers 4 has a gated MLP for each expert, 5 one module for all of them.
-        ("norm", "attention", "mlp" if hf.__version__.startswith("4.") else "experts", "rope"),
+        # transformers 4 has a gated MLP for each expert, 5 one module for all of them, which the layer computes.
+        ("norm", "attention", *(("mlp",) if hf.__version__.startswith("4.") else ()), "rope"),
         seed=53,  # no token is near a tie between experts: rounding may decide those either way
     ),
     Entry(
@@ -336,7 +336,7 @@ ZOO = [
         lambda: hf.GptOssConfig(
             **_DECODER, head_dim=16, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2
         ),
-        ("norm", "attention", "experts", "rope"),
+        ("norm", "attention", *(("experts",) if hf.__version__.startswith("4.") else ()), "rope"),
         seed=13,
     ),
     Entry("torch_postnorm", "plain", lambda config: _plain(False, "relu")),

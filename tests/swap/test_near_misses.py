@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -168,7 +169,7 @@ def with_line(cls: Any, where: str, line: str) -> Callable[..., Any]:
     text = f"{begin}    {line}\n    {where}{end}"
     name = f"<{line}>"
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    made: dict[str, Any] = {**vars(llama), "shortened": shortened}
+    made: dict[str, Any] = {**vars(sys.modules[cls.__module__]), "shortened": shortened}
     exec(compile(text, name, "exec"), made)
     return made["forward"]
 

@@ -338,7 +338,7 @@ void Layer::check_rope(const Step& step) {
     if (!angles[i] || !*angles[i]) invalid(name(value) + " must be given, as an input of the program");
     const Array& a = *angles[i];
     if (a.dims != 3 || (a.size[0] != 1 && a.size[0] != batch_) || a.size[1] != length_ ||
-        (a.size[2] != turned && 2 * a.size[2] != turned) || !a.has_contiguous_rows())
+        (a.size[2] != turned && (step.half || 2 * a.size[2] != turned)) || !a.has_contiguous_rows())
       invalid(name(value) + " has shape " + a.shape() + ", expected [" + text(batch_) + " or 1, " + text(length_) +
               ", " + text(turned) + "], rows contiguous");
     if (!a.is_floating()) not_served(name(value) + " is not fp32, bf16 or fp16");
@@ -494,7 +494,7 @@ void Layer::check_elementwise(const Step& step) {
 }
 
 bool Layer::is_native(const Weight& weight, int64_t rows) const {
-  if (rows <= kFewRows || linear_keeps_rows_alone()) return true;
+  if (rows <= kFewRows || weight.wide || linear_keeps_rows_alone()) return true;
   return !weight.turned &&
          (weight.type == WeightType::s8 || weight.type == WeightType::packed || linear_takes_many_rows(weight.type));
 }

@@ -82,6 +82,16 @@ void Layer::check_route(const Step& step) {
     invalid("route: top is " + std::to_string(step.top) + ", expected 1 to " + std::to_string(experts) +
             ", the rows of " + step.places[0].text);
   if (experts > kMostExperts) not_served("route: more than " + std::to_string(kMostExperts) + " experts");
+  const int64_t size = step.groups > 0 && experts % step.groups == 0 ? experts / step.groups : 0;
+  if (step.groups != 1 && (size < 2 || step.group_top < 1 || step.group_top > step.groups))
+    invalid("route: " + std::to_string(step.group_top) + " of " + std::to_string(step.groups) + " groups of " +
+            std::to_string(experts) + " experts, expected groups of as many, at least 2");
+  if (step.groups != 1 && step.top > step.group_top * size)
+    invalid("route: top is " + std::to_string(step.top) + ", expected at most " +
+            std::to_string(step.group_top * size) + ", the experts of group_top groups");
+  if (step.correction != kNone) vector_of(step.correction, experts);
+  weights_.back().wide = step.wide && dtype_ != DType::f32;
+  if (weights_.back().wide && weights_.back().turned) not_served("route: wide, of a transposed weight");
   make(step.results[0], experts, x.length);
   values_[step.results[0]].top = step.top;
 }
@@ -118,7 +128,7 @@ void Layer::plan_experts(size_t index) {
   scratch.linear = arena_.take(scratch.linear_bytes);
   scratch.whole_bytes = whole_bytes(weights, count);
   scratch.whole = arena_.take(scratch.whole_bytes);
-  scratch.experts_bytes = padded_bytes(count * weights[0].columns());  // a router's logits
+  scratch.experts_bytes = count * weights[0].columns() * static_cast<int64_t>(sizeof(float));  // a router's logits
   if (step.op == Op::experts) {
     const int64_t most = most_entries(step), numbers = Entries::numbers(count, weights[0].experts, most);
     scratch.experts_bytes = Room(numbers, padded_bytes(count * x.columns), padded_bytes(count * weights[0].columns()),
@@ -135,8 +145,22 @@ void Layer::run_route(size_t index) {
   Matrix logits[] = {{.data = at(scratch.experts), .stride = made.columns}};
   const Epilogue none;
   multiply(x.at, rows(x), weights_of(index), logits, &none, at(scratch.linear), at(scratch.whole));
-  launch_route({logits[0].data, made.at.data, rows(made), made.columns, step.top, dtype_, step.sigmoid, step.normalized,
-                static_cast<float>(step.scale)},
+  const Array* const correction = step.correction == kNone ? nullptr : &tensor_of(step.correction);
+  launch_route({.logits = logits[0].data,
+                .weights = made.at.data,
+                .correction = correction ? correction->data : nullptr,
+                .rows = rows(made),
+                .experts = made.columns,
+                .top = step.top,
+                .groups = step.groups,
+                .group_top = step.group_top,
+                .dtype = dtype_,
+                .logits_dtype = weights_of(index)[0].wide ? DType::f32 : dtype_,
+                .correction_dtype = correction ? correction->dtype() : DType::f32,
+                .sigmoid = step.sigmoid,
+                .normalized = step.normalized,
+                .eps = static_cast<float>(step.eps),
+                .scale = static_cast<float>(step.scale)},
                *threads_);
 }
 

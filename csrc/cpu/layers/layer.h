@@ -44,6 +44,7 @@ struct Weight {
   PackedWeight packed = {};                                 // of its type
   bool turned = false;                                      // transposed: rows are adjacent, columns `stride` apart
   bool w8a8 = false;                                        // of s8: the input is rounded to int8 as well
+  bool wide = false;                                        // the product is fp32, whatever the rows are
   int64_t experts = 0, expert_stride = 0, expert_rows = 0;  // of a weight [experts, n, k]; 0: of one [n, k]
 
   int64_t columns() const { return period ? n / period * width : n; }  // of the result

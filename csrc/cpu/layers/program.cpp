@@ -27,12 +27,14 @@ constexpr Option kNormOptions[] = {
     {"eps", Kind::number}, {"offset", Kind::number}, {"dim", Kind::whole}, {"codes", Kind::flag}};
 constexpr Option kLinearOptions[] = {
     {"activation", Kind::word}, {"codes", Kind::flag}, {"multiplier", Kind::number}, {"residual", Kind::value}};
-constexpr Option kRopeOptions[] = {{"dim", Kind::whole}, {"rotary", Kind::whole}, {"interleaved", Kind::flag}};
+constexpr Option kRopeOptions[] = {
+    {"dim", Kind::whole}, {"rotary", Kind::whole}, {"interleaved", Kind::flag}, {"half", Kind::flag}};
 constexpr Option kAttentionOptions[] = {{"dim", Kind::whole},    {"scale", Kind::number},   {"causal", Kind::flag},
                                         {"window", Kind::whole}, {"softcap", Kind::number}, {"sinks", Kind::place},
                                         {"slopes", Kind::place}, {"bias", Kind::value}};
-constexpr Option kRouteOptions[] = {
-    {"top", Kind::whole}, {"sigmoid", Kind::flag}, {"normalized", Kind::flag}, {"scale", Kind::number}};
+constexpr Option kRouteOptions[] = {{"top", Kind::whole},    {"sigmoid", Kind::flag},    {"normalized", Kind::flag},
+                                    {"eps", Kind::number},   {"scale", Kind::number},    {"wide", Kind::flag},
+                                    {"groups", Kind::whole}, {"group_top", Kind::whole}, {"correction", Kind::place}};
 constexpr Option kExpertsOptions[] = {{"activation", Kind::word}, {"limit", Kind::number}, {"offset", Kind::number}};
 constexpr Option kScaleOptions[] = {{"by", Kind::number_or_place}};
 constexpr Option kClampOptions[] = {{"low", Kind::number}, {"high", Kind::number}};
@@ -290,9 +292,11 @@ class Parser {
       if (text) wrong("nothing, as it is a flag");
       if (name == "codes") step.codes = true;
       if (name == "interleaved") step.interleaved = true;
+      if (name == "half") step.half = true;
       if (name == "causal") step.causal = true;
       if (name == "sigmoid") step.sigmoid = true;
       if (name == "normalized") step.normalized = true;
+      if (name == "wide") step.wide = true;
       return;
     }
     const bool whole = std::all_of(text->begin() + (text->starts_with('-') ? 1 : 0), text->end(), is_digit);
@@ -303,9 +307,15 @@ class Parser {
       if (name == "rotary") step.rotary = *value;
       if (name == "window") step.window = *value;
       if (name == "top") step.top = *value;
+      if (name == "groups") step.groups = *value;
+      if (name == "group_top") step.group_top = *value;
     } else if (text->starts_with('@') && (option.kind == Kind::place || option.kind == Kind::number_or_place)) {
       const Place at = place(*text, Parameter::tensor);
-      (name == "sinks" ? step.sinks : name == "slopes" ? step.slopes : step.by) = static_cast<int>(at.parameter);
+      int& into = name == "sinks"        ? step.sinks
+                  : name == "slopes"     ? step.slopes
+                  : name == "correction" ? step.correction
+                                         : step.by;
+      into = static_cast<int>(at.parameter);
       if (at.end) wrong("a tensor, not rows of it");
     } else if (option.kind == Kind::number || option.kind == Kind::number_or_place) {
       const std::optional<double> value = whole ? std::nullopt : number<double>(*text);

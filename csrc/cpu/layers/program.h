@@ -62,14 +62,14 @@ struct Step {
 
   // Options, in the form that the kernels take them.
   double eps = 0, offset = 0, multiplier = 1, scale = 1, softcap = 0, low = 0, high = 0, limit = 0;
-  int64_t dim = 0, rotary = 0, window = -1, top = 0;
+  int64_t dim = 0, rotary = 0, window = -1, top = 0, groups = 1, group_top = 1;
   Activation activation = Activation::none;
   bool gated = false;  // the activation of the first of two results, times the second
   bool adds = false;   // a norm of a sum, which is the second result
-  bool sigmoid = false, normalized = false;
-  bool codes = false, interleaved = false, causal = false, has_low = false, has_high = false;
-  int residual = kNone, bias = kNone;             // values
-  int sinks = kNone, slopes = kNone, by = kNone;  // parameters
+  bool sigmoid = false, normalized = false, wide = false;
+  bool codes = false, interleaved = false, half = false, causal = false, has_low = false, has_high = false;
+  int residual = kNone, bias = kNone;                                 // values
+  int sinks = kNone, slopes = kNone, by = kNone, correction = kNone;  // parameters
 
   // f(value) for each value that the step reads.
   template <class F>

@@ -148,7 +148,9 @@ void Layer::multiply(const Matrix& x, int64_t count, std::span<const Weight> wei
                            *threads_);
       continue;
     }
-    if (p.segments == 3 || (p.segments && (p.weight_type != w.type || p.w8a8 != w.w8a8))) launch();
+    const DType out_dtype = w.wide ? DType::f32 : dtype_;
+    if (p.segments == 3 || (p.segments && (p.weight_type != w.type || p.w8a8 != w.w8a8 || p.out_dtype != out_dtype)))
+      launch();
     if (p.segments == 0) {
       p.x = x.codes ? nullptr : x.data;
       p.x_q = x.codes;
@@ -157,7 +159,8 @@ void Layer::multiply(const Matrix& x, int64_t count, std::span<const Weight> wei
       p.rows = {.count = count, .stride0 = x.codes ? w.k : x.stride};
       p.k = w.k;
       p.weight_type = w.type;
-      p.dtype = p.out_dtype = p.bias_dtype = p.residual_dtype = dtype_;
+      p.dtype = p.bias_dtype = p.residual_dtype = dtype_;
+      p.out_dtype = out_dtype;
       p.w8a8 = w.w8a8;
     }
     p.segment[p.segments++] = {
@@ -286,7 +289,7 @@ void Layer::run_rope(const Step& step) {
   p.cos = angles(cos), p.sin = angles(sin);
   p.batch = batch_, p.length = length_, p.dim = step.dim;
   p.rotary_dim = step.rotary ? step.rotary : step.dim;
-  p.width = cos.size[2];
+  p.width = step.half ? p.rotary_dim / 2 : cos.size[2];
   p.dtype = dtype_, p.angles_dtype = cos.dtype();
   p.interleaved = step.interleaved;
   launch_rope(p, *threads_);

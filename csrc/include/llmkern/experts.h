@@ -1,7 +1,10 @@
 // experts: what a layer of routed experts needs besides products.
-//   route     weights[r, e] = the largest `top` of softmax(logits[r]), or of sigmoid(logits[r]), and 0 for the others;
-//             normalized: divided by their sum; times scale.  Of equal ones the first are taken, and NaN before
-//             numbers.
+//   route     weights[r, e] = softmax(logits[r]) or sigmoid(logits[r]) of the `top` experts with the largest keys, and
+//   0
+//             for the others; normalized: divided by their sum + eps; times scale.  A key is the weight +
+//             correction[e]; without a correction a softmax's is the logit, which is in the same order and ties less
+//             often.  With groups, only experts in the `group_top` groups with the largest sums of two keys are chosen
+//             from (DeepSeek-V3, arXiv:2412.19437).  Of equal keys the first is taken, and NaN before numbers.
 //   combine   out[r] = Σ weights[r, e] · y[e's row for r], over the experts that serve row r, in their order
 #pragma once
 
@@ -15,12 +18,14 @@ namespace llmkern {
 constexpr int64_t kMostExperts = 1024;
 
 struct RouteParams {
-  const void* logits;          // [rows, experts], dtype, contiguous, as all tensors here
-  void* weights;               // [rows, experts], dtype; not logits
-  int64_t rows, experts, top;  // 1 <= top <= experts <= kMostExperts
-  DType dtype;
+  const void* logits;                 // [rows, experts], logits_dtype, contiguous, as all tensors here
+  void* weights;                      // [rows, experts], dtype; not logits
+  const void* correction = nullptr;   // [experts], correction_dtype; null for 0
+  int64_t rows, experts, top;         // 1 <= top <= experts <= kMostExperts
+  int64_t groups = 1, group_top = 1;  // groups of experts / groups >= 2 neighbours; 1: all experts are chosen from
+  DType dtype, logits_dtype, correction_dtype = DType::f32;
   bool sigmoid, normalized;
-  float scale;
+  float eps, scale;
 };
 
 void launch_route(const RouteParams& p, const Threads& threads);

@@ -33,6 +33,7 @@ __all__ = [
     "register_once",
     "registered_places",
     "skipping_mask",
+    "why_collected",
     "why_registered",
 ]
 
@@ -283,6 +284,14 @@ def _own_functions() -> dict[str, Callable[..., Any]]:
 def collects_weights() -> bool:
     """Return True if transformers 5 is collecting what attention modules return: models need not pass that on."""
     return any("attentions" in name for name in collected_outputs())
+
+
+def why_collected() -> str | None:
+    """Return a sentence if what transformers 5 is collecting comes from within layers, or None."""
+    if collects_weights():
+        return WEIGHTS
+    within = [name for name in collected_outputs() if "hidden_states" not in name]
+    return f"the model collects {within[0]}" if within else None
 
 
 def collected_outputs() -> Collection[str]:

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: known, reported, and left alone until there is a grouped matrix product to serve them."""
+"""Packed experts outside of layers that are computed as a whole: known, reported, and left alone."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def find(module: nn.Module) -> Match | None:
     counts = {p.shape[0] for p in packed}
     if len(packed) < 2 or len(counts) != 1 or counts == {1}:  # [1, ...]: a vision model's tokens and positions
         return None
-    return Match("experts", "", f"its {packed[0].shape[0]} experts are packed in one tensor; llmkern has no grouped op")
+    said = f"its {packed[0].shape[0]} experts are packed in one tensor, which only a layer as a whole computes"
+    return Match("experts", "", said)

@@ -31,6 +31,7 @@ from llmkern.swap.layer_forward import forward
 from llmkern.swap.layer_program import NoProgram, Reading, layer_program
 from llmkern.swap.layer_stack import FORGETTING
 from llmkern.swap.match import Match, linear_like, remembered
+from llmkern.swap.packed_experts import layout_of, registered_experts
 from llmkern.swap.parts import is_linear, linear_sizes
 from llmkern.swap.rules import attention as attention_rule
 from llmkern.swap.surroundings import classes_within
@@ -65,7 +66,8 @@ def _holds_both(module: nn.Module) -> bool:
     if not attentions or _attends(module):
         return False
     within = {id(child) for attention in attentions for child in attention.modules()}
-    return sum(id(child) not in within and is_linear(as_before(child)) for child in module.modules()) >= 2
+    others = [as_before(child) for child in module.modules() if id(child) not in within]
+    return sum(2 if layout_of(child) else is_linear(child) for child in others) >= 2
 
 
 def _attends(module: nn.Module) -> bool:
@@ -118,7 +120,10 @@ def _recognise(module: nn.Module) -> Match:
         *FORGETTING,
         parts=reading.parts,
         within=classes_within(module),
-        places=tuple(chain.from_iterable(map(registered_places, _attentions(module)))),
+        places=(
+            *chain.from_iterable(map(registered_places, _attentions(module))),
+            *chain.from_iterable([registered_experts(as_before(m)) for m in module.modules() if layout_of(m)]),
+        ),
     )
     return Match("layer", OP, cls=cls, sample=sample, is_whole=True, switches=_switches(program))
 
@@ -155,7 +160,7 @@ def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str
     parameters = inspect.signature(type(module).forward).parameters.values()
     attending = [step for step in program.steps if step.op == "attention"]
     packed = {
-        place.path: linear_sizes(module, place.path)[0]
+        place.path: linear_sizes(module, place.path).rows
         for step in program.steps
         for place in step.places
         if place.rows is not None
@@ -212,9 +217,10 @@ def _sizes_of(module: nn.Module, program: Program) -> tuple[_Size | None, ...]:
     for kind, path in program.parameters():
         owner, _, name = path.rpartition(".")
         if kind == "linear":
-            rows, columns, bias = linear_sizes(module, path)
-            found.append(_Size((rows, columns), hasattr(module.get_submodule(path), "nf")))
-            found += [None, _Size((rows,)) if bias else None]
+            sizes = linear_sizes(module, path)
+            experts = (sizes.experts,) if sizes.experts else ()
+            found.append(_Size((*experts, sizes.rows, sizes.columns), sizes.turned))
+            found += [None, _Size((*experts, sizes.rows)) if sizes.bias else None]
         elif kind == "norm":
             held = [p for p in module.get_submodule(path)._parameters.values() if p is not None]
             found += [*[_Size(tuple(p.shape)) for p in held], *[None] * (2 - len(held))]
@@ -237,7 +243,8 @@ def _sample(
         return torch.empty(shape, dtype=dtype, device=device)
 
     def tensor(size: _Size) -> Tensor:
-        return empty(*size.shape[::-1]).t() if size.transposed else empty(*size.shape)
+        *experts, rows, columns = size.shape if size.transposed else (0, 0)
+        return empty(*experts, columns, rows).mT if size.transposed else empty(*size.shape)
 
     head = text.split("\n", 1)[0].removeprefix("layer(").removesuffix(")").split(", ")
     return {

@@ -186,6 +186,19 @@ _LIMITED = """layer(hidden, mask)
   hidden = add(u, h)
   return hidden"""
 
+_GROUPED = """layer(hidden, mask)
+  q, k, v = linear(hidden, q_proj, k_proj, v_proj)
+  k, v = append(k, v)
+  a = attention(q, k, v, mask, dim=8, scale=0.35, causal)
+  h = linear(a, o, residual=hidden)
+  y = rms_norm(h, norm, eps=1e-05)
+  r = route(y, router, top=2, sigmoid, normalized, eps=1e-20, scale=2.5, wide, groups=2, group_top=1, correction=@added)
+  u = experts(y, r, gate_up[0:48], gate_up[48:96], down, activation=swiglu)
+  g = linear(y, shared_gate, shared_up, activation=swiglu)
+  t = linear(g, shared_down, residual=u)
+  hidden = add(h, t)
+  return hidden"""
+
 FAMILIES: dict[str, str] = {
     "gpt-neox": _PARALLEL,
     "gemma2": _SANDWICH,
@@ -201,5 +214,6 @@ FAMILIES: dict[str, str] = {
     "gpt2": _TURNED,
     "mixtral": _EXPERTS,
     "gpt-oss": _LIMITED,
+    "glm4-moe": _GROUPED,
 }
 """By the family that needs what the program has: rows of a period, clamps, factors, biases, kept keys, …"""

@@ -110,10 +110,12 @@ def _walk(program: Program, sizes: _Sizes) -> tuple[dict[Parameter, tuple[int, .
             found[Parameter("linear", step.places[0].path)] = (sizes.experts, x)
         elif step.op == "experts":
             *inner, down = step.places
+            begin, end, period = inner[0].rows or (0, 0, 0)
+            width = end - begin if end and not period else sizes.inner
             for place in inner:
-                rows = sizes.inner if place.rows is None else sizes.inner * 2
+                rows = width if place.rows is None else width * 2
                 found[Parameter("linear", place.path)] = (sizes.experts, rows, x)
-            found[Parameter("linear", down.path)] = (sizes.experts, x, sizes.inner)
+            found[Parameter("linear", down.path)] = (sizes.experts, x, width)
         elif step.op == "attention":
             dim = _whole(step, "dim")
             made = [x // dim * (columns[step.values[2]] // (columns[step.values[1]] // dim))]
@@ -122,9 +124,9 @@ def _walk(program: Program, sizes: _Sizes) -> tuple[dict[Parameter, tuple[int, .
         elif OPERATORS[step.op].parameters == "norm":
             whole, path = step.places[0].tensor, step.places[0].path
             found[Parameter("tensor", path) if whole else Parameter("norm", path)] = (_whole(step, "dim") or x,)
-        for name in ("by", "sinks", "slopes"):
+        for name in ("by", "sinks", "slopes", "correction"):
             if isinstance(vector := step.option(name), Place):
-                size = x if name == "by" else x // _whole(step, "dim")
+                size = {"by": x, "correction": sizes.experts}.get(name) or x // _whole(step, "dim")
                 found[Parameter("tensor", vector.path)] = (size,)
         columns.update(zip(step.results, made, strict=False))
     return found, columns
