@@ -56,7 +56,10 @@ __global__ void __launch_bounds__(kRope.threads, kRope.blocks) rope_kernel(const
   const int units = rotated + static_cast<int>(p.dim - p.rotary_dim) / kVector;
   const int heads = static_cast<int>(p.q.heads + p.k.heads);
   for (int64_t at = blockIdx.x; at < p.batch * p.length; at += gridDim.x) {
-    const int64_t batch = at / p.length, position = at % p.length;
+    // A division of 64 bits takes as long as the rest of a unit.
+    const bool few = p.batch * p.length <= 0x7fffffff;
+    const int64_t batch = few ? static_cast<int>(at) / static_cast<int>(p.length) : at / p.length;
+    const int64_t position = at - batch * p.length;
     for (int work = threadIdx.x; work < heads * units; work += blockDim.x) {
       const int unit = work % units, head = work / units;
       const bool of_q = head < p.q.heads;

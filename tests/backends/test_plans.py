@@ -213,7 +213,7 @@ def test_bad_questions_are_refused() -> None:
         ("layer_norm", (0, 64), "nothing is launched: there are no elements"),
         ("quantize_int8", (2, 4096), "quantize_int8: 2 blocks of 512 threads"),
         ("swiglu", (4096, 8192), "activate: 4096 blocks of 256 threads"),
-        ("rope", (1, 32, 8, 100, 128), "rope: 100 blocks of 256 threads"),
+        ("rope", (1, 32, 8, 100, 128), "rope: 100 blocks of 160 threads"),
         ("swiglu_quant", (4096, 8192), "activate_codes: 4096 blocks of 256 threads"),
         ("int8_linear", (4, 4096, 4096), "quantize_int8: 4 blocks of 512 threads"),
         ("int8_linear", (4, 4096, 4096), "; int8_decode: 256 blocks of 256 threads, 8x16 of the result each"),

@@ -120,8 +120,9 @@ constexpr Residency kRope{kMaxRopeThreads, 2};
 
 constexpr RopePlan plan_rope(int64_t positions, int64_t heads, int64_t dim, int64_t rotary_dim, int vector) {
   const int64_t units = (rotary_dim / 2 + dim - rotary_dim) / vector * heads;
-  return {static_cast<int>(std::min<int64_t>((units + 31) / 32 * 32, kMaxRopeThreads)),
-          std::min<int64_t>(positions, 0x7fffffff)};
+  const int64_t rounds = std::max<int64_t>((units + kMaxRopeThreads - 1) / kMaxRopeThreads, 1);
+  const int64_t each = std::max<int64_t>((units + rounds - 1) / rounds, 1);  // no round is left with few units
+  return {static_cast<int>((each + 31) / 32 * 32), std::min<int64_t>(positions, 0x7fffffff)};
 }
 
 // A block's share of a product: block_m x block_n of the result by warps_m x warps_n warps, in steps of 64 bytes of K,
