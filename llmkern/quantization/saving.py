@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from llmkern.quantization.checkpoint import describe_in_config, load
@@ -18,6 +19,9 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     Tensors are called what they are called in the original checkpoints of the architecture.  Where those hold other
     tensors than the model, as of experts one by one, the model's own names are written instead: transformers' reader of
     compressed-tensors checkpoints drops floating-point tensors that it would have to merge.
+
+    Warns of GPT-2's Conv1D: compressed-tensors knows nn.Linear only, and transformers without llmkern leaves such a
+    layer's weight at random.
     """
     describe_in_config(
         model, to_save=True
@@ -31,6 +35,13 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
     result = cls.save_pretrained(model, save_directory, *args, **kwargs)
     if not hasattr(model.config, "quantization_config"):
         return result
+    turned = [path for path, module in model.named_modules() if getattr(module, "from_conv1d", False)]
+    if turned:
+        warnings.warn(
+            f"save_pretrained: only llmkern.load reads this checkpoint: {turned[0]} and {len(turned) - 1} others are "
+            "Conv1D layers, which transformers without llmkern, and vLLM, do not unpack",
+            stacklevel=2,
+        )
     if whole and kwargs.get("is_main_process", True) and not kwargs.get("distributed_checkpoint", False):
         try:
             load(save_directory, model_class=cls, device_map={"": "meta"}, variant=kwargs.get("variant"))
