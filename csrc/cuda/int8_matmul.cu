@@ -45,9 +45,24 @@ __device__ __forceinline__ uint4 load_codes(const int8_t* p, int64_t valid) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// What kN columns from n on have to themselves, where a result is made of sums.
+template <int kN>
+struct Columns {
+  float scale[kN], bias[kN];
+
+  __device__ Columns(const Int8MatmulParams& p, int64_t n) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) scale[i] = 1.0f, bias[i] = 0.0f;
+    if (p.sums) return;  // of a part of K: another kernel makes the result
+    if (p.w_scale) load_as_float(p.w_scale, DType::f32, n, scale);
+    if (p.bias) load_as_float(p.bias, p.bias_dtype, n, bias);
+  }
+};
+
 // What becomes of the sums of `kN` neighbours of a row, from column n on.
 template <class Sum, int kN>
-__device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t m, int64_t n, const Sum (&sums)[kN]) {
+__device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t m, int64_t n, const Sum (&sums)[kN],
+                                             const Columns<kN>& columns) {
   const int64_t at = m * p.n + n;
   if (p.sums) {  // those of a part of K behind those of the parts before
     const int64_t before = blockIdx.y * p.a_rows.count * p.n;
@@ -61,15 +76,11 @@ __device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t 
   const float a_scale = p.a_scale ? ld_global(p.a_scale + m) : 1.0f;
 #pragma unroll
   for (int i = 0; i < kN; ++i) y[i] = static_cast<float>(sums[i]) * a_scale;
-  if (p.w_scale) {
-    load_as_float(p.w_scale, DType::f32, n, values);
 #pragma unroll
-    for (int i = 0; i < kN; ++i) y[i] *= values[i];
-  }
-  if (p.bias) {
-    load_as_float(p.bias, p.bias_dtype, n, values);
+  for (int i = 0; i < kN; ++i) y[i] *= columns.scale[i];
+  if (p.bias) {  // a sum of -0 stays what it is
 #pragma unroll
-    for (int i = 0; i < kN; ++i) y[i] += values[i];
+    for (int i = 0; i < kN; ++i) y[i] += columns.bias[i];
   }
   activate<Digits::fp32>(p.activation, y);
   if (p.residual) {
@@ -90,6 +101,7 @@ __device__ __forceinline__ void store_rows(const Int8MatmulParams& p, const int3
   constexpr int kLanes = kSlabColumns / kN, kTogether = 32 / kLanes;
   const int column = threadIdx.x % 32 % kLanes * kN;
   if (n + column >= p.n) return;
+  const Columns<kN> columns(p, n + column);
 #pragma unroll 1
   for (int row = threadIdx.x % 32 / kLanes; row < kSlabRows; row += kTogether) {
     if (m + row >= p.a_rows.count) return;
@@ -104,7 +116,7 @@ __device__ __forceinline__ void store_rows(const Int8MatmulParams& p, const int3
         sums[i] = four.x, sums[i + 1] = four.y, sums[i + 2] = four.z, sums[i + 3] = four.w;
       }
     }
-    store_result(p, m + row, n + column, sums);
+    store_result(p, m + row, n + column, sums, columns);
   }
 }
 
@@ -133,6 +145,15 @@ class TileCopy {
   __device__ TileCopy(const F& row) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) rows_[i] = row(row_of(i));
+  }
+
+  // A step with all its bytes of K, of aligned rows.
+  __device__ __forceinline__ void whole_step(char* tile, int64_t k) const {
+    const int chunk = threadIdx.x % kChunks;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      ptx::cp_async_cg_16(ptx::cvta_to_shared(tile + swizzled(row_of(i), chunk)), rows_[i] + k + chunk * kChunk,
+                          rows_[i] ? kChunk : 0);
   }
 
   __device__ __forceinline__ void step(char* tile, int64_t k, int64_t k_end) const {
@@ -181,11 +202,17 @@ __global__ void __launch_bounds__(tile_of(kLarge).threads(), tile_of(kLarge).res
   });
   const int64_t first_k = blockIdx.y * part, end_k = first_k + part < p.k ? first_k + part : p.k;
   const int steps = static_cast<int>((end_k - first_k + kStepBytes - 1) / kStepBytes);
-  auto copy = [&](int step) {
-    if (step < steps) {
-      char* stage = shared + step % kTile.stages * kTile.stage_bytes();
-      copy_a.step(stage, first_k + step * kStepBytes, end_k);
-      copy_w.step(stage + kTile.block_m * kStepBytes, first_k + step * kStepBytes, end_k);
+  const int whole_steps = kAligned ? static_cast<int>((end_k - first_k) / kStepBytes) : 0;
+  auto next = [&](int stage) { return stage + 1 == kTile.stages ? 0 : stage + 1; };
+  auto copy = [&](int step, int into) {
+    char* stage = shared + into * kTile.stage_bytes();
+    const int64_t k = first_k + step * kStepBytes;
+    if (step < whole_steps) {
+      copy_a.whole_step(stage, k);
+      copy_w.whole_step(stage + kTile.block_m * kStepBytes, k);
+    } else if (step < steps) {
+      copy_a.step(stage, k, end_k);
+      copy_w.step(stage + kTile.block_m * kStepBytes, k, end_k);
     }
     ptx::cp_async_commit_group();  // an empty group too, so that the count of groups is that of steps
   };
@@ -193,12 +220,13 @@ __global__ void __launch_bounds__(tile_of(kLarge).threads(), tile_of(kLarge).res
   int32_t sums[kTilesM][kTilesN][4] = {};
   const int warp_m = warp / kTile.warps_n * kTilesM * 16, warp_n = warp % kTile.warps_n * kTilesN * 8;
 #pragma unroll
-  for (int step = 0; step < kTile.stages - 1; ++step) copy(step);
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < kTile.stages - 1; ++step) copy(step, step);
+  int free = kTile.stages - 1;  // the stage that is filled next
+  for (int step = 0, full = 0; step < steps; ++step, full = next(full), free = next(free)) {
     ptx::cp_async_wait_group<kTile.stages - 2>();
     __syncthreads();  // this step's tiles have landed, and nobody reads the stage that is filled next
-    copy(step + kTile.stages - 1);
-    const uint32_t a = ptx::cvta_to_shared(shared + step % kTile.stages * kTile.stage_bytes());
+    copy(step + kTile.stages - 1, free);
+    const uint32_t a = ptx::cvta_to_shared(shared + full * kTile.stage_bytes());
     const uint32_t w = a + kTile.block_m * kStepBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 32 of the 64 bytes of K: two chunks
@@ -384,7 +412,7 @@ __global__ void __launch_bounds__(kDecode.threads, kDecode.blocks)
     Sum sum[1] = {};
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) sum[0] += ld_shared(shared + i * kElements + element);
-    store_result(p, m, n, sum);
+    store_result(p, m, n, sum, Columns<1>(p, n));
   }
 }
 
@@ -402,7 +430,7 @@ __global__ void __launch_bounds__(kSumParts.threads, kSumParts.blocks)
 #pragma unroll
     for (int i = 0; i < kN; ++i) sums[i] += more.element[i];
   }
-  store_result(p, at / p.n, at % p.n, sums);
+  store_result(p, at / p.n, at % p.n, sums, {p, at % p.n});
 }
 
 template <bool kAligned, bool kWide>

@@ -146,7 +146,7 @@ BUDGETS = {
         lambda: _int8(128, 128, 512),
         mma=2048,
         ldmatrix=768,
-        reads={"a_scale": 16, "w_scale": 128},
+        reads={"a_scale": 16, "w_scale": 32},
         **_EPILOGUE,
     ),
     "int8-small": Budget(
@@ -155,7 +155,7 @@ BUDGETS = {
         sm_count=1000,
         mma=512,
         ldmatrix=256,
-        reads={"a_scale": 8, "w_scale": 64},
+        reads={"a_scale": 8, "w_scale": 16},
         **_EPILOGUE,
     ),
     "int8-decode": Budget(

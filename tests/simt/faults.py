@@ -153,8 +153,7 @@ def _faults() -> Iterator[Fault]:
     yield dropped("barrier", file, f"@{barrier}\n  for (int element", barrier, "int8-decode")
     piece = "swizzled(row_of(i), chunk)"
     yield Fault("swizzle", file, f"tile + @{piece};", piece, "(row_of(i) * kStepBytes + chunk * kChunk)", every)
-    piece = "step % kTile.stages"
-    yield Fault("stage", file, f"stage = shared + @{piece} *", piece, "(step + 1) % kTile.stages", every)
+    yield Fault("stage", file, "stage = shared + @into *", "into", "next(into)", every)
     piece = "valid < 0 ? 0 : valid < kChunk ? valid : kChunk"
     yield Fault("predicate", file, f"static_cast<int>(@{piece});", piece, "valid > 0 ? kChunk : 0", ("int8-tail",))
     piece = "m + row >= p.a_rows.count"
