@@ -178,3 +178,18 @@ def test_an_attention_that_is_chosen_since_counts(first: str, then: str) -> None
         each.set_attn_implementation(then)
     assert masks(model, input_ids=TOKENS) == []
     assert_alike(model, untouched, input_ids=TOKENS)
+
+
+def test_a_loss_that_reads_padding_trains_as_untouched_under_eager_attention() -> None:
+    """The last row of left padding predicts the first token: eager attention gives it the mean of all values."""
+    ids = torch.randint(3, 60, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    gradients = []
+    for optimized in (False, True):
+        model = llama("eager")
+        if optimized:
+            llmkern.optimize_(model)
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)

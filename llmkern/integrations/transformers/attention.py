@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmkern import dispatch, ops
 from llmkern.swap.derive import mentioned_globals, original_class, rebind
@@ -238,7 +239,21 @@ def _beyond_the_op(
         call |= {"sinks": None, "causal": causal, "sm_scale": 1.0, "window": [-1, -1], "softcap": softcap or 0.0}
         if not dispatch.select("attention", call | {"return_lse": False}).backend.kernels:
             return "gradients through eager attention can be differentiated again, through PyTorch's fused kernel not"
+        if attention_mask is not None and _blind(attention_mask):
+            return "under eager attention a query that sees no key gets the mean of all values, which a loss may read"
     return None
+
+
+_BLIND = WeakTensorKeyDictionary()  # masks, which the layers of a model share, by whether a query sees no key
+
+
+def _blind(mask: Tensor) -> bool:
+    """Return True if a query of this mask, True where it may look, sees no key.  Waits for the device once a mask."""
+    if mask.dtype != torch.bool:
+        return False
+    if mask not in _BLIND:
+        _BLIND[mask] = not bool(mask.any(-1).all())
+    return _BLIND[mask]
 
 
 def _named(module: nn.Module) -> Any:
