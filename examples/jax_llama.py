@@ -31,6 +31,10 @@ def load(folder: Path) -> tuple[dict[str, Any], Weights]:
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     outside = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
     layers = range(config["num_hidden_layers"])
+    packed = [name.split(".", 3)[3] for name in tensors if ".layers." in name and name.endswith(".weight_packed")]
+    for name in {name.removesuffix("_packed") for name in packed}:
+        for i in layers:  # those of them that are not packed, too: one traced layer serves all
+            tensors[f"model.layers.{i}.{name}"] = dense(tensors, f"model.layers.{i}.{name}")
     names = [name.removeprefix("model.layers.0.") for name in tensors if name.startswith("model.layers.0.")]
     stacked = {name: jnp.stack([tensors.pop(f"model.layers.{i}.{name}") for i in layers]) for name in names}
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
@@ -38,6 +42,20 @@ def load(folder: Path) -> tuple[dict[str, Any], Weights]:
     for name in [name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")]:
         stacked[f"{name}.weight_only"] = jnp.array([f"model.layers.{i}.{name}" in weight_only for i in layers])
     return config, outside | {"layers": stacked, "lm_head.weight_only": jnp.array("lm_head" in weight_only)}
+
+
+def dense(tensors: Weights, name: str) -> Array:
+    """The floating-point weight of int8 codes, one scale a row, or packed four to a word, one scale for 32 columns."""
+    scale, words = tensors.pop(f"{name}_scale", None), tensors.pop(f"{name}_packed", None)
+    if words is None:
+        codes = tensors.pop(name)
+        if scale is None:
+            return codes
+    else:
+        shape = tuple(map(int, tensors.pop(f"{name}_shape")))
+        codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(shape).astype(jnp.float32) - 128
+    weight = codes.reshape(*scale.shape, -1) * scale[..., None].astype(jnp.float32)
+    return weight.reshape(codes.shape).astype(tensors["model.norm.weight"].dtype)
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:

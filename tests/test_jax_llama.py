@@ -6,8 +6,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmkern.jax
 from llmkern.testing.compare import errors
@@ -49,6 +51,22 @@ def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / request.param
     model.save_pretrained(folder)
     return model, ids, folder
+
+
+def test_weights_in_blocks_are_read_as_what_they_stand_for(example, tmp_path) -> None:
+    """Where one layer has them, so are those of the same name in other layers."""
+    sizes = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    llmkern.quantize_(model, {"layers.1.mlp.down_proj": "int8-block", "mlp": "int8"})
+    model.save_pretrained(tmp_path)
+    _, weights = example.load(tmp_path)
+    for name in ("mlp.down_proj", "mlp.up_proj"):
+        read = weights["layers"]
+        for i, layer in enumerate(model.model.layers):
+            codes = torch.tensor(np.asarray(read[f"{name}.weight"][i]))
+            scale = 1 if name == "mlp.down_proj" else torch.tensor(np.asarray(read[f"{name}.weight_scale"][i]))
+            torch.testing.assert_close(codes * scale, layer.get_submodule(name).dequantized_weight())
+    assert "mlp.down_proj.weight_scale" not in read
 
 
 @pytest.mark.real_model

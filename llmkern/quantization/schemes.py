@@ -26,8 +26,8 @@ class Int8:
 
     block: None for one scale per output channel and per token; 32 for a scale per 32 neighbours on both sides, as
         llama.cpp's Q8_0 has them: nearly lossless, for a sixteenth more memory.
-    max_error: by channel, a layer whose W8A8 output error (`quantize_`) is larger keeps floating-point activations; 0
-        makes every layer weight-only.
+    max_error: by channel, a layer whose W8A8 output error (`quantize_`) is larger gets blocks, or keeps floating-point
+        activations; 0 makes every layer weight-only.
     smooth: fold the loud channels of activations into the weights (SmoothQuant).
     Raises ValueError for a max_error that is negative or NaN, and for other blocks.
     """

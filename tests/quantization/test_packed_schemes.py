@@ -95,6 +95,56 @@ def test_a_layer_beyond_the_error_gets_more_bits_and_one_without_blocks_another_
     assert rows["2"].reason == "its 40 columns are no multiple of 32"
 
 
+def with_loud_inputs(columns: int, loud: slice, size: float) -> tuple[nn.Sequential, torch.Tensor]:
+    """A layer some of whose inputs are so loud that a scale for all rounds the others away, which count as much."""
+    torch.manual_seed(0)
+    x, model = torch.randn(64, columns), nn.Sequential(nn.Linear(columns, 32))
+    x[:, loud] *= size
+    with torch.no_grad():
+        model[0].weight[:, loud] /= size
+    return model, x
+
+
+def test_int8_has_blocks_where_a_scale_per_token_loses_too_much() -> None:
+    """No less accurate than weight-only, which max_error=0 and columns without blocks have."""
+    errors: dict[str, torch.Tensor] = {}
+    for name, scheme, columns in (
+        ("blocks", "int8", 128),
+        ("weight-only", Int8(max_error=0), 128),
+        ("odd", "int8", 99),
+    ):
+        model, x = with_loud_inputs(columns, slice(32), 6.0)
+        expected = model(x)
+        quantize_(model, scheme, calib=[x])
+        (row,) = llmkern.report(model).quantization
+        assert row.action == ("int8-block" if name == "blocks" else "int8 weight-only")
+        assert row.reason == f"its W8A8 error is beyond {'0' if name == 'weight-only' else '2.5'}%"
+        errors[name] = (model(x) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors["blocks"].square().mean() <= errors["weight-only"].square().mean()
+
+
+def test_blocks_that_lose_too_much_are_not_taken() -> None:
+    """Where every block of the inputs has a loud channel, a scale for each block helps little."""
+    model, x = with_loud_inputs(128, slice(5, None, 32), 10.0)
+    quantize_(model, "int8", calib=[x])
+    (row,) = llmkern.report(model).quantization
+    assert row.action == "int8 weight-only"
+
+
+def test_a_mixed_checkpoint_comes_back(tmp_path) -> None:
+    """int8 by channel, with and without rounded activations, and in blocks: to the bit, and for stock transformers."""
+    mixed = {"down_proj": "int8-block", "v_proj": Int8(max_error=0), "*": "int8"}
+    model = quantize_(llama(), mixed)
+    assert set(actions(model).values()) == {"int8-block", "int8 w8a8", "int8 weight-only"}
+    model.save_pretrained(tmp_path)
+    loaded = llmkern.load(tmp_path)
+    assert_same_bits(logits(loaded), logits(model))
+    assert {path: row for path, row in actions(loaded).items() if row != actions(model)[path]} == {}
+    pytest.importorskip("compressed_tensors")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (logits(stock) - logits(model)).norm() < 0.02 * logits(model).norm()
+
+
 def test_importance_moves_the_error_to_where_nobody_looks() -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(128)

@@ -437,7 +437,10 @@ def test_a_family_that_is_read_runs_together(name: str) -> None:
         assert not record.reasons
 
 
-@pytest.mark.parametrize("scheme", ["int8-block", "int4"])
+MIXED = {"*o_proj": "int8-block", "h.*.attn.c_proj": "int8-block", "down_proj": "int8-block", "*": "int8"}
+
+
+@pytest.mark.parametrize("scheme", ["int8-block", "int4", MIXED], ids=["int8-block", "int4", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 @torch.no_grad()
 def test_packed_weights_run_together(name: str, scheme: str) -> None:
