@@ -31,6 +31,7 @@ __all__ = [
     "original_class",
     "rebind",
     "rename",
+    "restored_class",
     "set_class",
     "untouched",
     "wrapped_functions",
@@ -119,6 +120,28 @@ def as_before(module: nn.Module) -> nn.Module:
 def original_class(module: object) -> Any:
     """Return the class that the module had before it was swapped, or its own class if it is not swapped."""
     return getattr(type(module), "_llmkern_original", type(module))
+
+
+def restored_class(cls: Any) -> Any:
+    """Return a swapped class as it was; one that was derived from it since (FSDP2 does) as if derived from that class.
+
+    None where a method of the derived class says `super()`: it would still mean the swapped class.
+    """
+    return _restored_class(cls)
+
+
+@functools.cache
+def _restored_class(cls: Any) -> Any:
+    if "_llmkern_original" in vars(cls):
+        return cls._llmkern_original
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    inherited = {f for base in cls.__bases__ for f in wrapped_functions(getattr(base, "forward", None))}
+    if inherited.intersection(wrapped_functions(own.get("forward"))):  # transformers wraps that of every subclass
+        del own["forward"]
+    if any("__class__" in getattr(getattr(v, "__code__", None), "co_freevars", ()) for v in own.values()):
+        return None
+    bases = tuple([restored_class(base) if issubclass(base, Swapped) else base for base in cls.__bases__])
+    return None if None in bases else type(cls)(cls.__name__, bases, own)
 
 
 # Where an instance may hold its class's forward: accelerate's hooks (device_map) keep it in `_old_forward` and call it

@@ -30,6 +30,8 @@ class Edit(NamedTuple):
     members: of the derived class, by name.
     when: asked at each call whether rebinds and renames apply; always where None.
     within: further classes whose members the guard counts.
+    around: takes the class's own forward, and what all edits make of it (None where that is the same), and returns the
+        forward that the class gets.
     """
 
     op: str = ""
@@ -38,6 +40,7 @@ class Edit(NamedTuple):
     members: tuple[tuple[str, Any], ...] = ()
     when: Callable[..., bool] | None = None
     within: tuple[type, ...] = ()
+    around: Callable[[Callable[..., Any], Callable[..., Any] | None], Callable[..., Any]] | None = None
 
 
 def edits_of(module: nn.Module) -> tuple[Edit, ...]:
@@ -55,9 +58,13 @@ def edited(module: nn.Module, edits: Iterable[Edit]) -> type[nn.Module]:
         return cls
     members = dict(member for edit in chosen for member in edit.members)
     within = tuple(dict.fromkeys(cls for edit in chosen for cls in edit.within))
+    forward = _forward(original.forward, chosen, _seen(original.forward))
+    for edit in chosen:
+        if edit.around is not None:
+            forward = edit.around(original.forward, forward)
     return guarded(
         original,
-        _forward(original.forward, chosen, _seen(original.forward)),
+        forward,
         ("_llmkern_edits", chosen),
         *members.items(),
         within=within,
@@ -84,7 +91,7 @@ def _forward(
     whole = forwards[(True,) * len(conditions)]
     if whole is original:
         return None
-    ops = tuple(dict.fromkeys(edit.op for edit in edits if edit.op))
+    ops = tuple(dict.fromkeys(edit.op for edit in edits if edit.op and edit.around is None))
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,7 @@ def optimize_(
     mlp: bool = True,
     rope: bool = True,
     linear: bool = True,
+    loss: bool = True,
     kv_cache: Literal["auto", "int8"] | None = "auto",
     huge_pages: bool = True,
     filter_fn: FilterFn | None = None,
@@ -58,6 +59,8 @@ def optimize_(
 
     attention, norms, mlp, rope, linear: which kinds of modules to swap (mlp includes GELU modules; linear are large
         layers on the CPU that belong to none of the others, output heads above all).
+    loss: compute a causal language model's own loss, where it is given labels and gradients are computed, by
+        `linear_cross_entropy` without its logits; the result computes `logits` when they are read.
     kv_cache: the cache that the model makes where the caller gives and chooses none.  "auto": on the CPU an
         `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; transformers' own for
         encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
@@ -84,6 +87,7 @@ def optimize_(
         "mlp": mlp,
         "rope": rope,
         "linear": linear,
+        "loss": loss,
         "kv_cache": kv_cache,
     }
     with settled(), remembering_refusals():  # for the probes
@@ -119,17 +123,18 @@ def optimize_(
 def restore_(model: Model) -> Model:
     """Undo `optimize_` exactly: every module has its own class and forward again.  Returns `model`.
 
-    A model that was never optimized is left as it is.  Raises RuntimeError where something (FSDP, for one) has
-    derived another class from a swapped module's since: that has to be undone first.
+    A model that was never optimized is left as it is.  A class that was derived from a swapped module's since, as by
+    FSDP2's `fully_shard`, is derived from the module's own instead; RuntimeError where its methods forbid that: what
+    made it has to be undone first.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore_: model is a {type(model).__name__}, expected a torch.nn.Module")
     swapped = [(path, m) for path, m in model.named_modules() if derive.is_swapped(m)]
     for path, module in swapped:
-        if "_llmkern_original" not in vars(type(module)):
+        if derive.restored_class(type(module)) is None:
             raise RuntimeError(f"restore_: {path} has become a {type(module).__name__} since; undo that first")
     for _, module in swapped:
-        derive.set_class(module, derive.original_class(module))
+        derive.set_class(module, derive.restored_class(type(module)))
         forget(module)
     move_back_(model)
     forget_report(model)
@@ -187,7 +192,7 @@ def _sites(model: nn.Module, switches: dict[str, Any], filter_fn: FilterFn | Non
                     excluded = "left out by filter_fn"
                 elif not found.reason and derive.forward_is_replaced(module):
                     found = Match(found.kind, found.op, "its forward was replaced on the instance")
-                if found.is_whole or (found.kind == "cache" and switches["kv_cache"] == "auto"):
+                if found.is_whole or found.kind == "loss" or (found.kind == "cache" and switches["kv_cache"] == "auto"):
                     excluded = excluded or found.reason  # nobody has asked for what it cannot have
             if found.kind == "mlp" and not found.reason and not excluded:
                 absorbed |= {id(child) for child in module.children()}  # its activation is no longer called

@@ -20,7 +20,7 @@ class SwapRow:
     """One place in the model.
 
     path: the module's name within the model.
-    kind: norm, mlp, activation, rope, attention, experts, linear, layer, cache.
+    kind: norm, mlp, activation, rope, attention, experts, linear, layer, cache, loss.
     op: the llmkern op that serves it, "" where there is none.  action: "swapped" or "left".
     backend: the one that serves it here, for inputs of the parameters' dtype on their device, or the cache that a
         model makes; "" if left.

@@ -1,8 +1,7 @@
-"""Training: a model's own loss without its logits in memory; distillation."""
+"""Distillation.  What speeds up a training loop of one's own is `llmkern.optimize_`, and `llmkern.ops` the losses."""
 
 from __future__ import annotations
 
 from llmkern.training.distillation import Distillation, distill
-from llmkern.training.loss import fuse_loss_, unfuse_loss_
 
-__all__ = ["Distillation", "distill", "fuse_loss_", "unfuse_loss_"]
+__all__ = ["Distillation", "distill"]

@@ -48,7 +48,8 @@ def _same(found: Any, recorded: Any) -> bool:
 
 
 def outermost(rows: Iterable[Any]) -> list[Any]:
-    """The rows that are not within a layer swapped as a whole: those whose ops each forward calls."""
+    """The rows that are not within a layer swapped as a whole: those whose ops each forward calls
+    that is given no labels."""
     rows = list(rows)
     whole = tuple(f"{row.path}." for row in rows if row.kind == "layer")
-    return [row for row in rows if not row.path.startswith(whole)]
+    return [row for row in rows if row.kind != "loss" and not row.path.startswith(whole)]

@@ -139,7 +139,7 @@ def test_int8_is_made_where_asked_for() -> None:
 def test_it_can_be_left_out_and_is_undone() -> None:
     model, inputs = LLAMA.build(), LLAMA.inputs()
     cls, inner = type(model), type(model.model)
-    report = llmkern.report(llmkern.optimize_(model, kv_cache=None)).swap
+    report = llmkern.report(llmkern.optimize_(model, kv_cache=None, loss=False)).swap
     assert [(row.action, row.reason) for row in report if row.kind == "cache"] == [
         ("left", "switched off by kv_cache=None")
     ]

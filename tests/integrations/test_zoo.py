@@ -193,9 +193,10 @@ def test_the_report_speaks_of_every_module(entry: Entry) -> None:
             assert row.action == "left"
             assert row.reason
             assert row.backend == ""
-    kinds = {row.kind for row in report.rows} - {"activation", "cache", "layer"}
+    kinds = {row.kind for row in report.rows} - {"activation", "cache", "layer", "loss"}
     assert kinds == set(entry.kinds)  # and nothing is taken for another
     assert ("cache" in {row.kind for row in report.rows}) == hasattr(model, "generate")
+    assert ("loss" in {row.kind for row in report.rows}) == (entry.kind == "decoder")
     paths = {row.path for row in report.rows}
     for path, module in model.named_modules():
         name = type(module).__name__
@@ -266,8 +267,8 @@ def test_unsupported_modules_are_an_error_where_that_is_asked_for(entry: Entry) 
         report = llmkern.report(llmkern.optimize_(model, on_unsupported="ignore")).swap
     assert not [w for w in caught if "llmkern" in str(w.message)]
     llmkern.restore_(model)
-    # Nobody has asked for caches, and for layers computed whole, which have their parts.
-    unsupported = [row for row in report.left if row.kind not in ("cache", "layer")]
+    # Nobody has asked for caches and losses, and for layers computed whole, which have their parts.
+    unsupported = [row for row in report.left if row.kind not in ("cache", "layer", "loss")]
     if not unsupported:
         llmkern.optimize_(model, on_unsupported="error")
         return

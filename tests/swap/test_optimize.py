@@ -225,10 +225,24 @@ def test_a_forward_replaced_on_the_instance_is_left(model: Model) -> None:
     assert torch.equal(model.final(X), X * 2)
 
 
-def test_a_class_derived_from_a_swapped_one_blocks_restore(model: Model) -> None:
+def test_a_class_derived_from_a_swapped_one_is_restored_with_it(model: Model) -> None:
+    cls = type(model.final)
+    llmkern.optimize_(model, on_unsupported="ignore")
+    model.final.__class__ = type("Sharded", (type(model.final),), {"mark": 1})
+    llmkern.restore_(model)
+    assert type(model.final).__mro__[:2] == (type(model.final), cls)
+    assert (type(model.final).__name__, model.final.mark) == ("Sharded", 1)
+
+
+def test_a_derived_class_that_means_the_swapped_one_blocks_restore(model: Model) -> None:
     llmkern.optimize_(model, on_unsupported="ignore")
     swapped = type(model.final)
-    model.final.__class__ = type("Sharded", (swapped,), {})
+
+    class Sharded(swapped):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    model.final.__class__ = Sharded
     model.final(X)
     with pytest.raises(RuntimeError, match="final has become a Sharded since; undo that first"):
         llmkern.restore_(model)
