@@ -13,7 +13,7 @@ __all__ = ["OURS"]
 OURS = Peer("llmkern")
 
 
-@OURS.variant("llmkern", dtypes=("float32", "bfloat16"))
+@OURS.variant("llmkern", kinds=("causal", "encoder", "training"), dtypes=("float32", "bfloat16"))
 def _optimized(spec: Any) -> Any:
     from llmkern.bench.variants import optimized_runner
 

@@ -216,6 +216,8 @@ class _Run:
         spec = plan.spec
         if spec.kind == "encoder":
             return {"sentences_per_s": [spec.batch / seconds for seconds in self.first]}
+        if spec.kind == "training":
+            return {"train_tokens_per_s": [spec.batch * spec.prompt_len / seconds for seconds in self.first]}
         found = {"prefill_tokens_per_s": [spec.batch * spec.prompt_len / seconds for seconds in self.first]}
         if spec.new_tokens > 1:
             found["decode_tokens_per_s"] = [spec.batch * len(steps) / sum(steps) for steps in self.steps]
@@ -226,7 +228,8 @@ class _Run:
             return Row("model", plan.name, self.chosen.name, metric, plan.x, accuracy=self.accuracy, **values)
 
         if not self.first:
-            metric = "sentences_per_s" if plan.spec.kind == "encoder" else "decode_tokens_per_s"
+            rates = {"encoder": "sentences_per_s", "training": "train_tokens_per_s"}
+            metric = rates.get(plan.spec.kind, "decode_tokens_per_s")
             return [row(metric, error=self.error or "interrupted before it was measured")]
         found, theirs = [], base.rates(plan)
         for metric, samples in self.rates(plan).items():
@@ -241,7 +244,10 @@ class _Run:
             tail = {f"p{q}": stats.percentile(steps, q / 100) * 1e3 for q in (90, 99)}
             found.append(row("itl_ms", **_milliseconds(steps), detail={"n": len(steps)} | tail))
         if self.peak is not None:
-            found.append(row("peak_memory_mb", p50=self.peak / 1e6))
+            detail = {}
+            if plan.spec.kind == "training" and self is not base and base.peak is not None:
+                detail["ratio"] = {"to": base.chosen.name, "p50": base.peak / self.peak}
+            found.append(row("peak_memory_mb", p50=self.peak / 1e6, detail=detail))
             if self.left is not None:
                 found.append(row("model_memory_mb", p50=max(0, self.peak - self.left) / 1e6))
         if "perplexity" in self.accuracy:

@@ -14,6 +14,7 @@ metric, unit    ops: time_us (a call, as Python makes it), kernel_us (replayed i
                 intermediate results), sentences_per_s, perplexity
                 serving: throughput_tokens_per_s (generated, of all clients), ttft_ms and itl_ms as clients see them,
                 peak_memory_mb (of the server's process)
+                training (suite "model"): train_tokens_per_s (forward, backward and optimizer), peak_memory_mb
                 families: phases_per_s (prompts, inputs or generated tokens, by x["phase"])
 x               what the number belongs to: sizes, dtype, mode, batch, lengths …; "sweep" names the line of a plot
 p20, p50, p80   percentiles over the repetitions, in `unit`; null where nothing was measured
@@ -53,6 +54,7 @@ METRICS = {
     "peak_memory_mb": "MB",
     "model_memory_mb": "MB",
     "sentences_per_s": "sentences/s",
+    "train_tokens_per_s": "tokens/s",
     "phases_per_s": "1/s",
     "perplexity": "",
 }

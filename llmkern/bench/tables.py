@@ -120,6 +120,7 @@ _COLUMNS = {
     "prefill_tokens_per_s": "prefill tokens/s",
     "decode_tokens_per_s": "decode tokens/s",
     "sentences_per_s": "sentences/s",
+    "train_tokens_per_s": "trained tokens/s",
     "ttft_ms": "first token, ms",
     "itl_ms": "between tokens, ms (p50/p90/p99)",
     "peak_memory_mb": "peak memory, MB",

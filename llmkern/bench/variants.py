@@ -27,7 +27,10 @@ _CONFIGS = importlib.resources.files("llmkern.bench") / "models"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker runs.  model: MODEL of the command line, or None for random weights of `config`'s shape."""
+    """What a worker runs.  model: MODEL of the command line, or None for random weights of `config`'s shape.
+
+    layers: of the model, as many are kept; None for all.
+    """
 
     model: str | None
     config: str | None
@@ -38,6 +41,7 @@ class Spec:
     prompt_len: int
     new_tokens: int
     threads: int
+    layers: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,8 +102,19 @@ def kind_of(config: Any) -> str:
 
 def loaded_model(spec: Spec, *, packed: bool = False) -> Loaded:
     if spec.model is not None:
-        return load(spec.model, dtype=spec.dtype_name, device=spec.device_name, packed=packed)
+        loaded = load(spec.model, dtype=spec.dtype_name, device=spec.device_name, packed=packed)
+        if spec.layers is not None:
+            _keep_layers(loaded.model, spec.layers)
+        return loaded
     return Loaded(str(spec.config), _random_model(spec), None)
+
+
+def _keep_layers(model: Any, layers: int) -> None:
+    """Take all but the first layers out of a decoder."""
+    count = model.config.num_hidden_layers
+    stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    del stack[layers:]
+    model.config.num_hidden_layers = len(stack)
 
 
 def _random_model(spec: Spec) -> nn.Module:
@@ -162,6 +177,30 @@ class TransformersRunner:
         return nn.functional.normalize(hidden.float().mean(1), dim=-1)
 
 
+class TrainingRunner:
+    """Steps of AdamW, as somebody's own loop makes them."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        self.model, self.forward = model.train(), forward
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def train(self, ids: Tensor) -> None:
+        """ids [batch, prompt_len]: forward with the model's own loss, backward, a step of the optimizer."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._backward(ids)
+        self.optimizer.step()
+
+    def gradients(self, ids: Tensor) -> Tensor:
+        """The first numbers of each parameter's gradient [n], in fp32."""
+        self._backward(ids)
+        found = [p.grad.flatten()[:4096].float() for p in self.model.parameters() if p.grad is not None]
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.cat(found)
+
+    def _backward(self, ids: Tensor) -> None:
+        self.forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
 def transformers_runner(
     spec: Spec,
     *,
@@ -170,8 +209,8 @@ def transformers_runner(
     change: Callable[[nn.Module, Loaded], nn.Module] = lambda model, loaded: model,
     cache: Callable[[Any], Any] | None = None,
     packed: bool = False,
-) -> Runner:
-    """The model, changed by `change`.
+) -> Any:
+    """The model, changed by `change`; of kind "training" its training.
 
     compiled: torch.compile's backend.  cache: takes the config, makes a key-value cache; transformers' own without.
     packed: whether the blocks of a .gguf file are kept.
@@ -184,6 +223,8 @@ def transformers_runner(
     model = change(loaded.model, loaded)
     config: Any = model.config
     forward: Callable[..., Any] = model
+    if spec.kind == "training":
+        return TrainingRunner(model, model if compiled is None else torch.compile(model, backend=compiled))
     make: Callable[[], Any] = lambda: DynamicCache(config=config)  # noqa: E731
     if cache is not None:
         chosen = cache
@@ -194,9 +235,7 @@ def transformers_runner(
     return TransformersRunner(model, spec, forward, make)
 
 
-def optimized_runner(
-    spec: Spec, *, scheme: str | None = None, backend: str | None = None, packed: bool = False
-) -> Runner:
+def optimized_runner(spec: Spec, *, scheme: str | None = None, backend: str | None = None, packed: bool = False) -> Any:
     """The model with kernels swapped in, quantized before by `scheme`, every call forced on `backend`, where given.
 
     packed: as of `transformers_runner`.

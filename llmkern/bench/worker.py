@@ -2,7 +2,7 @@
 
 A request is a line of JSON, {"do": …}; so is the answer: {"ok": …}, or {"error": …} after which the process goes on.
     load {"variant", "spec"}                  builds the runner
-    accuracy {"ids", "reference", "write", "tokens"}   against the logits or embeddings kept in the file `reference`
+    accuracy {"ids", "reference", "write", "tokens"}   against what is kept in the file `reference`
     warm {}, run {"steps"}                    one repetition: {"first": seconds, "steps": [seconds, …]}
     reset {}, peak {}                         peak memory of what comes between them, bytes
     release {}                                what is left when the model is gone, bytes; the last request
@@ -39,17 +39,22 @@ class Worker:
     """Answers requests; each method is one kind of them."""
 
     def __init__(self) -> None:
-        self.runner: Runner
+        self.runner: Any  # a Runner, or a TrainingRunner
         self.spec: Spec
+
+    def mode(self) -> Any:
+        """What a request is answered in: without gradients, unless the variant trains."""
+        return torch.inference_mode(not hasattr(self, "spec") or self.spec.kind != "training")
 
     def load(self, variant: str, spec: dict[str, Any]) -> dict[str, Any]:
         self.spec = Spec(**spec)
         torch.set_num_threads(self.spec.threads)
-        self.runner = variants()[variant].build(self.spec)
+        with self.mode():
+            self.runner = variants()[variant].build(self.spec)
         return {"process": os.getpid()}
 
     def accuracy(self, ids: list[int], reference: str, write: bool, tokens: int) -> dict[str, Any]:
-        """ids: real text.  The first context's logits, or a batch's embeddings, are compared with the reference's.
+        """ids: real text.  The first context's logits, or a batch's embeddings or gradients, stand beside the base's.
 
         {"unjudged": reason} for a peer that gives out no logits: its table says so.
         """
@@ -57,6 +62,8 @@ class Worker:
         first = text[:CONTEXT]
         if self.spec.kind == "encoder":
             out = self.runner.embed(self._batch(ids)).float().cpu()
+        elif self.spec.kind == "training":
+            out = self.runner.gradients(self._batch(ids)).cpu()
         else:
             try:
                 out = self.runner.logits(first.to(self.spec.device)).float().cpu()
@@ -67,6 +74,8 @@ class Worker:
         expected = torch.from_numpy(numpy.load(reference))
         gap = (out - expected).abs()
         found: dict[str, Any] = {"max_abs": float(gap.max()), "rel": float((out - expected).norm() / expected.norm())}
+        if self.spec.kind == "training":
+            return {"rel": found["rel"]}
         if self.spec.kind == "encoder":
             return found | {"cosine": float((out * expected).sum(-1).mean())}
         found["top1"] = float((out.argmax(-1) == expected.argmax(-1)).double().mean())
@@ -83,6 +92,8 @@ class Worker:
         batch = self._batch(ids)
         if self.spec.kind == "encoder":
             return {"first": self._seconds(lambda: self.runner.embed(batch)), "steps": []}
+        if self.spec.kind == "training":
+            return {"first": self._seconds(lambda: self.runner.train(batch)), "steps": []}
         first = self._seconds(lambda: self.runner.prefill(batch))
         wanted = self.spec.new_tokens - 1 if steps is None else steps
         return {"first": first, "steps": [self._seconds(self.runner.decode) for _ in range(wanted)]}
@@ -140,7 +151,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            with torch.inference_mode():
+            with worker.mode():
                 answer = {"ok": getattr(worker, request.pop("do"))(**request)}
         except Unsupported as error:
             answer = {"error": f"not supported: {error}"}

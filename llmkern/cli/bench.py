@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import torch
 import typer
 
-from llmkern.cli import bench_families, bench_serve
+from llmkern.cli import bench_families, bench_serve, bench_train
 from llmkern.cli.arguments import device_named, dtype_named
 from llmkern.cli.bench_results import Outputs, kept_on_interrupt, new_result, recorded
 from llmkern.cli.command import Command
@@ -30,6 +30,7 @@ bench = typer.Typer(
     llmkern bench model demo:smollm2 --quick
     llmkern bench serve demo:smollm2 --clients 1,4,16
     llmkern bench families --quick
+    llmkern bench train demo:smollm2
     llmkern bench compare old.json new.json
     """,
     no_args_is_help=True,
@@ -38,6 +39,7 @@ bench = typer.Typer(
 )
 
 bench.command("serve", cls=Command, context_settings=_HELP)(bench_serve.serve)
+bench.command("train", cls=Command, context_settings=_HELP)(bench_train.train)
 bench.command("families", cls=Command, context_settings=_HELP)(bench_families.families)
 
 # Seconds of measuring for each contender at each point.

@@ -17,6 +17,7 @@ from llmkern.table import render
 __all__ = ["distill"]
 
 PROSE = "demo:prose"
+CALIBRATION = 8  # blocks of the text by which the least important channels are found
 
 
 def distill(
@@ -41,6 +42,10 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUTPUT's last checkpoint.")] = False,
     device: Annotated[str, typer.Option(metavar="NAME", help=DEVICE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the losses and perplexities as JSON.")] = False,
+    record: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--record", metavar="DIR", help="Keep the perplexities under DIR/results, by device."),
+    ] = None,
 ) -> None:
     """Train a student to predict as its teacher does, and print the perplexities before and after.
 
@@ -49,7 +54,7 @@ def distill(
     goes on with --resume.
 
     \b
-    llmkern distill demo:smollm2 healed/ --prune 0.25 --steps 200
+    llmkern distill demo:smollm2 healed/ --prune 0.25 --steps 200 --batch-size 2 --learning-rate 3e-4
     llmkern distill ./large ./small-distilled --student ./small --text corpus.txt --hard 0.3
     """
     from llmkern.quantization.pruning import prune_
@@ -62,7 +67,7 @@ def distill(
     ids = _ids(original, text, held_out + length)
     learner = load(student or teacher, dtype="float32", device=device)
     test = ids[-held_out:]
-    found = {}
+    found: dict[str, float] = {}
 
     def judge(name: str, model: Any) -> None:
         with working(f"perplexity, {name}"):
@@ -73,8 +78,9 @@ def distill(
         if student is not None:
             judge("student", learner.model)
         with working("pruning the MLPs"):
-            prune_(learner.model, mlp=prune, calib=[{"input_ids": ids[None, :length]}])
-    judge("before", learner.model)
+            blocks = ids[:-held_out].split(length)[:CALIBRATION]
+            prune_(learner.model, mlp=prune, calib=[{"input_ids": block[None]} for block in blocks])
+    judge("pruned" if prune else "student", learner.model)
     optimize_(original.model, on_unsupported="ignore")
     optimize_(learner.model, on_unsupported="ignore")
     result = run(
@@ -92,14 +98,34 @@ def distill(
         resume=resume,
         show_progress=not as_json,
     )
-    judge("after", learner.model)
+    judge("healed" if prune else "distilled", learner.model)
     learner.tokenizer.save_pretrained(target)
+    if record is not None:
+        what = f", {prune:.0%} of the MLP pruned" if prune else ""
+        x = {"steps": steps, "batch": batch_size, "length": length}
+        _record(record, f"{student or teacher}{what}", x, learner.model, found, held_out)
     if as_json:
         print_json(asdict(result) | {"perplexity": found})
         return
     rows = [(name, f"{value:.3f}") for name, value in found.items()]
     print(render(f"perplexity of the text's last {held_out:,} tokens", ("model", "perplexity"), rows))
     say(str(result))
+
+
+def _record(folder: Path, name: str, x: dict[str, Any], model: Any, found: dict[str, float], tokens: int) -> None:
+    """Keep the perplexities found as a result of `llmkern bench`, whose tables show them."""
+    from llmkern.bench.schema import Row
+    from llmkern.cli.bench_results import new_result, recorded
+
+    device = next(model.parameters()).device
+    result = new_result(device, {"absent_peers": {}, "left_out": []})
+    for provider, value in found.items():
+        row = Row("model", name, provider, "perplexity", x, p50=value, detail={"tokens": tokens})
+        row.accuracy["perplexity"] = value
+        result.rows.append(row)
+    path, _ = recorded(folder, f"distill {name}", device, None, None)
+    assert path is not None
+    result.save(path)
 
 
 def _ids(teacher: Loaded, text: str, least: int) -> Tensor:

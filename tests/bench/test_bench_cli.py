@@ -31,6 +31,8 @@ def quick_ceilings(monkeypatch) -> None:
         (["ops", "--dtype", "int4"], "--dtype is 'int4', expected float32"),
         (["ops", "--device", "tpu"], "--device is 'tpu': JAX "),
         (["ops", "--json", "."], "--json is ., which is a folder; expected a file"),
+        (["train", "demo:smollm2", "--dtype", "float16"], "--dtype is 'float16', expected float32 or bfloat16"),
+        (["train", "demo:smollm2", "--batch", "0"], "--batch is 0, expected at least 1"),
         (["compare", "absent.json", "absent.json"], "absent.json cannot be read: No such file or directory"),
     ],
 )

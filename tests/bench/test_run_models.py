@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from llmkern.bench.variants import Spec, config_names, kind_of, loaded_model, pu
 from llmkern.bench.worker import Worker
 from llmkern.bench.workers import Failed, WorkerProcess
 from llmkern.cli import run
+from llmkern.cli.models import Loaded
 
 SPEC = Spec("tiny", None, "causal", "float32", "cpu", 1, 8, 4, 1)
 PLAN = Plan("tiny", SPEC, list(range(8)), 0, 3, {"batch": 1})
@@ -226,6 +228,32 @@ def test_a_peer_without_logits_is_timed_and_says_that_it_was_not_judged() -> Non
     assert "| peer | 10 | not judged: its server gives out no logits |" in markdown([row])
 
 
+def test_a_worker_trains(tmp_path, monkeypatch) -> None:
+    """Each request as `main` answers it; gradients stand beside the untouched model's, and steps change the weights."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def tiny(spec: Spec, **_: Any) -> Any:
+        torch.manual_seed(0)
+        return Loaded("tiny", LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), None)
+
+    monkeypatch.setattr(variants_module, "loaded_model", tiny)
+    ids, path = list(range(16)), str(tmp_path / "reference.npy")
+    spec = Spec("tiny", None, "training", "float32", "cpu", 2, 8, 0, torch.get_num_threads())
+    for name in ("sdpa", "llmkern"):
+        worker = Worker()
+        with worker.mode():
+            worker.load(name, dataclasses.asdict(spec))
+        with worker.mode():
+            found = worker.accuracy(ids, path, name == "sdpa", 0)
+            before = worker.runner.model.lm_head.weight.detach().clone()
+            assert worker.run(ids)["first"] > 0
+        assert found["rel"] < 1e-5
+        assert not torch.equal(worker.runner.model.lm_head.weight, before)
+    with worker.mode():
+        worker.runner.model.lm_head.weight.data.mul_(1.1)
+        assert worker.accuracy(ids, path, False, 0)["rel"] > 1e-3
+
+
 def test_the_usual_variants() -> None:
     names = [chosen.name for chosen in choose(variants(), "causal")]
     assert names[0] == "sdpa fp32"
@@ -237,6 +265,12 @@ def test_the_usual_variants() -> None:
     assert int8[0] == "sdpa fp32"
     assert all("int8" in name or "Q8" in name or "quantize" in name for name in int8 if not name.startswith("sdpa"))
     assert "onnxruntime-int8" in [chosen.name for chosen in choose(variants(), "encoder")]
+    assert [chosen.name for chosen in choose(variants(), "training", dtype="bfloat16", compiled=True)] == [
+        "sdpa bf16",
+        "compile bf16",
+        "llmkern bf16",
+        "liger bf16",
+    ]
     quick = [chosen.name for chosen in choose(variants(), "causal", quick=True)]
     assert [name for name in quick if name.startswith("llmkern")] == [
         "llmkern fp32",

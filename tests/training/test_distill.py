@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import llmkern
+from llmkern.bench.readme import newest_models, results
 from llmkern.cli import run as run_command
 from llmkern.cli.models import Loaded
 from llmkern.training import distill
@@ -122,10 +123,15 @@ def test_the_command_prunes_heals_and_judges(
     words.write_text("the same words again and again, " * 40)
     sizes = ["--length", "32", "--batch-size", "2", "--held-out", "128"]
     command = ["distill", "tiny", str(target), "--text", str(words), "--prune", "0.5", *sizes]
-    assert run_command([*command, "--steps", "20", "--learning-rate", "0.01", "--hard", "1", "--json"]) == 0
+    kept = ["--record", str(tmp_path / "kept")]
+    assert run_command([*command, "--steps", "20", "--learning-rate", "0.01", "--hard", "1", "--json", *kept]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["losses"]) == found["steps"] == 20
-    assert found["perplexity"]["after"] < 0.5 * found["perplexity"]["before"]
+    assert list(found["perplexity"]) == ["teacher", "pruned", "healed"]
+    assert found["perplexity"]["healed"] < 0.5 * found["perplexity"]["pruned"]
+    (_, result), *_ = results(tmp_path / "kept")
+    assert {row.provider: row.p50 for row in result.rows} == found["perplexity"]
+    assert "| healed |" in newest_models(tmp_path / "kept")
     assert transformers.LlamaForCausalLM.from_pretrained(target).config.intermediate_size == 32
     assert (target / "tokenizer.json").exists()
     assert run_command(["distill", "tiny", str(tmp_path / "none"), "--text", str(words)]) == 2

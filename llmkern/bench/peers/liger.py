@@ -56,6 +56,20 @@ def _plain(call: dict[str, Any], *absent: str) -> None:
             raise Unsupported(f"without {name} only")
 
 
+@PEER.variant("liger", kinds=("training",), dtypes=("float32", "bfloat16"))
+def _model(spec: Any) -> Any:
+    """Its kernels in the model's instance, as its documentation does it; on a GPU only."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    from llmkern.bench.variants import transformers_runner
+
+    def change(model: Any, loaded: Any) -> Any:
+        _apply_liger_kernel_to_instance(model=model)
+        return model
+
+    return transformers_runner(spec, change=change)
+
+
 @PEER.op("rms_norm", timed=_on_gpu)
 def _rms_norm(call: dict[str, Any]) -> Thunk:
     from liger_kernel.ops import rms_norm as module

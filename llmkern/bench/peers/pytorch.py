@@ -111,7 +111,7 @@ def quantize_dynamic(model: nn.Module) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-@PEER.variant("sdpa", dtypes=("float32", "bfloat16"))
+@PEER.variant("sdpa", kinds=("causal", "encoder", "training"), dtypes=("float32", "bfloat16"))
 def _scaled_dot_product(spec: Any) -> Any:
     """transformers as it comes: the untouched model that all others are compared with."""
     from llmkern.bench.variants import transformers_runner
@@ -127,12 +127,12 @@ def _eager(spec: Any) -> Any:
     return transformers_runner(spec, attention="eager")
 
 
-@PEER.variant("compile", dtypes=("bfloat16",), default=False)
+@PEER.variant("compile", kinds=("causal", "encoder", "training"), dtypes=("bfloat16",), default=False)
 def _compiled(spec: Any) -> Any:
-    """torch.compile with the weights frozen, and a static cache."""
+    """torch.compile; but for training with the weights frozen, and a static cache."""
     from llmkern.bench.variants import transformers_runner
 
-    torch._inductor.config.freezing = True
+    torch._inductor.config.freezing = spec.kind != "training"
     return transformers_runner(spec, compiled="inductor")
 
 
