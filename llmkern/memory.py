@@ -91,7 +91,7 @@ def move_to_huge_pages_(model: nn.Module) -> int:
             tensors = storages.pop(begin)
             _rehouse(tensors, to)
             moved += size
-    give_back()
+    _trim()
     return moved
 
 
@@ -128,6 +128,11 @@ def _rehouse(tensors: list[Tensor], to: Tensor) -> None:
 def give_back() -> None:
     """Return what is not in use to the system: what only cycles hold, and what the C library keeps for later."""
     gc.collect()
+    _trim()
+
+
+def _trim() -> None:
+    """Return what the C library keeps for later to the system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's; another C library may lack the function
 

@@ -333,7 +333,8 @@ class _Walk:
         for name in step.values:
             if self.tokens.get(name, name) != "":
                 raise self.wrong(f"{name} is of other tokens than hidden")
-        self.cache = [*[self.rows(name) for name in step.values], 0]
+        times = _whole(step, "repeat") or 1
+        self.cache = [*[self.rows(name) * times for name in step.values], 0]
         self.make(step.results, self.cache[:2], "")
         self.cached |= dict.fromkeys(step.results, "append")
 

@@ -169,7 +169,8 @@ OPERATORS: dict[str, Operator] = {
         required=("dim",),
     ),
     # Keys and values of these tokens join those of the layer's cache; all of them.  Without a cache: themselves.
-    "append": Operator((2, 2), results=2),
+    # repeat: the cache holds every head so many times, one beside the other.
+    "append": Operator((2, 2), results=2, options={"repeat": "whole"}),
     # Keys and values of an encoder's tokens: made in the first call, kept in the layer's cache, and read from there
     # ever after, in calls that are not given the encoder's tokens.  Without a cache: themselves.
     "keep": Operator((2, 2), results=2),

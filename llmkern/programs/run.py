@@ -134,6 +134,8 @@ class _Layer:
 
     def layer_norm(self, step: Step, x: Tensor) -> Tensor:
         weight, bias = self.weights.norm(step.places[0].path)
+        if weight is not None and (offset := _number(step, "offset")) is not None:
+            weight = weight + offset
         normed: Tensor = self.call("layer_norm", x=_per_head(x, step), weight=weight, bias=bias, eps=step.option("eps"))
         return normed.reshape(x.shape)
 
@@ -214,7 +216,11 @@ class _Layer:
         return tuple([_tokens(x) for x in turned[: len(rows)]])
 
     def append(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return (k, v) if self.cache is None else self.cache.append(*self.cached(step, k, v))
+        if self.cache is None:
+            return k, v
+        times = int(step.option("repeat", 1))  # type: ignore[arg-type]
+        keys, values = [x.repeat_interleave(times, 1) if times > 1 else x for x in self.cached(step, k, v)]
+        return self.cache.append(keys, values)
 
     def keep(self, step: Step, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
         if k is None or v is None:

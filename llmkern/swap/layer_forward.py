@@ -56,7 +56,7 @@ def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict
         hidden=hidden,
         programs=[bound.text(hidden, head)],
         parameters=bound.parameters,
-        inputs=inputs_of(whole, head[1:], arguments, hidden, past + hidden.shape[1], causal),
+        inputs=inputs_of(self, whole, head[1:], arguments, hidden, past + hidden.shape[1], causal),
         caches=list(buffers),
         past=past,
         schemes=bound.schemes(hidden),

@@ -48,7 +48,8 @@ class Reading(NamedTuple):
     the tokens' positions, are its sines and cosines side by side; "" where it is given them.
     parts: what the layer's forward reads of the modules in it (llmkern/swap/guard.py).
     placed: paths of the modules that know the layer's place in its cache.  given: names of arguments that it was given.
-    tuple_of: elements of the tuple that it returns, 0 for the hidden states themselves; None where there is more in it.
+    tuple_of: elements of the tuple that it returns, 0 for the hidden states themselves; None where there is more in it
+        than them and, where it can be asked for those, its attention's weights.
     wide_angles: its cosines and sines may be fp32 whatever its dtype is.
     """
 
@@ -163,7 +164,7 @@ def _recorded(module: nn.Module, probe: Probe) -> _Run:
             parts=(*parts, *weights.parts),
             placed=placed,
             given=frozenset(name for name, value in call.arguments.items() if value is not None),
-            tuple_of=_tuple_of(returned),
+            tuple_of=_tuple_of(returned, recorder, "output_attentions" in call.names),
         )
     raise NoProgram(refused or raised)
 
@@ -177,10 +178,13 @@ def _without_index(parts: tuple[Part, ...]) -> tuple[tuple[Path, ...], tuple[Par
     return placed, tuple(kept)
 
 
-def _tuple_of(returned: Any) -> int | None:
+def _tuple_of(returned: Any, recorder: Recorder, may_be_asked: bool) -> int | None:
     if not isinstance(returned, tuple):
         return 0
-    return len(returned) if all(other is None for other in returned[1:]) else None
+    weights = [other for other in returned[1:] if other is not None]
+    if weights and not (may_be_asked and all([recorder.kind(other) == "weights" for other in weights])):
+        return None
+    return len(returned)
 
 
 def _in_order(program: Program) -> Program:

@@ -188,7 +188,7 @@ class _Stack:
         self.wholes: list[WholeLayer] = []
         for layer in layers:
             whole = vars(type(layer)).get("_llmkern_layer")  # not of a class from which it is derived
-            if whole is None or whole.tuple_of:
+            if whole is None or whole.tuple_of or whole.lookup:
                 raise NotServed("not every layer is swapped as a whole")
             self.wholes.append(whole)
         self.different = tuple(dict.fromkeys(self.wholes))
@@ -295,7 +295,7 @@ class _Stack:
         inputs: list[Tensor | None] = [None] * (len(self.head) - 1)
         for whole in self.different:
             of_this = [name if name in whole.program.inputs else "" for name in self.head[1:]]
-            found = inputs_of(whole, of_this, arguments, hidden, keys, self.causal)
+            found = inputs_of(None, whole, of_this, arguments, hidden, keys, self.causal)
             inputs = [mine if other is None else other for mine, other in zip(inputs, found, strict=True)]
         plan, schemes = self._planned(hidden)
         forms = [None if tensor is None else (tensor.dtype, tensor.stride(-1)) for tensor in (*inputs, *caches[:1])]

@@ -157,11 +157,13 @@ def probe(module: nn.Module, *inputs: Tensor) -> Tensor | None:
     return out if isinstance(out, Tensor) else None
 
 
-def why_elsewhere(module: nn.Module, *inputs: Tensor) -> str:
+def why_elsewhere(module: nn.Module, *inputs: Tensor, beyond_autocast: bool = False) -> str:
     """Return why the class's own forward may compute something else on other inputs, or "" if neither its source nor
     that of the functions it calls suggests so.
+
+    beyond_autocast: as for `Sources`.
     """
-    with Sources() as sources:
+    with Sources(beyond_autocast=beyond_autocast) as sources:
         probe(module, *inputs)
     return sources.reason
 

@@ -74,12 +74,16 @@ class Sources:
     probed: look at what has run, not at branches that were not taken, and let it go by dtypes, by numbers of dimensions
         and by quotients without a rest: for who probes all that matters, in all dtypes, of which this is one, and with
         sizes that have no divisors in common.  `goes_by_dtype` says whether it goes by dtypes.
-    every_index: let loops compare their variable with what is fixed: for who probes all its values."""
+    every_index: let loops compare their variable with what is fixed: for who probes all its values.
+    beyond_autocast: let functions ask whether autocast is on: for who leaves the call where it is."""
 
-    def __init__(self, probed: torch.dtype | None = None, every_index: bool = False) -> None:
+    def __init__(
+        self, probed: torch.dtype | None = None, every_index: bool = False, beyond_autocast: bool = False
+    ) -> None:
         self._lines: dict[types.CodeType, set[int]] = {}
         self._inexact: dict[types.CodeType, set[int]] = {}
-        self._probed, self._every_index = probed, every_index
+        self._probed = probed
+        self._lets = {"every_index": every_index, "beyond_autocast": beyond_autocast}
 
     def __enter__(self) -> Sources:
         self._before = sys.gettrace()
@@ -92,7 +96,7 @@ class Sources:
     @property
     def reason(self) -> str:
         if self._probed is None:
-            return next(filter(None, [why_undecided(c, every_index=self._every_index) for c in self._lines]), "")
+            return next(filter(None, [why_undecided(c, **self._lets) for c in self._lines]), "")
         ran = {code: frozenset(lines) for code, lines in self._lines.items()}
         inexact = {code: frozenset(lines) for code, lines in self._inexact.items()}
         dtype = str(self._probed)
@@ -132,12 +136,13 @@ def why_undecided(
     inexact: frozenset[int] = frozenset(),
     dtype: str = "",
     every_index: bool = False,
+    beyond_autocast: bool = False,
 ) -> str | None:
     """Return why a probe does not determine what the function computes on other inputs, or None if its source decides
     only by whether an argument is present.
 
     ran, inexact: as for `Sources`, the lines that have run, and those in which something was divided with a rest.
-    dtype: the one that was probed.  every_index: as for `Sources`."""
+    dtype: the one that was probed.  every_index, beyond_autocast: as for `Sources`."""
     if code.co_name in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"):  # part of the function's own source
         return None
     tree = _tree(code)
@@ -152,7 +157,7 @@ def why_undecided(
         if divides and getattr(node, "lineno", 0) + above not in inexact:
             continue
         found = _decision(node)
-        if found is not None:
+        if found is not None and not (beyond_autocast and _asks_for_autocast(found)):
             return f"{code.co_name} goes by `{ast.unparse(found)}`, which a probe cannot see through"
     return None
 
@@ -230,6 +235,11 @@ def _is_index_of(node: ast.Compare, indices: frozenset[str]) -> bool:
 
 def _is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
+
+
+def _asks_for_autocast(test: ast.AST) -> bool:
+    test = test.operand if isinstance(test, ast.UnaryOp) else test
+    return isinstance(test, ast.Call) and ast.unparse(test.func) == "torch.is_autocast_enabled"
 
 
 def _is_for_dtypes(node: ast.AST, dtype: str) -> bool:

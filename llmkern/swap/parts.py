@@ -145,12 +145,12 @@ def norm_of(module: nn.Module) -> Norm | None:
     found: Any = norms_rule.find(module)
     if found is None or not found.op or found.reason:
         return None
-    weight, bias, source, *offset = found.cls._llmkern_norm
+    weight, bias, source, offset = found.cls._llmkern_norm
     eps = norms_rule.eps_of(module, source, torch.empty(0))
     parts = found.cls._llmkern_guard.parts
     if isinstance(source, str):  # a norm of its own reads it at each call
         parts = merged((*parts, Part((), type(module), (Read("", source, getattr(module, source)),))))
-    return Norm(found.op, weight, bias, eps, offset[0] if offset else 0.0, parts)
+    return Norm(found.op, weight, bias, eps, offset, parts)
 
 
 def activation_of(module: nn.Module) -> tuple[str, tuple[Part, ...]] | None:
@@ -257,9 +257,8 @@ def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) ->
     if found is not None:
 
         def norm(x: Tensor) -> Tensor:
-            w, b = weights.norm(path)
-            options = {"weight_offset": found.offset} if found.op == "rms_norm" else {}
-            out: Tensor = reference(found.op, x=x, weight=w, bias=b, eps=found.eps, **options)
+            step = Step(("y",), found.op, ("x",), (Place(path),)).with_options(eps=found.eps, offset=found.offset)
+            out = run(Program(("x",), (step,), "y"), {"x": x}, weights)
             recorder.norm(found.op, path, x, out, found.eps, found.offset)
             return out
 

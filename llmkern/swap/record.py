@@ -156,12 +156,14 @@ class Recorder(TorchDispatchMode):
     def append(self, op: str, k: Tensor, v: Tensor, all_k: Tensor, all_v: Tensor) -> None:
         """Record that a cache (op "append") or a cache of an encoder's tokens ("keep") was given keys and values."""
         given = [self.heads_of(k, "keys"), self.heads_of(v, "values")]
-        if [count for _, count, _ in given] != [k.shape[1], v.shape[1]]:
-            raise self.refuse("its cache holds every head of keys and values several times")
+        times = {x.shape[1] // count for x, (_, count, _) in zip((k, v), given, strict=True)}
+        if len(times) > 1 or (op != "append" and times != {1}):
+            raise self.refuse("its cache holds some heads of keys and values several times")
+        repeat = None if times == {1} else times.pop()
         values = []
         for value, _, factor in given:
             values.append(value if factor == 1 else self.node("scale", [value], [value.shape], by=factor)[0])
-        results = self.node(op, values, [_row_shape(all_k), _row_shape(all_v)])
+        results = self.node(op, values, [_row_shape(all_k), _row_shape(all_v)], repeat=repeat)
         for tensor, result in zip((all_k, all_v), results, strict=True):
             self.values.hold(tensor, in_heads(result, tensor.shape))
 

@@ -67,6 +67,7 @@ class WholeLayer:
     needs_mask: without a mask its attention is not what the program says.
     causal: paths of the attentions that are causal without a mask, where their function says so of None.
     packed: linear layers of which the program takes some rows, and how many rows they have.
+    lookup: path of the table whose rows, by the tokens' positions, are its sines and cosines; () where they are given.
     """
 
     program: Program
@@ -81,6 +82,7 @@ class WholeLayer:
     needs_mask: bool = False
     causal: tuple[Path, ...] = ()
     packed: tuple[tuple[str, int], ...] = ()
+    lookup: Path = ()
 
     def returned(self, hidden: Tensor) -> Any:
         """Return the hidden states in the form that the layer's forward returns."""
@@ -158,7 +160,13 @@ def arguments_of(wholes: Iterable[WholeLayer], args: Sequence[Any], kwargs: dict
 
 
 def inputs_of(
-    whole: WholeLayer, heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor, keys: int, causal: bool
+    layer: Any,
+    whole: WholeLayer,
+    heads: Sequence[str],
+    arguments: dict[str, Any],
+    hidden: Tensor,
+    keys: int,
+    causal: bool,
 ) -> list[Tensor | None]:
     """Return the op's inputs for these names of a program's head; None for "".
 
@@ -168,11 +176,12 @@ def inputs_of(
     if whole.but_half and hidden.dtype is torch.float16:
         raise NotServed("its forward goes by dtypes, and computes something else in float16")
     found: list[Tensor | None] = []
+    angles = _looked_up(layer, whole, arguments, hidden) if whole.lookup else arguments.get("position_embeddings")
     for name in heads:
         if not name:
             found.append(None)
         elif name in ("cos", "sin"):
-            found.append(_angles(whole, arguments.get("position_embeddings"), hidden)[name == "sin"])
+            found.append(_angles(whole, angles, hidden)[name == "sin"])
         elif name == "mask":
             mask = arguments.get("attention_mask")
             if mask is None and (whole.needs_mask or not causal):
@@ -183,6 +192,17 @@ def inputs_of(
         else:
             raise NotServed(f"there is no way yet to give the op {name}")
     return found
+
+
+def _looked_up(layer: Any, whole: WholeLayer, arguments: dict[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines from the layer's table, in which sines come first."""
+    *owner, name = whole.lookup
+    positions: Any = arguments.get("position_ids")
+    table = at(layer, tuple(owner))._buffers.get(name)
+    if type(positions) not in PLAIN_TENSORS or type(table) not in PLAIN_TENSORS or positions.dim() != 2:
+        raise NotServed(f"there are no positions to look up in {'.'.join(whole.lookup)}")
+    sin, cos = table[positions].to(hidden.dtype).chunk(2, -1)
+    return cos, sin
 
 
 def _angles(whole: WholeLayer, angles: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,7 @@ PROGRAMS = {name: text for name, text in WRITTEN.items() if text.startswith("lay
 LEFT = {
     "deberta-v2 encoder.layer.0": "attends by distances between contents, too",
     "deepseek-v3 layers.0": "compresses keys and values, and copies parts of them together",
-    "falcon h.0": "puts every head of keys and values in its cache several times",
     "mpt blocks.0": "fills a mask in itself",
-    "nemotron layers.0": "adds 1 to the weights of its norms itself",
 }
 """Layers that no program is read off, and why."""
 TURNED = tuple(re.findall(r"(?:attn|mlp)\.c_\w+", PROGRAMS["gpt2 h.0"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -291,3 +293,18 @@ def test_multihead_attention_returns_weights_as_before() -> None:
     llmkern.optimize_(model)
     for got, want in zip(attention(x, x, x), expected, strict=True):
         assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_a_norm_that_asks_for_autocast_is_left_to_itself_there() -> None:
+    from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+
+    untouched = nn.Sequential(NemotronLayerNorm1P(24))
+    nn.init.normal_(untouched[0].weight)
+    model = llmkern.optimize_(copy.deepcopy(untouched))
+    x = torch.randn(3, 24)
+    assert [row.op for row in llmkern.report(model).swap.swapped] == ["layer_norm"]
+    torch.testing.assert_close(model(x), untouched(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == untouched(x).dtype
+        assert torch.equal(model(x), untouched(x))

@@ -418,7 +418,9 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(make) -> None:
 # Families whose layers nothing here was written for: as many calls of the op as there are runs of layers of one kind.
 READ = {"granite": 1, "cohere2": 2, "olmo3": 1, "starcoder2": 1, "persimmon": 1, "gemma3": 1, "stablelm-parallel": 1}
 READ |= {"gpt2": 1, "gpt-neox": 1, "opt": 1, "phi": 1, "electra": 1, "modernbert": 2}
-READ |= {"falcon-7b": 2, "falcon-alibi": 2}  # whose loop looks at what a layer returns
+# Whose loop looks at what a layer returns.
+READ |= {"falcon-7b": 2, "falcon-alibi": 2, "falcon": 2, "bloom": 2, "gpt-j": 2}
+READ |= {"glm4": 1, "nemotron": 1, "qwen3-moe": 1, "gpt-oss": 2, "glm4-moe": 1}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -435,6 +437,46 @@ def test_a_family_that_is_read_runs_together(name: str) -> None:
         torch.testing.assert_close(out[0][kept], untouched(TOKENS, **inputs)[0][kept], rtol=1e-4, atol=1e-5)
         assert record.ops.count("layers_") == READ[name]
         assert not record.reasons
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom", "gpt-j", "nemotron", "glm4", "glm4-moe"])
+@torch.no_grad()
+def test_a_family_that_is_read_continues_a_cache(name: str) -> None:
+    model = FAMILIES[name].build()
+    expected = copy.deepcopy(model)(TOKENS)[0]
+    llmkern.optimize_(model, on_unsupported="ignore")
+    for cache in (llmkern.KVCache(model.config), hf.DynamicCache(config=model.config)):
+        pieces = TOKENS.split([5, *[1] * (TOKENS.shape[1] - 5)], 1)
+        outs: list[Tensor] = []
+        record = Record()
+        with dispatch.recording(record):
+            outs += [model(piece, past_key_values=cache)[0] for piece in pieces]
+        torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-4, atol=1e-4)
+        assert "layers_" in record.ops
+        assert not record.reasons or type(cache) is hf.DynamicCache
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt-j"])
+@torch.no_grad()
+def test_weights_that_are_asked_for_come_from_the_parts(name: str) -> None:
+    model = FAMILIES[name].build()
+    untouched = copy.deepcopy(model)
+    llmkern.optimize_(model, on_unsupported="ignore")
+    out, expected = [m(TOKENS, output_attentions=True) for m in (model, untouched)]
+    torch.testing.assert_close(out.attentions, expected.attentions, rtol=1e-4, atol=1e-5)
+    assert "layers_" in recorded(lambda: model(TOKENS)).ops
+
+
+@torch.no_grad()
+def test_a_table_of_angles_is_that_of_the_moment() -> None:
+    model = FAMILIES["gpt-j"].build()
+    untouched = copy.deepcopy(model)
+    llmkern.optimize_(model, on_unsupported="ignore")
+    model(TOKENS)
+    for each in (model, untouched):
+        each.h[0].attn.embed_positions = each.h[0].attn.embed_positions.flip(0)
+    torch.testing.assert_close(model(TOKENS)[0], untouched(TOKENS)[0], rtol=1e-4, atol=1e-5)
+    assert recorded(lambda: model(TOKENS)).ops.count("layers_") == 2
 
 
 MIXED = {"*o_proj": "int8-block", "h.*.attn.c_proj": "int8-block", "down_proj": "int8-block", "*": "int8"}

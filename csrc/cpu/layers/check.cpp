@@ -348,10 +348,12 @@ void Layer::check_rope(const Step& step) {
 }
 
 void Layer::check_append(const Step& step) {
+  if (step.repeat < 1) invalid("append: repeat is 0, expected how many times a cache holds a head, at least 1");
+  if (step.repeat > 1 && int8_cache()) not_served("an int8 cache that holds heads several times");
   for (int i = 0; i < 2; ++i) {
     const Value& x = rows_of(step.values[i], step);
     if (x.length != length_) invalid(name(step.values[i]) + " is of other tokens than hidden");
-    make(step.results[i], x.columns, x.length);
+    make(step.results[i], x.columns * (cached() ? step.repeat : 1), x.length);
     values_[step.results[i]].held = Held::appended;
   }
   if (std::count_if(program_.steps.begin(), program_.steps.end(), [](const Step& s) { return s.op == Op::append; }) > 1)
@@ -367,11 +369,12 @@ void Layer::check_append(const Step& step) {
     const Array &cache = caches_[i], &scale = caches_[2 + i];
     const char* const kind = i ? "values" : "keys";
     const bool has_shape = cache.dims == 4 && cache.size[0] == batch_ && cache.size[1] == caches_[0].size[1] &&
-                           cache.size[2] >= end && cache.size[1] * cache.size[3] == values_[step.values[i]].columns &&
+                           cache.size[2] >= end && cache.size[1] % step.repeat == 0 &&
+                           cache.size[1] * cache.size[3] == values_[step.results[i]].columns &&
                            cache.has_contiguous_rows() && cache.on_cpu;
     if (!has_shape)
       invalid(std::string("the cache of ") + kind + " has shape " + cache.shape() + ", expected [" + text(batch_) +
-              ", heads, at least " + text(end) + ", D] with heads * D = " + text(values_[step.values[i]].columns) +
+              ", heads, at least " + text(end) + ", D] with heads * D = " + text(values_[step.results[i]].columns) +
               ", vectors contiguous, on the CPU");
     if (cache.type != (scale ? Element::s8 : call_.hidden.type))
       not_served(std::string("the cache of ") + kind + " has another dtype than hidden, or than int8 with a scale");

@@ -171,7 +171,7 @@ class Layer {
   void run_elementwise(const Step& step);
   void activate(Activation activation, const Matrix& x, const Matrix* up, const Matrix& out, const Value& like);
   void add(const Matrix& a, const Matrix* b, const Matrix& out, const Value& like, float multiplier = 1.0f);
-  void append(const Value& x, const Array& cache, const Array& scale, int64_t position);
+  void append(const Value& x, const Array& cache, const Array& scale, int64_t position, int64_t repeat = 1);
   void read(int which, char* to);
   const Array* mask_of(const Step& step) const;
   const Array* bias_of(const Step& step) const;

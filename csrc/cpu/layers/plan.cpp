@@ -214,7 +214,8 @@ size_t Layer::cache_index(int value) const {
 bool Layer::goes_to_cache(int value) const {
   if (!cached() || int8_cache() || values_[value].reads != 1) return false;
   const auto appends = [&](const Step& step) {
-    return step.op == Op::append && std::find(step.values.begin(), step.values.end(), value) != step.values.end();
+    return step.op == Op::append && step.repeat == 1 &&
+           std::find(step.values.begin(), step.values.end(), value) != step.values.end();
   };
   return std::any_of(program_.steps.begin(), program_.steps.end(), appends);
 }

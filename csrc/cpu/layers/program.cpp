@@ -36,6 +36,7 @@ constexpr Option kRouteOptions[] = {{"top", Kind::whole},    {"sigmoid", Kind::f
                                     {"eps", Kind::number},   {"scale", Kind::number},    {"wide", Kind::flag},
                                     {"groups", Kind::whole}, {"group_top", Kind::whole}, {"correction", Kind::place}};
 constexpr Option kExpertsOptions[] = {{"activation", Kind::word}, {"limit", Kind::number}, {"offset", Kind::number}};
+constexpr Option kAppendOptions[] = {{"repeat", Kind::whole}};
 constexpr Option kScaleOptions[] = {{"by", Kind::number_or_place}};
 constexpr Option kClampOptions[] = {{"low", Kind::number}, {"high", Kind::number}};
 constexpr std::string_view kNormRequired[] = {"eps"}, kRopeRequired[] = {"dim"},
@@ -64,7 +65,7 @@ constexpr Operator kOperators[] = {
     {"route", Op::route, 1, 1, 1, 1, Results::one, kRouteOptions, kRouteRequired},
     {"experts", Op::experts, 2, 2, 2, 3, Results::one, kExpertsOptions, kExpertsRequired},
     {"rope", Op::rope, 3, 4, 0, 0, Results::turned, kRopeOptions, kRopeRequired},
-    {"append", Op::append, 2, 2, 0, 0, Results::two, {}, {}},
+    {"append", Op::append, 2, 2, 0, 0, Results::two, kAppendOptions, {}},
     {"keep", Op::keep, 2, 2, 0, 0, Results::two, {}, {}},
     {"attention", Op::attention, 3, 4, 0, 0, Results::one, kAttentionOptions, kAttentionRequired},
     {"add", Op::add, 2, 2, 0, 0, Results::one, {}, {}},
@@ -307,6 +308,7 @@ class Parser {
       if (name == "rotary") step.rotary = *value;
       if (name == "window") step.window = *value;
       if (name == "top") step.top = *value;
+      if (name == "repeat") step.repeat = *value;
       if (name == "groups") step.groups = *value;
       if (name == "group_top") step.group_top = *value;
     } else if (text->starts_with('@') && (option.kind == Kind::place || option.kind == Kind::number_or_place)) {

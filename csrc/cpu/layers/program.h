@@ -62,7 +62,7 @@ struct Step {
 
   // Options, in the form that the kernels take them.
   double eps = 0, offset = 0, multiplier = 1, scale = 1, softcap = 0, low = 0, high = 0, limit = 0;
-  int64_t dim = 0, rotary = 0, window = -1, top = 0, groups = 1, group_top = 1;
+  int64_t dim = 0, rotary = 0, window = -1, top = 0, groups = 1, group_top = 1, repeat = 1;
   Activation activation = Activation::none;
   bool gated = false;  // the activation of the first of two results, times the second
   bool adds = false;   // a norm of a sum, which is the second result

@@ -299,7 +299,7 @@ void Layer::run_append(const Step& step) {
   for (int i = 0; i < 2; ++i) {
     const Value& x = values_[step.values[i]];
     values_[step.results[i]].at = x.at;
-    if (cached() && !x.in_cache) append(x, caches_[i], caches_[2 + i], call_.past);
+    if (cached() && !x.in_cache) append(x, caches_[i], caches_[2 + i], call_.past, step.repeat);
   }
 }
 
@@ -313,23 +313,27 @@ void Layer::run_keep(const Step& step) {
   }
 }
 
-// Keys or values, or their codes and scales, into a cache from `position` on.
-void Layer::append(const Value& x, const Array& cache, const Array& scale, int64_t position) {
-  launch_kv_append(
-      {
-          .x = x.at.data,
-          .cache = at_token(cache, position, scale ? 1 : element_bytes()),
-          .scale = scale ? static_cast<float*>(at_token(scale, position, sizeof(float))) : nullptr,
-          .x_strides = heads_of(x, x.at, cache.size[3]),
-          .cache_strides = strides_of(cache),
-          .scale_strides = scale ? strides_of(scale) : HeadStrides{},
-          .batch = batch_,
-          .heads = cache.size[1],
-          .length = x.length,
-          .dim = cache.size[3],
-          .dtype = dtype_,
-      },
-      *threads_);
+// Keys or values, or their codes and scales, into a cache from `position` on, each head `repeat` times.
+void Layer::append(const Value& x, const Array& cache, const Array& scale, int64_t position, int64_t repeat) {
+  HeadStrides strides = strides_of(cache);
+  strides.head *= repeat;
+  char* const first = static_cast<char*>(at_token(cache, position, scale ? 1 : element_bytes()));
+  for (int64_t copy = 0; copy < repeat; ++copy)
+    launch_kv_append(
+        {
+            .x = x.at.data,
+            .cache = first + copy * cache.stride[1] * (scale ? 1 : element_bytes()),
+            .scale = scale ? static_cast<float*>(at_token(scale, position, sizeof(float))) : nullptr,
+            .x_strides = heads_of(x, x.at, cache.size[3]),
+            .cache_strides = strides,
+            .scale_strides = scale ? strides_of(scale) : HeadStrides{},
+            .batch = batch_,
+            .heads = cache.size[1] / repeat,
+            .length = x.length,
+            .dim = cache.size[3],
+            .dtype = dtype_,
+        },
+        *threads_);
 }
 
 // Dequantize the cache's codes, [batch, heads, keys, dim].

@@ -136,8 +136,6 @@ def _check(module: nn.Module, reading: Reading, program: Program) -> None:
     """Raises `NoProgram` where no call of the layer could be one of the op."""
     if reading.tuple_of is None:
         raise NoProgram("it returns more than the hidden states")
-    if reading.lookup:
-        raise NoProgram(f"it looks its angles up in {reading.lookup} by positions")
     if others := [name for name in program.inputs if name not in _GIVEN]:
         raise NoProgram(f"there is no way yet to give the op {others[0]}")
     if len(reading.placed) > 1:
@@ -179,6 +177,7 @@ def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str
         needs_mask=any(step.option("window") is not None and not step.option("causal") for step in attending),
         causal=causal if any(step.option("causal") for step in attending) else (),
         packed=tuple(packed.items()),
+        lookup=steps_of(reading.lookup),
     )
 
 

@@ -63,18 +63,20 @@ def _recognise(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Match 
                 call = {"x": x, "weight": w, "bias": b, "eps": number, "weight_offset": offset}
                 if agrees(out, implementation("rms_norm", "reference").fn(**call)):
                     return _found(module, shell, "rms_norm", (weight, bias, eps, offset), call)
-            call = {"x": x, "weight": w, "bias": b, "eps": number}
-            if agrees(out, implementation("layer_norm", "reference").fn(**call)):
-                return _found(module, shell, "layer_norm", (weight, bias, eps), call)
+            for offset in (0.0, 1.0) if w is not None else (0.0,):
+                call = {"x": x, "weight": _offset(w, offset), "bias": b, "eps": number}
+                if agrees(out, implementation("layer_norm", "reference").fn(**call)):
+                    return _found(module, shell, "layer_norm", (weight, bias, eps, offset), call)
     return None
 
 
 def _found(module: nn.Module, shell: nn.Module, op: str, norm: tuple[Any, ...], call: dict[str, Any]) -> Match:
-    """norm: names of weight and bias, where eps comes from, and of an rms_norm what is added to the weight."""
+    """norm: names of weight and bias, where eps comes from, and what is added to the weight."""
     parts = noted(shell, live=norm[2])
     if parts is None:
         return Match("norm", "", UNSEEN)
-    if reason := why_elsewhere(shell, call["x"]):
+    beyond_autocast = op == "layer_norm" and norm[3] != 0  # its forward leaves the call where autocast is on
+    if reason := why_elsewhere(shell, call["x"], beyond_autocast=beyond_autocast):
         return Match("norm", "", reason)
     forward = _rms_forward if op == "rms_norm" else _layer_forward
     cls = guarded(type(module), forward, ("_llmkern_norm", norm), op=op, parts=parts)
@@ -150,9 +152,15 @@ def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    weight_name, bias_name, eps = self._llmkern_norm
+    weight_name, bias_name, eps, offset = self._llmkern_norm
     weight, bias = _held(self, weight_name), _held(self, bias_name)
     reason = _beyond(self, weight, args, kwargs)
+    if reason is None and offset and torch.is_autocast_enabled(args[0].device.type):
+        reason = "autocast chooses the dtypes"
     if reason is not None:
         return untouched(self, "layer_norm", reason, args, kwargs)
-    return ops.layer_norm(args[0], weight, bias, eps_of(self, eps, args[0]))
+    return ops.layer_norm(args[0], _offset(weight, offset), bias, eps_of(self, eps, args[0]))
+
+
+def _offset(weight: Tensor | None, offset: float) -> Tensor | None:
+    return weight + offset if weight is not None and offset else weight

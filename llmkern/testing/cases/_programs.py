@@ -97,7 +97,8 @@ def _walk(program: Program, sizes: _Sizes) -> tuple[dict[Parameter, tuple[int, .
             dim = _whole(step, "dim")
             wanted |= {q: sizes.heads * dim, k: sizes.kv_heads * dim, v: sizes.kv_heads * dim}
         elif step.op != "linear":
-            wanted |= {v: wanted[r] for v, r in zip(step.values, step.results, strict=False) if r in wanted}
+            times = _whole(step, "repeat") or 1
+            wanted |= {v: wanted[r] // times for v, r in zip(step.values, step.results, strict=False) if r in wanted}
     columns = dict.fromkeys(program.inputs, sizes.hidden)
     found: dict[Parameter, tuple[int, ...]] = {}
     for step in program.steps:
@@ -120,7 +121,8 @@ def _walk(program: Program, sizes: _Sizes) -> tuple[dict[Parameter, tuple[int, .
             dim = _whole(step, "dim")
             made = [x // dim * (columns[step.values[2]] // (columns[step.values[1]] // dim))]
         elif step.op in ("rope", "append", "keep"):
-            made = [columns[v] for v in step.values[: len(step.results)]]
+            times = _whole(step, "repeat") or 1
+            made = [columns[v] * times for v in step.values[: len(step.results)]]
         elif OPERATORS[step.op].parameters == "norm":
             whole, path = step.places[0].tensor, step.places[0].path
             found[Parameter("tensor", path) if whole else Parameter("norm", path)] = (_whole(step, "dim") or x,)
