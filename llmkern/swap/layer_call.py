@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.swap.derive import as_before
-from llmkern.swap.parts import Caches, StandIns, attentions
+from llmkern.swap.parts import StandIns, attentions
 from llmkern.swap.record import Recorder
+from llmkern.swap.recorded_caches import Caches
 from llmkern.swap.whole_layer import ALIASES
 
 __all__ = [
@@ -43,6 +44,7 @@ class Probe:
     how: a phrase for the sentence.  spread: of the values.  past: tokens in the cache, None for no cache.
     first: position of the first token.  masked: whether a mask is given.  kept: heads and columns of a
     head of an encoder's keys and values that the cache has already.
+    biased: whether it is given a bias of the scores.
     tables: dtype of cosines and sines, where it is not that of the rows.
     """
 
@@ -55,6 +57,7 @@ class Probe:
     spread: float = 1.0
     masked: bool = True
     kept: tuple[int, int] | None = None
+    biased: bool = True
     tables: torch.dtype | None = None
 
 
@@ -92,6 +95,11 @@ class LayerCall:
     @property
     def keys(self) -> int:
         return self.probe.length + (self.past or 0)
+
+    @property
+    def zeros_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a bias of the scores of an encoder's tokens that is zero."""
+        return 1, _head_count(self.module) or 1, self.probe.length, _ENCODER_LENGTH
 
     def _attention_mask(self, width: int | None) -> Tensor | None:
         if not self.probe.masked:
@@ -169,9 +177,17 @@ class LayerCall:
             return None
         return self.given("alibi", self.weights.randn(self.probe.batch * heads, 1, self.keys), "bias")
 
+    def _encoder_decoder_position_bias(self, width: int | None) -> Tensor | None:
+        """T5's bias of the scores of an encoder's tokens is zero; the first layer is given none."""
+        if not self.probe.masked:
+            return None
+        zeros = torch.zeros(self.zeros_shape, dtype=self.probe.dtype)
+        self.recorder.values.hold(zeros, self.recorder.values.new(zeros.shape, "zeros"))
+        return zeros
+
     def _position_bias(self, width: int | None) -> Tensor | None:
         heads = _head_count(self.module)
-        if heads is None:
+        if heads is None or not self.probe.biased:
             return None
         shape = (1, heads, self.probe.length, self.keys)
         return self.given(

@@ -19,12 +19,14 @@ from llmkern.swap.whole_layer import (
     Outdated,
     WholeLayer,
     arguments_of,
-    at,
     check_guard,
+    encoder_of,
     inputs_of,
     none_is_causal,
     run_parts,
+    tokens_of,
     why_not_fused,
+    with_bias,
 )
 
 __all__ = ["by_kernels", "forward"]
@@ -42,13 +44,17 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-    arguments = arguments_of((whole,), args, kwargs)
     check_guard(self)
+    arguments = arguments_of((whole,), args, kwargs)
     bound = Bound(whole.program, self, hidden.dtype, whole.packed)
-    cache = arguments.get("past_key_values") if whole.index is not None else None
-    index = 0 if whole.index is None else at(self, whole.index).layer_idx
-    past, buffers, written = cached_by_one(cache, index, whole, hidden)
-    head = whole.program.inputs
+    cache = arguments.get("past_key_values") if whole.index else None
+    index, head = whole.place(self), whole.program.inputs
+    encoder = encoder_of(head, arguments, hidden)
+    held = cached_by_one(cache, index, whole, hidden, encoder)
+    seen = held.past if cache is None else cache.get_seq_length(index)
+    arguments = with_bias(whole, self, arguments, hidden, held.past, seen)
+    handed = whole.hands_on(arguments, hidden, tokens_of(encoder, held.kept))
+    keys = held.past + hidden.shape[1]
     causal = arguments.get("attention_mask") is not None or none_is_causal(self, whole)
     out = by_kernels(
         None,
@@ -56,13 +62,13 @@ def _whole(self: Any, whole: WholeLayer, hidden: Tensor, args: Any, kwargs: dict
         hidden=hidden,
         programs=[bound.text(hidden, head)],
         parameters=bound.parameters,
-        inputs=inputs_of(self, whole, head[1:], arguments, hidden, past + hidden.shape[1], causal),
-        caches=list(buffers),
-        past=past,
+        inputs=inputs_of(self, whole, head[1:], arguments, hidden, keys, causal, encoder, held.kept),
+        caches=held.buffers,
+        past=held.past,
         schemes=bound.schemes(hidden),
     )
-    written()
-    return whole.returned(out)
+    held.written()
+    return out if handed is None else (out, *handed)
 
 
 def by_kernels(judged: dict[Any, Any] | None, form: Any, **call: Any) -> Tensor:

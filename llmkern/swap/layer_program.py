@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from llmkern.programs.names import tidy, unique
 from llmkern.programs.program import Program, ProgramError, Step
 from llmkern.programs.run import run
+from llmkern.swap.bound import steps_of
 from llmkern.swap.guard import UNSEEN, Part, Path, merged, noted
 from llmkern.swap.layer_call import INPUTS, KEPT_NAMES, LayerCall, NoProgram, Probe, bias_dims_of, table_widths
 from llmkern.swap.match import PROBE_SCALE
 from llmkern.swap.observe import Sources
-from llmkern.swap.parts import FAR_POSITION, StandIns, copied, linear_sizes
+from llmkern.swap.parts import StandIns, copied, linear_sizes
 from llmkern.swap.record import Functions, Recorder
+from llmkern.swap.recorded_caches import FAR_POSITION
 from llmkern.swap.track import Refused
+from llmkern.swap.whole_layer import ALIASES
 
 __all__ = ["NoProgram", "Reading", "layer_program"]
 
@@ -37,6 +40,7 @@ _PROBES = (
     Probe("in bfloat16, without a mask", torch.bfloat16, 3, 2, past=3, masked=False),
 )
 _KEPT = Probe("with an encoder's keys and values in its cache", torch.float32, 2, 3, past=4)
+_UNBIASED = Probe("without a bias of the scores", torch.float32, 2, 3, past=4, biased=False)
 _HALF = Probe("in float16", torch.float16, 2, 3)
 _WIDE = Probe("in bfloat16, with angles in float32", torch.bfloat16, 2, 3, tables=torch.float32)
 
@@ -48,9 +52,12 @@ class Reading(NamedTuple):
     the tokens' positions, are its sines and cosines side by side; "" where it is given them.
     parts: what the layer's forward reads of the modules in it (llmkern/swap/guard.py).
     placed: paths of the modules that know the layer's place in its cache.  given: names of arguments that it was given.
-    tuple_of: elements of the tuple that it returns, 0 for the hidden states themselves; None where there is more in it
-        than them and, where it can be asked for those, its attention's weights.
+    returned: what is in the tuple that it returns behind the hidden states: names of arguments that it hands on, "" for
+    None; None where there is something else.  in_tuple: whether it returns a tuple.
+    zeros: names of arguments that may be zero, or absent, and in which case the layer returns zeros for them,
+        [1, heads, S, an encoder's tokens]; each with the number of heads.
     wide_angles: its cosines and sines may be fp32 whatever its dtype is.
+    makes_bias: path of the module that makes the bias of its scores, where it is given none; None where nothing does.
     """
 
     program: Program
@@ -59,15 +66,18 @@ class Reading(NamedTuple):
     parts: tuple[Part, ...]
     placed: tuple[Path, ...]
     given: frozenset[str]
-    tuple_of: int | None
+    returned: tuple[str, ...] | None
+    in_tuple: bool
+    zeros: tuple[tuple[str, int], ...]
     wide_angles: bool
+    makes_bias: Path | None
 
 
 class _Run(NamedTuple):
     """Result of one run of a copy.
 
     by_dtype: whether the source goes by dtypes.  encodes: whether all its attention is said not to be causal.
-    The others: as in `Reading`.
+    returned: as in `Reading`, with None for zeros, which may be an argument's.  The others: as in `Reading`.
     """
 
     program: Program
@@ -77,7 +87,10 @@ class _Run(NamedTuple):
     parts: tuple[Part, ...]
     placed: tuple[Path, ...]
     given: frozenset[str]
-    tuple_of: int | None
+    returned: tuple[str | None, ...] | None
+    in_tuple: bool
+    zeros: tuple[tuple[str, int], ...]
+    makes_bias: Path | None
 
 
 def layer_program(module: nn.Module) -> Reading:
@@ -97,21 +110,53 @@ def layer_program(module: nn.Module) -> Reading:
             raise NoProgram(f"{_KEPT.how} its forward computes something else:\n{tidy(later)}")
     if all(each.encodes for each in runs):  # BERT takes a cache where it is a decoder
         found = _without_caches(found, ("append",))
-    but_half = any(each.by_dtype for each in runs) and not _holds(module, found, _HALF)
-    wide_angles = "cos" in found.inputs and _holds(module, found, _WIDE)
+    but_half = any(each.by_dtype for each in runs) and _holds(module, found, _HALF) is None
+    wide_angles = "cos" in found.inputs and _holds(module, found, _WIDE) is not None
+    unbiased = _holds(module, found, _UNBIASED) if "bias" in found.inputs else None
+    makes_bias = None
+    if unbiased is not None and unbiased.makes_bias is not None:
+        runs.append(unbiased)
+        makes_bias = unbiased.makes_bias
     parts = merged(tuple(itertools.chain.from_iterable([each.parts for each in runs])))
     placed = tuple(dict.fromkeys(path for each in runs for path in each.placed))
     given = frozenset(name for each in runs for name in each.given)
-    tuple_of = runs[0].tuple_of if len({each.tuple_of for each in runs}) == 1 else None
-    return Reading(tidy(found), but_half, runs[0].lookup, parts, placed, given, tuple_of, wide_angles)
+    return Reading(
+        program=tidy(found),
+        but_half=but_half,
+        lookup=runs[0].lookup,
+        parts=parts,
+        placed=placed,
+        given=given,
+        returned=_returned(runs),
+        in_tuple=runs[0].in_tuple,
+        zeros=tuple(dict.fromkeys(zero for each in runs for zero in each.zeros)),
+        wide_angles=wide_angles,
+        makes_bias=makes_bias,
+    )
 
 
-def _holds(module: nn.Module, program: Program, probe: Probe) -> bool:
-    """Check that another run of the layer gives the same program."""
+def _holds(module: nn.Module, program: Program, probe: Probe) -> _Run | None:
+    """Return another run of the layer if it gives the same program."""
     try:
-        return _merged(program, _recorded(module, probe).program) is not None
+        found = _recorded(module, probe)
     except NoProgram:
-        return False
+        return None
+    return None if _merged(program, found.program) is None else found
+
+
+def _returned(runs: list[_Run]) -> tuple[str, ...] | None:
+    """Return what every run returned behind the hidden states; an argument that was zero may be a new one."""
+    each_returned = [each.returned for each in runs if each.returned is not None]
+    forms = {(each.in_tuple, len(each.returned or ())) for each in runs}
+    if len(each_returned) != len(runs) or len(forms) != 1:
+        return None
+    found = []
+    for elements in zip(*each_returned, strict=True):
+        names = {element for element in elements if element is not None}
+        if len(names) != 1:
+            return None
+        found.append(names.pop())
+    return tuple(found)
 
 
 def _recorded(module: nn.Module, probe: Probe) -> _Run:
@@ -148,7 +193,7 @@ def _recorded(module: nn.Module, probe: Probe) -> _Run:
             refused = refused or str(error)
             continue
         if probe.dtype in _TOLERANCE:
-            expected = run(program, call.inputs | recorder.looked_up, weights, call.cache)
+            expected = run(program, call.inputs | recorder.given_later, weights, call.cache)
             difference = float((out.double() - expected.double()).abs().max())
             if not difference <= _TOLERANCE[probe.dtype] * (float(expected.abs().max()) or 1.0):
                 raise NoProgram(f"{probe.how} its forward computes something else than\n{tidy(program)}")
@@ -163,8 +208,11 @@ def _recorded(module: nn.Module, probe: Probe) -> _Run:
             lookup=recorder.lookup,
             parts=(*parts, *weights.parts),
             placed=placed,
-            given=frozenset(name for name, value in call.arguments.items() if value is not None),
-            tuple_of=_tuple_of(returned, recorder, "output_attentions" in call.names),
+            given=frozenset(n for n, v in call.arguments.items() if v is not None and not _is_zero(recorder, v)),
+            returned=_behind(returned, call, recorder),
+            in_tuple=isinstance(returned, tuple),
+            zeros=tuple([(n, v.shape[1]) for n, v in call.arguments.items() if _is_zero(recorder, v)]),
+            makes_bias=_maker(recorder, call),
         )
     raise NoProgram(refused or raised)
 
@@ -178,13 +226,35 @@ def _without_index(parts: tuple[Part, ...]) -> tuple[tuple[Path, ...], tuple[Par
     return placed, tuple(kept)
 
 
-def _tuple_of(returned: Any, recorder: Recorder, may_be_asked: bool) -> int | None:
-    if not isinstance(returned, tuple):
-        return 0
-    weights = [other for other in returned[1:] if other is not None]
-    if weights and not (may_be_asked and all([recorder.kind(other) == "weights" for other in weights])):
+def _behind(returned: Any, call: LayerCall, recorder: Recorder) -> tuple[str | None, ...] | None:
+    """Return the names of arguments that are returned behind the hidden states, as in `_Run`.  A bias that was made
+    counts as the one that would have been given.
+    """
+    names = {id(v): ALIASES.get(name, name) for name, v in call.arguments.items() if isinstance(v, Tensor)}
+    names |= {id(bias): "position_bias" for *_, bias in recorder.made}
+    behind = returned[1:] if isinstance(returned, tuple) else ()
+    asked = "output_attentions" in call.names  # attention's weights, which there are where they are asked for
+    absent = [other is None or (asked and recorder.kind(other) == "weights") for other in behind]
+    known = ["" if none else names.get(id(other)) for other, none in zip(behind, absent, strict=True)]
+    unknown = [other for other, name in zip(behind, known, strict=True) if name is None]
+    zeros = all(_is_zero(recorder, other) and other.shape == call.zeros_shape for other in unknown)
+    return tuple(known) if zeros else None
+
+
+def _is_zero(recorder: Recorder, value: Any) -> bool:
+    return isinstance(value, Tensor) and recorder.is_zero(value)
+
+
+def _maker(recorder: Recorder, call: LayerCall) -> Path | None:
+    """Return the path of the module that made the scores' bias, asked for it as `bias_of` asks
+    (llmkern/swap/whole_layer.py).
+    """
+    if len(recorder.made) != 1:
         return None
-    return len(returned)
+    path, args, kwargs, _ = recorder.made[0]
+    past = 0 if call.past is None else FAR_POSITION
+    asked = {"device": call.hidden.device, "past_seen_tokens": past}
+    return steps_of(path) if args == (call.probe.length, call.keys) and kwargs == asked else None
 
 
 def _in_order(program: Program) -> Program:

@@ -4,7 +4,8 @@ At batch 1 the Python around a layer takes about as long as the layer.  So the l
 layers, and of which the source says that nothing else happens in it (llmkern/swap/layer_loop.py), runs over one element
 instead, an `Element`.  It computes all layers at once where a guard says that they are what they were, and calls them
 one after the other where they are not, or where the call is none for the op.  Where a decoder gives its layers
-arguments by their kind, masks for one, there is an element for each run of layers of one kind.
+arguments by their kind, masks for one, there is an element for each run of layers of one kind.  Where layers hand
+results on to the next ones, the loop runs over as many turns as there are layers, the first of which computes all.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from llmkern.swap.layer_forward import by_kernels
 from llmkern.swap.layer_loop import LayerLoop
 from llmkern.swap.snapshot import Snapshot
 from llmkern.swap.whole_layer import (
+    ALIASES,
     OP,
     NotServed,
     Outdated,
@@ -39,9 +41,11 @@ from llmkern.swap.whole_layer import (
     arguments_of,
     at,
     check_guard,
+    encoder_of,
     inputs_of,
     none_is_causal,
     why_not_fused,
+    with_bias,
 )
 
 __all__ = ["FORGETTING", "forget", "one_element"]
@@ -104,30 +108,36 @@ def _elements(decoder: Any, holder: Any, loop: LayerLoop) -> list[Any]:
     types = getattr(config, "layer_types", None) or ()
     whole = stacks.get(0)
     if whole is not None and whole.layers == layers and len(set(types)) <= 1:  # its guard has the attribute
-        return [_element(decoder, stacks, 0, layers)]
+        element = _element(decoder, stacks, 0, layers, loop)
+        return element.handing() if loop.results else [element]
     kinds = [(types[i] if i < len(types) else None, getattr(layer, _KIND, None)) for i, layer in enumerate(layers)]
     runs = [tuple([i for i, _ in run]) for _, run in itertools.groupby(enumerate(kinds), key=lambda each: each[1])]
     for first in stacks.keys() - {run[0] for run in runs}:
         stacks.pop(first, None)  # another thread may have been here
-    elements = [_element(decoder, stacks, run[0], tuple([layers[i] for i in run])) for run in runs]
+    elements = [_element(decoder, stacks, run[0], tuple([layers[i] for i in run]), loop) for run in runs]
+    if loop.results:
+        return elements[0].handing() if len(elements) == 1 else []
     if len(elements) == 1:
         return elements
     return [turn for element in elements for turn in element.turns()]
 
 
-def _element(decoder: Any, stacks: dict[int, _Stack], first: int, layers: tuple[Any, ...]) -> Element:
+def _element(decoder: Any, stacks: dict[int, _Stack], first: int, layers: tuple[Any, ...], loop: LayerLoop) -> Element:
     stack = stacks.get(first)
     if stack is not None and (stack.layers != layers or not stack.holds()):
         stacks.pop(first, None)
         stack = None
-    return Element(decoder, first, layers, stack)
+    return Element(decoder, first, layers, stack, loop)
 
 
 class Element:
     """Consecutive layers of a decoder that are given the same arguments, called as if they were one layer."""
 
-    def __init__(self, decoder: Any, first: int, layers: tuple[Any, ...], stack: _Stack | None) -> None:
-        self.decoder, self.first, self.layers, self.stack = decoder, first, layers, stack
+    def __init__(
+        self, decoder: Any, first: int, layers: tuple[Any, ...], stack: _Stack | None, loop: LayerLoop
+    ) -> None:
+        self.decoder, self.first, self.layers, self.stack, self.loop = decoder, first, layers, stack, loop
+        self.served = False  # whether the first of several turns has computed all layers
 
     @property
     def attention_type(self) -> Any:
@@ -140,7 +150,20 @@ class Element:
         """
         return [_Turn(self, layer) for layer in self.layers[:-1]] + [self]
 
+    def handing(self) -> list[Any]:
+        """Return one element per layer, for a loop in which layers hand results on; the first one computes all."""
+        return [_Handing(self, number) for number in range(len(self.layers))]
+
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self.together(hidden, args, kwargs)
+        if out is not None:
+            return out
+        for layer in self.layers:
+            hidden = layer(hidden, *args, **kwargs)
+        return hidden
+
+    def together(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the hidden states after the last layer, or None if the layers have to be called."""
         reason = why_not_fused(self.layers[0], hidden)
         if reason is None:
             try:
@@ -148,16 +171,14 @@ class Element:
             except NotServed as unserved:
                 reason = str(unserved)
         dispatch.record_parts(OP, "one layer after the other", reason, {"hidden": hidden})
-        for layer in self.layers:
-            hidden = layer(hidden, *args, **kwargs)
-        return hidden
+        return None
 
     def _known(self, hidden: Tensor, arguments: tuple[Any, ...]) -> _Stack:
         if self.stack is None or self.stack.dtype is not hidden.dtype:
             # Not for every token: what cannot be served now will hardly be for the next one.
             if hidden.shape[1] == 1 and any(map(_is_filled, arguments)):
                 raise NotServed("nothing is known of the layers yet")
-            self.stack = _Stack(self.layers, self.first, hidden)
+            self.stack = _Stack(self.layers, self.first, hidden, self.loop)
             _stacks.setdefault(self.decoder, {})[self.first] = self.stack
         return self.stack
 
@@ -176,20 +197,55 @@ class _Turn:
         return hidden
 
 
+class _Handing:
+    """A layer that hands results on to the next one, which is no more than all of them do when computed together."""
+
+    def __init__(self, element: Element, number: int) -> None:
+        self.element, self.number = element, number
+
+    @property
+    def attention_type(self) -> Any:
+        return self.element.layers[self.number].attention_type
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        element = self.element
+        if self.number == 0:
+            out = element.together(hidden, args, kwargs)
+            element.served = out is not None
+            hidden = hidden if out is None else out
+        if element.served:
+            return (hidden, *[None] * (element.loop.results - 1))
+        return element.layers[self.number](hidden, *args, **kwargs)
+
+
 def _is_filled(cache: Any) -> bool:
     return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())
+
+
+def _hands_on(whole: WholeLayer, loop: LayerLoop) -> bool:
+    """Check that a layer returns what the loop takes, and hands on arguments as they are."""
+    if (whole.returned is None) != (loop.results == 0) or len(whole.returned or ()) + 1 != max(loop.results, 1):
+        return False
+    for result, place in loop.handed:
+        name = dict(enumerate(whole.positional)).get(place, "") if isinstance(place, int) else place
+        returned = (whole.returned or ())[result - 1]
+        if returned != ALIASES.get(name, name) and (returned or name in whole.known):  # None, which it was before
+            return False
+    return True
 
 
 class _Stack:
     """Layers and the op's arguments for them.  Raises `NotServed` if one of them has to be called."""
 
-    def __init__(self, layers: tuple[Any, ...], first: int, hidden: Tensor) -> None:
+    def __init__(self, layers: tuple[Any, ...], first: int, hidden: Tensor, loop: LayerLoop) -> None:
         self.layers, self.first, self.dtype = layers, first, hidden.dtype
         self.wholes: list[WholeLayer] = []
         for layer in layers:
             whole = vars(type(layer)).get("_llmkern_layer")  # not of a class from which it is derived
-            if whole is None or whole.tuple_of or whole.lookup:
+            if whole is None or whole.lookup:
                 raise NotServed("not every layer is swapped as a whole")
+            if not _hands_on(whole, loop):
+                raise NotServed("the layers do not return what the loop hands on")
             self.wholes.append(whole)
         self.different = tuple(dict.fromkeys(self.wholes))
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys(map(type, layers)))
@@ -206,7 +262,7 @@ class _Stack:
             check_guard(layer)
             self.bound.append(Bound(whole.program, layer, hidden.dtype, whole.packed))
             self._keep_layer(layer, whole)
-            if whole.index is not None and at(layer, whole.index).layer_idx != i:
+            if whole.index and whole.place(layer) != i:
                 raise NotServed("the layers are not in the order of the cache")
         self.causal = all(map(none_is_causal, layers, self.wholes))
         self.plans: dict[str, tuple[Tensor, str]] = {}  # by what "auto" means
@@ -226,8 +282,8 @@ class _Stack:
             raise NotServed("a layer is in training mode")
         for name in ("training", _KIND):
             self.snapshot.entry(vars(layer), name)
-        if whole.index is not None:
-            self.snapshot.entry(vars(at(layer, whole.index)), "layer_idx")
+        for place in whole.index:
+            self.snapshot.entry(vars(at(layer, place)), "layer_idx")
         kept: set[Path] = set()
         for part in type(layer)._llmkern_guard.parts:
             child = at(layer, part.path)
@@ -288,36 +344,39 @@ class _Stack:
         if self.collecting and collected_outputs():
             raise NotServed(WEIGHTS if collects_weights() else "outputs of the layers are collected")
         arguments = arguments_of(self.different, args, kwargs)
-        holds = any([whole.index is not None for whole in self.different])
-        cache = arguments.get("past_key_values") if holds else None
-        past, caches, written = cached_by_all(cache, self.first, self.wholes, hidden)
-        keys = past + hidden.shape[1]
+        cache = arguments.get("past_key_values") if any([whole.index for whole in self.different]) else None
+        encoder = encoder_of(self.head, arguments, hidden)
+        held = cached_by_all(cache, self.first, self.wholes, hidden, encoder)
+        seen = held.past if cache is None else cache.get_seq_length(self.first)
+        arguments = with_bias(self.wholes[0], self.layers[0], arguments, hidden, held.past, seen)
+        keys = held.past + hidden.shape[1]
         inputs: list[Tensor | None] = [None] * (len(self.head) - 1)
         for whole in self.different:
             of_this = [name if name in whole.program.inputs else "" for name in self.head[1:]]
-            found = inputs_of(None, whole, of_this, arguments, hidden, keys, self.causal)
+            found = inputs_of(None, whole, of_this, arguments, hidden, keys, self.causal, encoder, held.kept)
             inputs = [mine if other is None else other for mine, other in zip(inputs, found, strict=True)]
         plan, schemes = self._planned(hidden)
-        forms = [None if tensor is None else (tensor.dtype, tensor.stride(-1)) for tensor in (*inputs, *caches[:1])]
+        forms = [
+            None if tensor is None else (tensor.dtype, tensor.stride(-1)) for tensor in (*inputs, *held.buffers[:1])
+        ]
         try:
             if hidden.shape[1] > 1 and not self.snapshot.dtypes_hold():
                 raise Outdated("a parameter has another dtype than it had when the layers were looked up")
             out = by_kernels(
                 self.judged,
-                (schemes, len(caches), *forms),
+                (schemes, len(held.buffers), *forms),
                 hidden=hidden,
                 programs=[],
                 parameters=[plan],
                 inputs=inputs,
-                caches=caches,
-                past=past,
+                caches=held.buffers,
+                past=held.past,
                 schemes=schemes,
             )
         except Outdated:
             self.outdated = True
             raise
-        for advance in written:
-            advance()
+        held.written()
         return out
 
     def _planned(self, hidden: Tensor) -> tuple[Tensor, str]:

@@ -272,7 +272,7 @@ def _gather(recorder: Recorder, func: Any, out: Tensor, x: Tensor, dim: int, ind
     halves = []
     for name, numbers in zip(("sin", "cos"), out.chunk(2, -1), strict=True):
         halves.append(recorder.values.new(numbers.shape, "table", name=name))
-        recorder.looked_up[name] = numbers.contiguous()
+        recorder.given_later[name] = numbers.contiguous()
     return Arranged(torch.cat([half.identities() for half in halves], -1))
 
 

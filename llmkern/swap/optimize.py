@@ -62,9 +62,9 @@ def optimize_(
     loss: compute a causal language model's own loss, where it is given labels and gradients are computed, by
         `linear_cross_entropy` without its logits; the result computes `logits` when they are read.
     kv_cache: the cache that the model makes where the caller gives and chooses none.  "auto": on the CPU an
-        `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; transformers' own for
-        encoder-decoders and models with a kind of cache of their own.  "int8": the same with int8 keys and values,
-        and a model that keeps its own counts as unsupported.  None: always transformers' own.
+        `llmkern.KVCache`, in `generate` and, without gradients, in a forward with use_cache; of an encoder-decoder for
+        the decoder's own tokens.  transformers' own for models with a kind of cache of their own.  "int8": the same
+        with int8 keys and values, and a model that keeps its own counts as unsupported.  None: transformers' own.
     huge_pages: give weights on the CPU, where they are many, pages of 2 MiB, which are read faster (`llmkern.memory`):
         parameters stay the same objects with the same values, large ones where they are, small ones in other memory
         until `restore_`.  Those of which somebody else has a tensor (a view, an older state_dict) stay where they are.

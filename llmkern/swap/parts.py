@@ -7,7 +7,6 @@ the real one and a product of low rank.
 from __future__ import annotations
 
 import types
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,10 +28,10 @@ from llmkern.swap.routers import Router, router_of
 from llmkern.swap.rules import experts as experts_rule
 from llmkern.swap.rules import norms as norms_rule
 from llmkern.swap.track import Refused
+from llmkern.swap.whole_layer import MAKES_BIAS
 
-__all__ = ["FAR_POSITION", "Caches", "StandIns", "attentions", "copied", "is_linear", "linear_sizes", "norm_of"]
+__all__ = ["StandIns", "attentions", "copied", "is_linear", "linear_sizes", "norm_of"]
 
-FAR_POSITION = 10**6
 _RANK = 3
 _MOST_ELEMENTS = 1 << 16  # of a parameter that a forward uses itself: what is larger is multiplied, or looked up
 
@@ -220,7 +219,26 @@ def copied(module: nn.Module, recorder: Recorder, weights: StandIns, path: str =
     forward: Any = type(module).forward
     if INTERFACE in mentioned_globals(forward):
         state["forward"] = types.MethodType(rebind(forward, INTERFACE, _Interface(recorder)), made)
+    if hasattr(module, MAKES_BIAS):
+        stand_in_class: Any = type(made)
+        members = {MAKES_BIAS: _biasing(module, recorder, weights, path)}
+        made.__class__ = type(stand_in_class.__name__, (stand_in_class,), members)
     return made
+
+
+def _biasing(module: Any, recorder: Recorder, weights: StandIns, path: str) -> Callable[..., Tensor]:
+    """Stand in for the method of a module that makes a bias of the scores from the distances between tokens.  The bias
+    is an input of the program: whatever the method computes, it is called for it.
+    """
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        bias = weights.randn(*getattr(module, MAKES_BIAS)(*args, **kwargs).shape)
+        recorder.given("bias", bias, "bias")
+        recorder.given_later["bias"] = bias
+        recorder.made.append((path, args, kwargs, bias))
+        return bias
+
+    return aside(make)
 
 
 def _table(buffer: Tensor | None, recorder: Recorder, path: str, name: str) -> Tensor | None:
@@ -394,69 +412,6 @@ class _Interface:
         by_token = out.transpose(1, 2)
         self.recorder.values.hold(by_token, result)
         return by_token, None
-
-
-class Past:
-    """One-layer cache that holds some keys and values [B, Hkv, n, D] and reports 10⁶ tokens seen.
-
-    op: "append", or "keep" for the cache of an encoder's tokens, which is empty."""
-
-    def __init__(self, recorder: Recorder, tokens: int, op: str) -> None:
-        self.recorder, self.tokens, self.op = recorder, tokens, op
-        self.states: tuple[Tensor, ...] | None = None
-        self.layers: Any = ()
-
-    def get_seq_length(self, *_: Any) -> int:
-        return FAR_POSITION
-
-    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return aside(self._update)(k, v)
-
-    def _update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.joined(k, v)
-        self.recorder.append(self.op, k, v, *out)
-        return out
-
-    def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values; the cache itself does not change."""
-        if self.states is None:
-            generator = torch.Generator().manual_seed(1)
-            shapes = [(*x.shape[:2], self.tokens, x.shape[3]) for x in (k, v)]
-            self.states = tuple([torch.randn(shape, generator=generator).to(k.dtype) for shape in shapes])
-        return torch.cat((self.states[0], k), 2), torch.cat((self.states[1], v), 2)
-
-
-class _Always(dict[Any, bool]):
-    """Flags of a filled cache: `get` returns True for every layer."""
-
-    def get(self, *_: Any) -> bool:
-        return True
-
-
-class Caches:
-    """Caches of a layer's own tokens and of an encoder's tokens; implements `Cache` of llmkern/programs/run.py."""
-
-    def __init__(self, recorder: Recorder, tokens: int) -> None:
-        self.own, self.encoder = Past(recorder, tokens, "append"), Past(recorder, 0, "keep")
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.own.joined(k, v)
-
-    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder.joined(k, v)
-
-    def for_both(self, kept: tuple[Tensor, Tensor] | None) -> Any:
-        """Return a transformers.EncoderDecoderCache of the two.  kept: contents of the encoder's cache, None if it is
-        empty.
-        """
-        from transformers import EncoderDecoderCache
-
-        both: Any = object.__new__(EncoderDecoderCache)
-        vars(both).update(self_attention_cache=self.own, cross_attention_cache=self.encoder, is_updated={})
-        if kept is not None:
-            every: dict[Any, Any] = defaultdict(lambda: types.SimpleNamespace(keys=kept[0], values=kept[1]))
-            both.is_updated, self.encoder.layers = _Always(), every
-        return both
 
 
 def attentions(module: nn.Module) -> Iterator[nn.Module]:

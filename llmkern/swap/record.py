@@ -41,7 +41,8 @@ class Recorder(TorchDispatchMode):
         self.reason = ""
         self.causal: set[bool] = set()  # what attention modules say of themselves
         self.lookup = ""  # the place of a table that the layer looks its cosines and sines up in
-        self.looked_up: dict[str, Tensor] = {}
+        self.given_later: dict[str, Tensor] = {}  # inputs that the forward makes itself
+        self.made: list[tuple[str, Any, Any, Tensor]] = []  # biases: whose method made them, its arguments, and they
 
     def given(self, name: str, tensor: Tensor, kind: str) -> None:
         """Add an input of the program, or a parameter (kind "parameter", named by its path)."""

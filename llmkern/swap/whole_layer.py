@@ -19,6 +19,7 @@ from llmkern.swap.surroundings import why_hooks_for_all, why_untouched
 
 __all__ = [
     "ALIASES",
+    "MAKES_BIAS",
     "OP",
     "NotServed",
     "Outdated",
@@ -26,13 +27,18 @@ __all__ = [
     "arguments_of",
     "at",
     "check_guard",
+    "encoder_of",
     "inputs_of",
     "none_is_causal",
     "run_parts",
+    "tokens_of",
     "why_not_fused",
+    "with_bias",
 ]
 
 OP = "layers_"
+MAKES_BIAS = "compute_bias"
+"""The method that makes a bias of the scores, in T5 and the models after it."""
 
 
 # What arguments of layers are called elsewhere.
@@ -59,11 +65,15 @@ class WholeLayer:
     program: what it computes, its steps fused.
     positional: names of its forward's arguments after the hidden states.
     known: names of arguments that say no more than the program's inputs do.
-    tuple_of: elements of the tuple that its forward returns, all but the first None; 0: it returns the hidden states.
-    index: path of the module that knows the layer's place in the cache; None where nothing joins a cache.
+    returned: what its forward returns in a tuple behind the hidden states: names of arguments that it hands on, "" for
+        None; None where it returns the hidden states themselves.
+    index: paths of the modules that know the layer's place in the cache; none where nothing joins a cache.
     cached: heads, columns of a head of keys, and of values, of what joins the cache.
+    kept: the same of an encoder's keys and values, which stay in the cache; (1, 0, 0) for none.
     turned: columns of a head that cosines and sines turn, 0 for none.
     but_half, wide_angles: as of `Reading` (llmkern/swap/layer_program.py).
+    zeros: as of `Reading` (llmkern/swap/layer_program.py).
+    makes_bias: path of the module that makes the bias of its scores where it is given none; None where nothing does.
     needs_mask: without a mask its attention is not what the program says.
     causal: paths of the attentions that are causal without a mask, where their function says so of None.
     packed: linear layers of which the program takes some rows, and how many rows they have.
@@ -73,20 +83,46 @@ class WholeLayer:
     program: Program
     positional: tuple[str, ...]
     known: frozenset[str]
-    tuple_of: int = 0
-    index: Path | None = None
+    returned: tuple[str, ...] | None = None
+    index: tuple[Path, ...] = ()
     cached: tuple[int, int, int] = (0, 0, 0)
+    kept: tuple[int, int, int] = (1, 0, 0)
     turned: int = 0
     but_half: bool = False
     wide_angles: bool = False
+    zeros: tuple[tuple[str, int], ...] = ()
+    makes_bias: Path | None = None
     needs_mask: bool = False
     causal: tuple[Path, ...] = ()
     packed: tuple[tuple[str, int], ...] = ()
     lookup: Path = ()
 
-    def returned(self, hidden: Tensor) -> Any:
-        """Return the hidden states in the form that the layer's forward returns."""
-        return (hidden, *[None] * (self.tuple_of - 1)) if self.tuple_of else hidden
+    @property
+    def keeps(self) -> bool:
+        """Return True if it attends to an encoder's tokens, whose keys and values stay in its cache."""
+        return self.kept[1] > 0
+
+    def place(self, layer: Any) -> int:
+        """Return the layer's place in the cache; raises `NotServed` if its modules name several."""
+        places = {at(layer, path).layer_idx for path in self.index}
+        if len(places) > 1:
+            raise NotServed(f"its attentions have the places {sorted(places)} in the cache, expected one")
+        return int(places.pop()) if places else 0
+
+    def hands_on(self, arguments: dict[str, Any], hidden: Tensor, encoded: int) -> tuple[Any, ...] | None:
+        """Return what the forward returns behind the hidden states, or None; raises `NotServed` if it makes something.
+
+        encoded: tokens of an encoder.
+        """
+        found = []
+        for name in self.returned or ():
+            argument, heads = arguments.get(name), dict(self.zeros).get(name)
+            if name and argument is None:
+                if heads is None:
+                    raise NotServed(f"it returns {name}, which it is not given")
+                argument = hidden.new_zeros((1, heads, hidden.shape[1], encoded))
+            found.append(argument)
+        return None if self.returned is None else tuple(found)
 
 
 def why_not_fused(module: Any, hidden: Tensor) -> str | None:
@@ -153,10 +189,52 @@ def arguments_of(wholes: Iterable[WholeLayer], args: Sequence[Any], kwargs: dict
                 raise NotServed(WEIGHTS)
             # Absent is not False: is_causal=False means something.
             if argument is not None and name not in whole.known and name != "output_attentions":
+                if name in dict(whole.zeros) and type(argument) in PLAIN_TENSORS and not argument.any():
+                    continue
                 raise NotServed(f"the model passes {name}, which llmkern does not know")
     if ALIASES.keys().isdisjoint(kwargs):
         return kwargs
     return {ALIASES.get(name, name): argument for name, argument in kwargs.items()}
+
+
+def with_bias(
+    whole: WholeLayer, layer: Any, arguments: dict[str, Any], hidden: Tensor, past: int, seen: int
+) -> dict[str, Any]:
+    """Return the arguments with the bias of the scores, which the layer's own method makes where none is given.
+
+    past: tokens in the cache.  seen: those that it says it has seen.
+    Raises `NotServed` where there is none, or one of another kind.
+    """
+    if "bias" not in whole.program.inputs:
+        return arguments
+    keys, bias = past + hidden.shape[1], arguments.get("position_bias")
+    if bias is None:
+        if whole.makes_bias is None:
+            raise NotServed("it is given no bias of the scores")
+        make = getattr(at(layer, whole.makes_bias), MAKES_BIAS)
+        bias = make(hidden.shape[1], keys, device=hidden.device, past_seen_tokens=seen)
+    if type(bias) not in PLAIN_TENSORS or bias.dim() != 4 or bias.shape[-1] < keys or not bias.is_floating_point():
+        raise NotServed("the bias of the scores is no 4-dimensional tensor with a number for every key")
+    return {**arguments, "position_bias": bias}
+
+
+def encoder_of(heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor) -> Tensor | None:
+    """Return the encoder's hidden states of a call, contiguous; None if a program with this head takes none."""
+    if "encoder" not in heads:
+        return None
+    rows = arguments.get("encoder_hidden_states")
+    if rows is None:
+        raise NotServed("there are no hidden states of an encoder, and so no attention to them")
+    if type(rows) not in PLAIN_TENSORS or rows.dim() != 3 or rows.shape[0] != hidden.shape[0]:
+        raise NotServed("the encoder's hidden states have another batch size, or are no 3-dimensional tensor")
+    if rows.dtype is not hidden.dtype or rows.device != hidden.device:
+        raise NotServed(f"the encoder's hidden states are {rows.dtype} on {rows.device}, and the decoder's are not")
+    return rows.contiguous()
+
+
+def tokens_of(encoder: Tensor | None, kept: int) -> int:
+    """Return the number of an encoder's tokens, of which a cache has kept the keys and values of so many or of none."""
+    return kept or (0 if encoder is None else encoder.shape[1])
 
 
 def inputs_of(
@@ -167,10 +245,13 @@ def inputs_of(
     hidden: Tensor,
     keys: int,
     causal: bool,
+    encoder: Tensor | None = None,
+    kept: int = 0,
 ) -> list[Tensor | None]:
     """Return the op's inputs for these names of a program's head; None for "".
 
-    keys: of the past and of the hidden states.  causal: no mask stands for a causal one.
+    keys: of the past and of the hidden states.  causal: no mask stands for a causal one.  encoder: its hidden states.
+    kept: how many of them the cache has the keys and values of; 0 for none.
     Raises `NotServed` where an argument is not what the op takes.
     """
     if whole.but_half and hidden.dtype is torch.float16:
@@ -187,6 +268,13 @@ def inputs_of(
             if mask is None and (whole.needs_mask or not causal):
                 raise NotServed("without a mask its attention is not what the program says")
             found.append(None if mask is None else _mask(mask, hidden, keys))
+        elif name == "encoder":
+            found.append(None if kept else encoder)
+        elif name == "encoder_mask":
+            mask = arguments.get("encoder_attention_mask")
+            found.append(None if mask is None else _mask(mask, hidden, tokens_of(encoder, kept)))
+        elif name == "bias":
+            found.append(arguments.get("position_bias"))
         elif name == "alibi":
             found.append(_alibi(arguments.get("alibi"), keys))
         else:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from zoo import ZOO, Entry
 
 import llmkern
-from llmkern.integrations.transformers.kv_layers import Int8KVLayer
+from llmkern.integrations.transformers.kv_layers import Int8KVLayer, KVLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:llmkern leaves:UserWarning")
 
@@ -154,14 +154,34 @@ def test_it_can_be_left_out_and_is_undone() -> None:
     assert type(tokens(model, inputs).past_key_values) is DynamicCache
 
 
-def test_an_encoder_decoder_keeps_its_own_and_says_so() -> None:
-    model = T5.build()
+@pytest.mark.parametrize("choice", ["auto", "int8"])
+@torch.no_grad()
+def test_of_an_encoder_decoder_for_the_decoders_own_tokens(choice: str) -> None:
+    model, inputs = T5.build(), T5.inputs()
+    (row,) = [row for row in llmkern.report(llmkern.optimize_(model, kv_cache=choice)).swap if row.kind == "cache"]
+    assert row.action == "swapped"
+    given = tokens(model, inputs).past_key_values, model(**inputs, use_cache=True).past_key_values
+    for cache in given:
+        assert type(cache) is transformers.EncoderDecoderCache
+        assert type(cache.self_attention_cache) is llmkern.KVCache
+        assert type(cache.self_attention_cache.layers[0]) is (Int8KVLayer if choice == "int8" else KVLayer)
+        assert type(cache.cross_attention_cache) is DynamicCache
+    chosen = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert type(tokens(model, inputs, past_key_values=chosen).past_key_values.self_attention_cache) is DynamicCache
+    llmkern.restore_(model)
+    assert type(tokens(model, inputs).past_key_values.self_attention_cache) is DynamicCache
+
+
+def test_a_decoder_with_room_for_an_encoder_keeps_its_own_and_says_so() -> None:
+    small = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        is_decoder=True, add_cross_attention=True,
+    )  # fmt: skip
+    model = transformers.BertLMHeadModel(small).eval()
     (row,) = [row for row in llmkern.report(llmkern.optimize_(model)).swap if row.kind == "cache"]
     assert (row.action, row.backend) == ("left", "")
-    assert "encoder" in row.reason
-    assert type(tokens(model, T5.inputs()).past_key_values) is transformers.EncoderDecoderCache
-    with pytest.raises(RuntimeError, match="holds keys and values of an encoder too"):
-        llmkern.optimize_(T5.build(), kv_cache="int8", on_unsupported="error")
+    with pytest.raises(RuntimeError, match="may hold keys and values of an encoder too"):
+        llmkern.optimize_(model, kv_cache="int8", on_unsupported="error")
 
 
 @pytest.mark.skipif(not hasattr(transformers, "MambaConfig"), reason="this transformers has no Mamba")

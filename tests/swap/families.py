@@ -171,7 +171,7 @@ FAMILIES: dict[str, Family] = {
             "num_heads": 4,
             "feed_forward_proj": "gated-gelu",
         },
-        ("encoder.block.1", "decoder.block.1"),
+        ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"),
     ),
 }
 

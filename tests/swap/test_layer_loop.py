@@ -103,6 +103,29 @@ class Plain:
         return x
 
 
+class Handing:
+    """Loops in which layers return more than the hidden states, and their forms."""
+
+    def dropped(self, x):
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+    dropped.form = LayerLoop("layers", counted=False, results=2)
+
+    def as_t5_does(self, x, mask, encoder):
+        bias = None
+        other_bias = None
+        for layer in self.layers:
+            x, made, other_made = layer(x, mask, bias, encoder, other_bias=other_bias)
+            bias = made
+            if self.is_decoder and encoder is not None:
+                other_bias = other_made
+        return x
+
+    as_t5_does.form = LayerLoop("layers", counted=False, results=3, handed=((1, 1), (2, "other_bias")))
+
+
 class Other:
     """Forwards in which something else may happen to the hidden states, or a layer may be told something of its own."""
 
@@ -128,9 +151,61 @@ class Other:
             x = layer(x)[0]
         return x
 
-    def tuple_target(self, x):
+    def read_after_the_loop(self, x):
         for layer in self.layers:
-            x, _ = layer(x)
+            x, seen = layer(x)
+        return x, seen
+
+    def handed_on_and_read_after_the_loop(self, x):
+        bias = None
+        for layer in self.layers:
+            x, made = layer(x, bias)
+            bias = made
+        return x, bias
+
+    def handed_on_within_an_argument(self, x, angles):
+        bias = None
+        for layer in self.layers:
+            x, made = layer(x, bias or angles)
+            bias = made
+        return x
+
+    def handed_on_in_part(self, x):
+        bias = None
+        for layer in self.layers:
+            x, made = layer(x, bias)
+            bias = made + 1
+        return x
+
+    def a_result_as_an_argument(self, x):
+        made = None
+        for layer in self.layers:
+            x, made = layer(x, made)
+        return x
+
+    def a_call_decides_what_is_handed_on(self, x):
+        bias = None
+        for layer in self.layers:
+            x, made = layer(x, bias)
+            if self.wanted():
+                bias = made
+        return x
+
+    def the_hidden_states_are_handed_on(self, x):
+        first = None
+        for layer in self.layers:
+            x, _ = layer(x, first)
+            first = x
+        return x
+
+    def the_same_name_twice(self, x):
+        for layer in self.layers:
+            x, x = layer(x)
+        return x
+
+    def a_star(self, x):
+        for layer in self.layers:
+            x, *_ = layer(x)
         return x
 
     def two_targets(self, x):
@@ -397,6 +472,11 @@ def forwards(cls: type) -> Any:
 @forwards(Plain)
 def test_a_plain_loop_is_found(forward: Callable[..., Any]) -> None:
     assert layer_loop(forward) == (FIRST if "first" in forward.__name__ else ALL)
+
+
+@forwards(Handing)
+def test_layers_hand_results_on(forward: Callable[..., Any]) -> None:
+    assert layer_loop(forward) == forward.form  # type: ignore[attr-defined]
 
 
 @forwards(Other)

@@ -1,7 +1,9 @@
 """The cache that a transformers model makes where the caller gives none: in `generate`, and in a decoder's forward.
 
 It becomes an llmkern.KVCache with layers of the same kinds, on the CPU, where a step's time goes into copying the past
-otherwise.  What the caller chooses (past_key_values, cache_implementation, use_cache=False) is left as it is.
+otherwise; in the EncoderDecoderCache of an encoder-decoder that of the decoder's own tokens, while the encoder's keys
+and values, which never grow, stay in a DynamicCache.  What the caller chooses (past_key_values, cache_implementation,
+use_cache=False) is left as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from llmkern.swap.match import Match
 SWITCHES = ("kv_cache",)
 
 _PREPARE = "_prepare_cache_for_generation"
-_MADE = "DynamicCache"
+_MADE, _BOTH = "DynamicCache", "EncoderDecoderCache"
 _DTYPES = {"auto": None, "int8": "int8"}
 
 
@@ -32,7 +34,9 @@ def find(module: nn.Module) -> Match | None:
     reason = _why_not(module)
     if reason:
         return Match("cache", "", reason) if generates else None
-    edits = {choice: _edit(cls, dtype) for choice, dtype in _DTYPES.items()}
+    # With an encoder a forward makes the pair of caches, whose second one stays as it is.
+    made = _BOTH if module.config.is_encoder_decoder else _MADE  # type: ignore[union-attr]
+    edits = {choice: _edit(cls, made, dtype) for choice, dtype in _DTYPES.items()}
     served = {"auto": "KVCache", "int8": "KVCache int8"} if generates else {}
     return Match("cache", "", edit=edits["auto"], edits=edits, served=served)
 
@@ -47,8 +51,8 @@ def _why_not(module: Any) -> str:
     from llmkern.integrations.transformers.kv_layers import KVLayer
 
     config = module.config
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        return "its cache holds keys and values of an encoder too, and stays transformers' own"
+    if getattr(config, "add_cross_attention", False) and not config.is_encoder_decoder:
+        return "its cache may hold keys and values of an encoder too, and stays transformers' own"
     if not getattr(module, "_supports_default_dynamic_cache", lambda: True)():
         return "it has a kind of cache of its own"
     layers = KVCache(config).layers
@@ -58,10 +62,10 @@ def _why_not(module: Any) -> str:
 
 
 @functools.cache
-def _edit(cls: Any, dtype: str | None) -> Edit:
-    """The edit with caches of that dtype."""
-    made = mentioned_globals(cls.forward).get(_MADE)
-    rebinds = () if made is None else ((_MADE, _Default(made.__name__, (made,), {"_llmkern_dtype": dtype})),)
+def _edit(cls: Any, name: str, dtype: str | None) -> Edit:
+    """The edit with caches of that dtype.  name: of the class that the forward makes."""
+    made = mentioned_globals(cls.forward).get(name)
+    rebinds = () if made is None else ((name, _Default(made.__name__, (made,), {"_llmkern_dtype": dtype})),)
     members = ((_PREPARE, _prepare(getattr(cls, _PREPARE), dtype)),) if hasattr(cls, _PREPARE) else ()
     return Edit(rebinds=rebinds, members=members, when=_serves)
 
@@ -86,7 +90,7 @@ def _prepare(original: Callable[..., Any], dtype: str | None) -> Callable[..., A
 
 
 class _Default(type):
-    """A class that is called in DynamicCache's name and makes a KVCache; `isinstance` means what it did."""
+    """A class that is called in the name of a class of caches; `isinstance` means what it did."""
 
     _llmkern_dtype: str | None
 
@@ -98,11 +102,16 @@ class _Default(type):
 
 
 def _in_place_of(cache: Any, dtype: str | None) -> Any:
-    """A KVCache for the new DynamicCache; anything else, and one that offloads, is returned."""
-    from transformers import DynamicCache
+    """A KVCache for the new DynamicCache, or in a new EncoderDecoderCache; anything else, and one that offloads, is
+    returned.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
 
     from llmkern.integrations.transformers.cache import KVCache
 
+    if type(cache) is EncoderDecoderCache:
+        cache.self_attention_cache = _in_place_of(cache.self_attention_cache, dtype)
+        return cache
     if type(cache) is not DynamicCache or cache.offloading or cache.get_seq_length():
         return cache
     return KVCache.in_place_of(cache, dtype)

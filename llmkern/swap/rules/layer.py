@@ -40,7 +40,7 @@ from llmkern.swap.whole_layer import ALIASES, OP, WholeLayer
 SWITCHES = ("attention", "norms", "mlp", "rope")
 
 _CACHE = "past_key_values"
-_GIVEN = ("hidden", "cos", "sin", "mask", "alibi")  # what calls of layers have for the op
+_GIVEN = ("hidden", "cos", "sin", "mask", "bias", "alibi", "encoder", "encoder_mask")  # what calls have for the op
 _Shapes = tuple[tuple[str, tuple[Any, ...]], ...]
 
 
@@ -63,7 +63,7 @@ def _holds_both(module: nn.Module) -> bool:
             attentions.append(child)
             if len(attentions) > 2:
                 return False
-    if not attentions or _attends(module):
+    if not attentions or _attends(module) or type(as_before(module)).forward is nn.Module.forward:  # a list
         return False
     within = {id(child) for attention in attentions for child in attention.modules()}
     others = [as_before(child) for child in module.modules() if id(child) not in within]
@@ -108,7 +108,8 @@ def _recognise(module: nn.Module) -> Match:
     except Exception as error:  # a layer of any origin may be what nobody has thought of, and has its parts
         return Match("layer", OP, f"reading its forward raises {type(error).__name__}: {error}", is_whole=True)
     sizes = _sizes_of(module, program)
-    sample = partial(_sample, str(program), sizes, hidden_size(module), _widths(program))
+    columns = hidden_size(module)
+    sample = partial(_sample, str(program), sizes, columns, _widths(program, columns))
     call = sample(torch.float32, torch.device("cpu"))
     reason = implementation(OP, "cpu").why_not(**call)
     if reason is not None:
@@ -134,12 +135,10 @@ def _attentions(module: nn.Module) -> list[Any]:
 
 def _check(module: nn.Module, reading: Reading, program: Program) -> None:
     """Raises `NoProgram` where no call of the layer could be one of the op."""
-    if reading.tuple_of is None:
-        raise NoProgram("it returns more than the hidden states")
+    if reading.returned is None:
+        raise NoProgram("it returns more than the hidden states and arguments that it hands on")
     if others := [name for name in program.inputs if name not in _GIVEN]:
         raise NoProgram(f"there is no way yet to give the op {others[0]}")
-    if len(reading.placed) > 1:
-        raise NoProgram("several modules in it know its place in the cache")
     names = {getattr(getattr(child, "config", None), "_attn_implementation", None) for child in _attentions(module)}
     if None in names:
         raise NoProgram("its attention has no config that names its function")
@@ -152,6 +151,7 @@ def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str
     index = reading.placed if any(step.op == "append" for step in program.steps) else ()
     needs = needs_of(program, call["parameters"], call["hidden"], call["inputs"], (), None)
     keys, values, heads = needs.cache or (0, 0, 1)
+    kept = needs.kept or (0, 0, 0, 1)
     known = HARMLESS | reading.given
     if not index:
         known -= {_CACHE, *[name for name, alias in ALIASES.items() if alias == _CACHE]}
@@ -168,9 +168,12 @@ def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str
         program=program,
         positional=tuple([p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][2:]),
         known=known,
-        tuple_of=reading.tuple_of or 0,
-        index=index[0] if index else None,
+        returned=reading.returned if reading.in_tuple else None,
+        zeros=reading.zeros,
+        makes_bias=reading.makes_bias,
+        index=index,
         cached=(heads, keys // heads, values // heads),
+        kept=(kept[3], kept[0] // kept[3], kept[1] // kept[3]),
         turned=next((columns for _, _, columns in needs.angles), 0),
         but_half=reading.but_half,
         wide_angles=reading.wide_angles,
@@ -193,9 +196,9 @@ def _switches(program: Program) -> tuple[str, ...]:
     return tuple([switch for switch in SWITCHES if kinds[switch]])
 
 
-def _widths(program: Program) -> dict[str, int]:
-    """Columns of cosines and sines, by the names of the inputs."""
-    found: dict[str, int] = {}
+def _widths(program: Program, columns: int) -> dict[str, int]:
+    """Columns of cosines and sines, and of an encoder's rows, by the names of the inputs."""
+    found: dict[str, int] = {"encoder": columns}
     for step in program.steps:
         if step.op == "rope":
             for name in step.values[-2:]:
