@@ -116,16 +116,16 @@ def forward(
     return linear({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights, "lm_head", x), cache
 
 
-def generate(config: dict[str, Any], weights: Weights, prompt: list[int], count: int) -> list[int]:
-    """`count` greedy tokens; each step is jitted whole and updates the cache in place."""
-    prefill, step = (jax.jit(partial(forward, config, prefill=first), donate_argnums=2) for first in (True, False))
+def generate(config: dict[str, Any], weights: Weights, prompt: list[int], count: int) -> tuple[list[int], Array]:
+    """(`count` greedy tokens, the prompt's logits); each step is jitted whole and updates the cache in place."""
+    prefill, step = (jax.jit(partial(forward, config, prefill=whole), donate_argnums=2) for whole in (True, False))
     cache = new_cache(config, 1, len(prompt) + count, weights["model.norm.weight"].dtype)
-    logits, cache = prefill(weights, jnp.array([prompt]), cache, jnp.int32(0))
-    found = [int(logits[0, -1].argmax())]
+    prompt_logits, cache = prefill(weights, jnp.array([prompt]), cache, jnp.int32(0))
+    found = [int(prompt_logits[0, -1].argmax())]
     for past in range(len(prompt), len(prompt) + count - 1):
         logits, cache = step(weights, jnp.array([found[-1:]]), cache, jnp.int32(past))
         found.append(int(logits[0, -1].argmax()))
-    return found
+    return found, prompt_logits
 
 
 def compile_for(chip: str, config: dict[str, Any], weights: Weights, length: int, slots: int) -> None:
@@ -159,7 +159,7 @@ def main() -> None:
     if not (there := jax.default_backend() == "tpu"):
         print("JAX finds no TPU here: the kernels run in Pallas's interpreter, slowly")
     with nullcontext() if there else ops.interpreted():
-        found = generate(config, weights, prompt, chosen.tokens)
+        found, _ = generate(config, weights, prompt, chosen.tokens)
     print(chosen.prompt + tokenizer.decode(found))
 
 

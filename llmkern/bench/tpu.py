@@ -25,24 +25,24 @@ __all__ = ["chip_ceilings", "contenders", "missing", "ops_on_tpu"]
 
 
 def missing() -> str | None:
-    """The sentence why nothing can be measured here; None where there is a TPU."""
+    """Return why nothing can be measured here, or None."""
     reason = TPU.missing or _chips.no_tpu()
     return None if reason is None else f"{reason} (the kernels are {NOTE})"
 
 
 def ops_on_tpu(names: Iterable[str]) -> list[str]:
-    """Those that the TPU backend implements."""
+    """Return the ops that the TPU backend implements."""
     return [name for name in names if name in TWINS]
 
 
 def chip_ceilings(chip: Chip) -> Ceilings:
-    """The chip's own rates; a product in fp32 is six in bf16."""
+    """Return the chip's own rates; a product in fp32 is six in bf16."""
     rates = {"bfloat16": chip.bf16, "int8": chip.int8, "float32": chip.bf16 / 6}
     return Ceilings(chip.bandwidth, chip.bandwidth, {name: rate for name, rate in rates.items() if rate})
 
 
 def contenders(point: Point, call: dict[str, Any], peers: Iterable[Peer]) -> list[Contender]:
-    """The TPU's kernels, and XLA's operators where PyTorch's are asked for: no peer runs there."""
+    """Return the TPU's kernels, and XLA's operators if PyTorch's are asked for: no peer runs there."""
     from llmkern.bench.xla import BASELINES
 
     impl = implementation(point.op, TPU.name)

@@ -48,7 +48,7 @@ class Compiled:
 
 
 def missing() -> str | None:
-    """The sentence why nothing can be compiled here; None where it can."""
+    """Return why nothing can be compiled here, or None."""
     for package, command in (("jax", "pip install jax"), ("libtpu", "pip install 'jax[tpu]'")):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed; {command}"
@@ -57,7 +57,7 @@ def missing() -> str | None:
 
 @contextmanager
 def lowered_for(chip: str) -> Iterator[None]:
-    """Within the block kernels are lowered for `chip`, by JAX alone."""
+    """Lower kernels for `chip` within the block, by JAX alone."""
     from jax._src.pallas.mosaic import tpu_info
 
     # Some lowering rules ask for the chip at hand, and know of none on a CPU.
@@ -103,7 +103,7 @@ def compiled(chip: str, function: Callable[..., Any], *trees: Any) -> Compiled:
 
 
 def _vmem(text: str) -> Iterator[int]:
-    """VMEM of each Pallas kernel in a compiled program."""
+    """Yield the VMEM of each Pallas kernel in a compiled program."""
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
             used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)

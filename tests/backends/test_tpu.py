@@ -249,7 +249,7 @@ def test_grids_of_several_steps(monkeypatch) -> None:
 
 
 def _said(decision) -> str:
-    """Of the implementation for tensors on a TPU, which comes before the one for CPU tensors."""
+    """Return the reason of the implementation for tensors on a TPU, which comes before that for CPU tensors."""
     return next(row.reason for row in decision.rows if row.backend == "tpu")
 
 

@@ -1,4 +1,4 @@
-"""What the two attentions share."""
+"""Results of the two attentions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from llmkern.ops.attention import in_token_order, lse_like
 
 
 def as_outputs(found: Any, q: Tensor, return_lse: bool, **_: Any) -> tuple[Tensor, Tensor]:
-    """(out in the memory order of its tokens, lse), as the ops return them."""
+    """Return (out in the memory order of its tokens, lse), as the ops do."""
     out, lse = found if return_lse else (found, lse_like(q, False))
     return in_token_order(out), lse

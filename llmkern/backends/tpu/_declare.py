@@ -1,4 +1,4 @@
-"""How a function of `llmkern.jax` becomes an implementation: arrays in place of tensors, refusals, and its plans."""
+"""Turn a function of `llmkern.jax` into an implementation: arrays in place of tensors, refusals, and its plans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTEGERS = (torch.int8, torch.int32, torch.int64, torch.bool)
 
 Twin = Callable[..., Any]
 TWINS: dict[str, Twin] = {}
-"""By op, the functions that take its schema with arrays for tensors."""
+"""Functions by op; each takes the op's schema with arrays for tensors."""
 
 
 def serves(
@@ -67,7 +67,7 @@ def _run(twin: Twin, arguments: dict[str, Any]) -> Any:
 
 
 def as_arrays(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with arrays on JAX's device for the tensors."""
+    """Convert the tensors among the arguments to arrays on JAX's device."""
     import jax
 
     device = jax.devices()[0]
@@ -78,7 +78,7 @@ def as_arrays(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_tensors(out: Any) -> Any:
-    """CPU tensors for an array, or a tuple of them."""
+    """Convert an array, or a tuple of them, to CPU tensors."""
     import jax
 
     if isinstance(out, tuple):
@@ -87,13 +87,13 @@ def as_tensors(out: Any) -> Any:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, without a graph, and with 32 bits where there are 64: JAX has no more unless it is told."""
+    """Return the tensor contiguous, detached, and with int32 for int64, which JAX lacks by default."""
     tensor = tensor.detach().contiguous()
     return tensor.int() if tensor.dtype == torch.int64 else tensor
 
 
 def _somewhere() -> AbstractContextManager[Any]:
-    """For the assumed chip, on the TPU that there is, or in the interpreter."""
+    """Choose where to run: for the assumed chip, on this machine's TPU, or in the interpreter."""
     if _chips.assumed() is None and _chips.no_tpu() is not None:
         return _chips.interpreted()
     return contextlib.nullcontext()
