@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from llmkern._compile import known
 from llmkern._form import form_of
 from llmkern.checks import PLAIN_TENSORS
 from llmkern.config import settings
@@ -32,7 +33,6 @@ from llmkern.registry import (
     implementation,
     implementations,
     implements,
-    known,
     needs_grad,
     ops,
     register,
@@ -342,5 +342,5 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend that `use_backend` or `LLMKERN_BACKEND` forces on every call; None where the order decides."""
+    """Return the backend that `use_backend` or `LLMKERN_BACKEND` forces on every call, or None."""
     return _state.forced if _state.forced is not None else settings.backend

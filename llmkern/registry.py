@@ -36,7 +36,6 @@ __all__ = [
     "implementation",
     "implementations",
     "implements",
-    "known",
     "needs_grad",
     "ops",
     "register",
@@ -110,7 +109,7 @@ class Implementation:
         return "" if code is None else "llmkern/" + code.co_filename.rpartition("/llmkern/")[2]
 
     def why_not(self, **call: Any) -> str | None:
-        """The sentence why this implementation cannot serve `op(**call)`; None where it can."""
+        """Return why this implementation cannot serve `op(**call)`, or None."""
         return self.why_not_on(None, call)
 
     def why_not_on(self, capability: tuple[int, int] | None, call: dict[str, Any]) -> str | None:
@@ -127,7 +126,7 @@ class Implementation:
         return self.rows_alone == "always" or (self.rows_alone == "on request" and settings.batch_invariant)
 
     def why_not_call(self, call: dict[str, Any], forced: bool = False) -> str | None:
-        """The same where device, dtype and gradient are none against it; forced: however slow it is."""
+        """As `why_not`, once device, dtype and gradients are accepted; forced: ignore measured slowness."""
         if settings.batch_invariant and self.rows_alone == "no":
             return "a row's bits may depend on the rows beside it, which LLMKERN_BATCH_INVARIANT=1 forbids"
         reason = None if self.refuse is None else self.refuse(**call)
@@ -194,18 +193,6 @@ def _capability(index: int | None) -> tuple[int, int] | None:
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """Return a GPU's compute capability; None for other devices, and where torch finds no GPU."""
     return _capability(device.index) if device.type == "cuda" else None
-
-
-def known(condition: Any) -> bool:
-    """Whether the comparison of sizes holds; False where a trace leaves a size open and it may or may not.
-
-    A trace that read a comparison of an open size would hold for one of its outcomes only.
-    """
-    if is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(condition)
-    return bool(condition)
 
 
 def needs_grad(call: dict[str, Any]) -> bool:
