@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -56,18 +57,18 @@ class QuantizedWeight(nn.Module):
         _alive.add(self)
 
     @property
+    @abstractmethod
     def weight_size(self) -> tuple[int, int]:
         """Return the rows and columns of the weight that the codes represent."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def format_name(self) -> str:
         """Return the weight's format for reports: "int8", "int4 g64", …"""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Compute the weight, [rows, columns], in fp32 and round it to `dtype` (default: this layer's)."""
-        raise NotImplementedError
 
     def held(self) -> dict[str, Tensor | None]:
         """Return the buffers by their names in HELD."""
@@ -171,9 +172,9 @@ class QuantizedWeight(nn.Module):
         self._parameters["weight"] = weight
         self.__class__ = self._floating_class()  # type: ignore[assignment]
 
+    @abstractmethod
     def _floating_class(self) -> type[nn.Module]:
         """Class that `make_floating` turns the module into."""
-        raise NotImplementedError
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
         """Set requires_grad as nn.Module does; a layer whose weight is to be trained becomes floating point, since
@@ -213,9 +214,9 @@ class QuantizedWeight(nn.Module):
         """Return the reasons against loading this state, one sentence each."""
         return [*_wrong_shapes(prefix, state_dict, self), *self._wrong_tensors(prefix, state_dict)]
 
+    @abstractmethod
     def _wrong_tensors(self, prefix: str, state_dict: dict[str, Any]) -> list[str]:
         """Return what is wrong with the codes and scales of a state, one sentence each."""
-        raise NotImplementedError
 
     def _adapted(self, prefix: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Convert a state saved by another program to this module's form."""
