@@ -59,8 +59,8 @@ test:
 	@$(INSTALL) CUDA=$(or $(CUDA),nvcc) $(STAMPS)/package
 	@echo "Running the tests"
 	@$(SUITE)
-	@echo "Judging the ops again beside PyTorch as on an AVX2 processor"
-	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(SUITE) tests/ops/test_contract.py -k "test_implementation and not triton and not tpu"; fi
+	@echo "Judging the CPU kernels again beside PyTorch as on an AVX2 processor"
+	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(SUITE) tests/ops/test_contract.py -k "test_implementation and cpu"; fi
 
 t: install
 	@$(PYTEST) $(or $(T),$(error make t takes the tests as T: make t T=tests/ops/test_gelu.py))
