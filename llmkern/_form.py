@@ -34,7 +34,7 @@ class Form(NamedTuple):
 
 
 def form_of(arguments: tuple[Any, ...], run: Callable[..., Any]) -> Form | None:
-    """The form of a call with these arguments; None where torch cannot compare tensors so, or one cannot be hashed."""
+    """Return the form of a call, or None if torch cannot compare tensors so or an argument cannot be hashed."""
     where = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
     tensors, others = _picking(where), _picking([i for i in range(len(arguments)) if i not in where])
     try:

@@ -39,9 +39,9 @@ class Info:
     """The answer of `info()`; prints as tables, `to_dict()` is ready for JSON.
 
     hardware: cpu, cpu_cores (usable by this process's threads), cpu_flags, and one entry per GPU.
-    software: versions of Python, torch, Triton, JAX, libtpu, transformers and llmkern; None where not installed.
-    library: path, loaded or the sentence why not, the CPU instruction set in use, and how it was built.
-    backends: per backend, best first: `missing` (None where available), `note`, and the number of `ops` it implements.
+    software: versions of Python, torch, Triton, JAX, libtpu, transformers and llmkern; None if not installed.
+    library: path, "loaded" or the reason why not, the CPU instruction set in use, and how it was built.
+    backends: per backend, best first: `missing` (None if available), `note`, and the number of `ops` it implements.
     kernels: the CUDA kernels in the library, with what each takes of an SM; empty where they were not built.
     """
 
@@ -102,7 +102,7 @@ def _gpus() -> list[str]:
 
 
 def package_version(package: str) -> str | None:
-    """The installed package's version; None where it is not installed."""
+    """Return the installed package's version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

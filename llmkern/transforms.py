@@ -37,7 +37,7 @@ def is_intercepted() -> bool:
 
 
 def why_mode() -> str | None:
-    """The sentence which mode is at work that may ask for an operator or a function of PyTorch; None where none is.
+    """Return which active mode may intercept operators or functions of PyTorch, or None.
 
     Not `torch.set_default_device`, which is one to PyTorch, nor those by which it traces.
     """

@@ -170,7 +170,7 @@ def _check_same_outputs(outputs: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def _real_positions(inputs: Mapping[str, Any], model: nn.Module) -> Tensor | None:
-    """[batch, sequence], True where the output is not padding; None where the inputs do not say."""
+    """Return [batch, sequence], True for outputs that are not padding, or None if the inputs do not say."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         mask = inputs.get("decoder_attention_mask")
     else:

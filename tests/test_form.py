@@ -24,7 +24,7 @@ def forms(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_torch_can_compare_tensors() -> None:
-    """Of this torch; where it cannot, calls are slower and nothing else."""
+    """This torch can; where one cannot, calls are slower and nothing else."""
     assert _form._can_compare()
 
 

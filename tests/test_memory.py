@@ -142,7 +142,7 @@ def test_weights_moved_in_inference_mode_can_be_trained(model: nn.Module) -> Non
 
 
 def huge_bytes_at(address: int) -> int:
-    """Of the mapping that holds the address, by the kernel's own account."""
+    """Count the huge-page bytes of the mapping that holds the address, as the kernel reports them."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]

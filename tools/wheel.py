@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 30 * 2**20
 THEIRS = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
-"""Of the torch that is installed next to llmkern: in the wheel they would be a second torch."""
+"""Libraries of the torch installed next to llmkern; copies in the wheel would be a second torch."""
 
 
 def build(folder: Path) -> Path:

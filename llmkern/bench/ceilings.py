@@ -62,7 +62,7 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def _matmul(device: torch.device, dtype: torch.dtype, side: int) -> Callable[[], Any] | None:
-    """A product of two square matrices; None where the device has none of this dtype, or emulates it."""
+    """Return a product of two square matrices, or None if the device lacks or emulates this dtype."""
     if dtype == torch.int8:
         a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in "ab")
         product: Callable[[], Any] = lambda: torch._int_mm(a, b.t())  # noqa: E731

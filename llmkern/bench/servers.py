@@ -58,7 +58,7 @@ class Running:
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes that were resident at most, of the process alone; None where the system does not say."""
+        """Return the process's peak of resident bytes, or None if the system does not say."""
         with contextlib.suppress(OSError, TypeError):
             for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):

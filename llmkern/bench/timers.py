@@ -33,7 +33,7 @@ class Clock(Protocol):
     def sample(self, thunks: Sequence[Thunk], calls: int) -> float: ...
 
     def graph(self, thunks: Sequence[Thunk]) -> Thunk | None:
-        """One replay of many calls, to be sampled in place of single ones; None where there is no such thing."""
+        """Return one replay of many calls, to be sampled in place of single ones, or None."""
 
 
 class CpuClock:

@@ -1,4 +1,4 @@
-"""Memory of the GPU, or of this process where there is none: now, and at its peak between `reset_peak` and `peak`."""
+"""Memory of the GPU, or else of this process: now, and at its peak between `reset_peak` and `peak`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peak(device: torch.device) -> int:
 
 
 def resident(device: torch.device) -> int | None:
-    """Bytes at this moment: allocated on the GPU, or resident in this process; None where the system does not say."""
+    """Return the bytes allocated on the GPU, or resident in this process; None if the system does not say."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _of_status("VmRSS")
 
 

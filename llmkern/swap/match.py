@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 PROBE_TOLERANCE = 1e-5
-"""Of the largest value: probes run in fp32, and may sum in another order.  Another definition is off by far more."""
+"""Share of the largest value: probes run in fp32 and may sum in another order; other definitions differ far more."""
 
 PROBE_SCALE = 1e3
 """Factor of a second probe's inputs: to show limits that some models set (gelu_10, swiglu_limit, clip_qkv)."""

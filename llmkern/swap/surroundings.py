@@ -19,7 +19,7 @@ __all__ = ["Place", "Surroundings", "classes_within", "surroundings", "why_hooks
 Place = tuple[Mapping[Any, Any], Any, str]
 """A mapping, a key of it, and what to call the value in a sentence."""
 
-# Of classes that all models share, what a call goes through; they have too much else to watch.
+# A call goes through these attributes of classes that all models share; they have too much else to watch.
 _OF_LIBRARIES = ("forward", "__call__", "_call_impl", "__getattr__")
 _ABSENT = object()
 _SPECIAL = ("__call__", "__getattr__", "__getattribute__")

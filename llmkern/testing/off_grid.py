@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["rescale_"]
 
 SMALLEST, LARGEST = 0.9, 1.1
-"""Of the factors, drawn evenly."""
+"""Range of the factors, drawn evenly."""
 
 
 @torch.no_grad()

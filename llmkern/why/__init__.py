@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Decision:
-    """Who would serve a call.  `served_by` is None where nobody would; `note` says what was assumed."""
+    """Who would serve a call.  `served_by` is None if nobody would; `note` says what was assumed."""
 
     op: str
     call: str

@@ -120,7 +120,7 @@ def fitting(registers: int, threads: int, shared_bytes: int) -> int:
 
 @needs_objects
 def test_the_table_tells_the_occupancy() -> None:
-    """Of each kernel, in the image that needs the most registers."""
+    """Each kernel's occupancy is that of the image that needs the most registers."""
     table = pytest.importorskip("llmkern._C", reason="llmkern._C was not built").kernels()
     most: dict[str, int] = {}
     for path in OBJECTS:

@@ -113,7 +113,7 @@ def test_linear_of_rows_in_a_wider_tensor(isa, apart, offset) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 17), (17, 63), (63, 65), (65, 577), (16, 1100)])
 def test_int8_linear_gives_a_row_the_same_bits_in_any_company(isa, scheme, n, k) -> None:
-    """Of floats, which are added in another order where rows are many, at least in company of the same kind."""
+    """Sums of floats depend on whether rows are few or many; within each kind the bits are the same."""
     x, (w, scale) = torch.randn(45, k), weight(n, k)
     few = torch.stack([torch.ops.llmkern.int8_linear(row, w, scale, None, "silu", scheme) for row in x])
     many = few if scheme == "w8a8" else torch.ops.llmkern.int8_linear(x, w, scale, None, "silu", scheme)

@@ -32,7 +32,7 @@ absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no C
 
 
 def implementations(*devices: str) -> list[Any]:
-    """Of ours, those for these devices."""
+    """Return our implementations for these devices."""
     return [
         pytest.param(impl, device, id=f"{op}-{impl.backend.name}-{device}", marks=marks(device))
         for op in ops_with_cases()
@@ -47,7 +47,7 @@ def marks(device: str) -> list[Any]:
 
 
 def largest_case(impl: dispatch.Implementation, device: str) -> Case:
-    """Of the cases in bf16, else in any dtype, that it serves: the most blocks, which can come in any order."""
+    """Return the largest case that it serves, in bf16 if there is one: the most blocks, in any order."""
     served = [c for c in cases(impl.op) if impl.why_not(**c.make(device)) is None]
     if not served:
         pytest.skip("it serves no case here")

@@ -30,7 +30,7 @@ Gradients = dict[str, Tensor | None]
 
 
 def gradients(entry: Entry, model: nn.Module, inputs: dict[str, Any]) -> Gradients:
-    """Of every parameter that wants one, of a loss that depends on every output that is not padding."""
+    """Return every parameter's gradient of a loss that depends on every output that is not padding."""
     model.train()
     model.zero_grad()
     output = entry.at_kept_positions(entry.output(model(**inputs)), inputs)

@@ -71,7 +71,7 @@ def require_grad(case: Case, call: Call) -> Call:
 
 
 def gradients(outputs: list[Tensor], call: Call) -> list[Tensor]:
-    """Of fixed random weights of the outputs, in the order of the call's arguments that need one."""
+    """Return gradients for fixed random weights of the outputs, in the order of the arguments that need one."""
     outputs = [o for o in outputs if o.requires_grad]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in outputs]

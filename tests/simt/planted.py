@@ -219,8 +219,8 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 @dataclasses.dataclass
 class Verdict:
-    """Of one fault: in how many of the runs it was found, by a sentence of the machine's or by wrong bits; else by what
-    the machine counts."""
+    """How one fault was found: the number of runs with an error of the machine or with wrong bits, or else a counter
+    of the machine."""
 
     runs: int = 0
     sentences: int = 0

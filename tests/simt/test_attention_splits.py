@@ -65,7 +65,7 @@ def test_splits(operators, option: str, group: int, queries: int, stored: str) -
 
 @pytest.mark.parametrize(("name", "queries"), [("paged-4", 1), ("nan-past-the-end", 9), ("int8-paged", 9), ("int8", 1)])
 def test_every_order_gives_the_same(operators, name: str, queries: int) -> None:
-    """Of warps and blocks, and of copies, which show by landing late what did not wait for them."""
+    """Vary the order of warps, blocks and copies; a copy that lands late shows who did not wait for it."""
     size = {"block_size": 16} if "paged" in name else {"slots": 600}
     case = changed(name, torch.float16, lengths=(600, 77), heads=(4, 2), queries=queries, dim=64, **size)
     judge(operators, case, seeds=range(8), sm_count=16)

@@ -212,7 +212,7 @@ def test_a_tensor_of_another_device_is_refused(operators, which: str) -> None:
 
 @pytest.mark.parametrize("op", ["quantize_int8", "rms_norm", "swiglu_quant"])
 def test_rows_that_threads_cannot_count_are_refused(operators, op: str) -> None:
-    """Of memory that nobody touches."""
+    """The rows are virtual memory that nobody touches."""
     row = torch.empty(1, 2**30 + 8, dtype=torch.bfloat16)
     names = {"quantize_int8": ["x"], "rms_norm": ["x"], "swiglu_quant": ["gate", "up"]}[op]
     call = dict.fromkeys(names, row) | (

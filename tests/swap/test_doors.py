@@ -67,7 +67,7 @@ def class_forward(cls: Any) -> Open:
 
 
 def base_forward(patch: pytest.MonkeyPatch, model: Any) -> None:
-    """Of a class further up, to which the module's own forward passes."""
+    """Replace the forward of a base class that the module's own forward calls."""
 
     class Base(llama.LlamaMLP):
         def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def doubled_input(module: nn.Module, args: Any) -> Any:
 
 
 def all_logits(model: Any) -> list[Tensor]:
-    """Of a prompt and steps after it, without a cache, and of a cache of its own."""
+    """Return the logits of a prompt and the steps after it: without a cache, and with one of the caller's."""
     with torch.no_grad():
         cache = llmkern.KVCache(model.config)
         found = [model(tokens, past_key_values=cache).logits for tokens in (PROMPT, *STEPS)]

@@ -50,7 +50,7 @@ def _strided(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=512)
 def _refuse_program(text: str) -> str | None:
-    """The sentence why the steps of a program are not taken, or None."""
+    """Return why the steps of a program are refused, or None."""
     for step in parse(text).steps:
         if step.op == "attention" and int(step.option("dim") or 0) > MAX_HEAD_DIM:  # type: ignore[arg-type]
             return f"dim is {step.option('dim')}; at most {MAX_HEAD_DIM} is taken"

@@ -13,7 +13,7 @@ from llmkern.ops.attention import in_token_order, lse_like
 
 
 def band(queries: int, keys: int, causal: bool, window: Sequence[int], device: torch.device) -> Tensor | None:
-    """bool [queries, keys]: what `causal` and `window` let each query see; None where they hide nothing.
+    """Return bool [queries, keys], what `causal` and `window` let each query see, or None if they hide nothing.
 
     Query i stands at key position i + keys − queries, so the last query stands at the last key.
     """
@@ -38,7 +38,7 @@ def merged_mask(
     causal: bool,
     window: Sequence[int],
 ) -> Tensor | None:
-    """Everything that hides keys as one mask of 4 dimensions, bool or additive; None where nothing hides any."""
+    """Merge everything that hides keys into one mask of 4 dimensions, bool or additive, or None."""
     visible = band(q.shape[2], k.shape[2], causal, window, q.device)
     if visible is not None:
         visible = visible[None, None]

@@ -29,7 +29,7 @@ class Format:
         ValueError for a module that cannot be written.
     pack: a floating-point weight [rows, columns] to the tensors that checkpoints hold, by their names.
     unpack: those tensors to the weight that they stand for, [rows, columns] fp32; the definition of the format.
-    write: a module's tensors as checkpoints hold them; None where its state dict has them so.
+    write: a module's tensors as checkpoints hold them; None if its state dict has them so.
     """
 
     name: str
@@ -48,7 +48,7 @@ def formats() -> list[Format]:
 
 
 def format_of_module(module: nn.Module) -> Format | None:
-    """The format that the module's weight is in; None where it is in floating point."""
+    """Return the format of the module's weight, or None for floating point."""
     return next((each for each in formats() if isinstance(module, each.modules)), None)
 
 

@@ -131,7 +131,7 @@ def _packed(
 
 
 def _permutation(g_idx: Tensor, k: int, groups: int, name: str) -> Tensor | None:
-    """Columns in the order of their groups; None where they lie so."""
+    """Return the columns in the order of their groups, or None if they are in order."""
     _check(g_idx.shape == (k,), name, g_idx, (k,))
     order = torch.argsort(g_idx.long(), stable=True)
     expected = torch.arange(k, device=g_idx.device) // (k // groups)

@@ -17,7 +17,7 @@ from llmkern.swap.match import Match
 SWITCHES = ("attention", "norms", "mlp")
 
 
-# Of these the fused path goes by the second alone, if the layer itself is not in training.
+# The fused path reads only the second of these, unless the layer is in training.
 _LEFT_OUT = ("activation", "activation_relu_or_gelu", "self_attn", "dropout", "dropout1", "dropout2")
 
 

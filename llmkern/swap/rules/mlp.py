@@ -134,7 +134,7 @@ def _sample(op: str, activation: str, intermediate: int, dtype: torch.dtype, dev
 
 
 def _beyond(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The sentence why a call is not one for the op, or None."""
+    """Return why the op cannot take this call, or None."""
     if len(args) != 1 or kwargs:
         return "the MLP is called with more than its input, or by keyword"
     weights = [self._modules[name]._parameters.get("weight") for name in self._llmkern_linears]

@@ -127,7 +127,7 @@ def _sample(call: dict[str, Any]) -> Callable[[torch.dtype, torch.device], dict[
 
 
 def _beyond(self: Any, weight: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The sentence why a call is not `norm(x)` in the weight's dtype, or None."""
+    """Return why a call is not `norm(x)` in the weight's dtype, or None."""
     if len(args) != 1 or kwargs:
         return "the norm is called with more than its input, or by keyword"
     if weight is not None and weight.dtype != args[0].dtype:
