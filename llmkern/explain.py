@@ -28,7 +28,7 @@ class ExplainRow:
     first.  milliseconds: wall time, the device synchronised.
     batch_invariant: whether the backend promises that a row's bits do not depend on the rows beside it.
     source: the file of what served it, seen from the root of the repository; "" where that is not an op of ours.
-    about: what there is to say of the call besides its shapes; of `layers_` the programs.
+    about: what there is to say of the call besides its shapes: the programs of `layers_`, a kernel's tiles or blocks.
     """
 
     site: str
@@ -103,7 +103,8 @@ class _Collector:
             refused.append((backend.name, reason or "another backend is forced"))
         if implementation.copies is not None and (copied := implementation.copies(**call)) is not None:
             refused.append((implementation.backend.name, copied))
-        about = dispatch.about(op, call)
+        launched = "" if implementation.describe is None else implementation.describe(None, **call)
+        about = "\n".join(filter(None, (dispatch.about(op, call), launched)))
         alone = implementation.keeps_rows_alone
         self._add(op, call, implementation.backend.name, tuple(refused), elapsed, alone, implementation.source, about)
 

@@ -63,14 +63,17 @@ def test_serves_only_where_it_is_asked_for(x) -> None:
     )
 
 
-def test_explain_names_the_backend(x) -> None:
+def test_explain_names_the_backend_and_its_blocks(x) -> None:
     class Model(torch.nn.Module):
         def forward(self, x):
             return llmkern.ops.rms_norm(x)
 
     with dispatch.use_backend("tpu"), torch.no_grad():
-        (row,) = llmkern.explain(Model(), x)
+        explained = llmkern.explain(Model(), x)
+    (row,) = explained
     assert row.backend == "tpu"
+    assert row.about.startswith("norm on v5e: x 5×64, out 5×64; grid 1×1; VMEM 0.")
+    assert row.about in str(explained)
 
 
 @pytest.mark.parametrize(
