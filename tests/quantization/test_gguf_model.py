@@ -218,6 +218,15 @@ def test_a_hostile_file_is_one_line(file: Path, tmp_path: Path, damage, message:
     assert "\n" not in str(caught.value)
 
 
+def test_the_command_line_reads_the_header_before_any_library_does(file: Path, tmp_path: Path, capsys) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(truncated(file.read_bytes()))
+    assert run(["check", str(bad)]) == 2
+    *_, message = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"llmkern: {bad}: tensor ")
+    assert "expected within the file's" in message
+
+
 def test_a_missing_file_and_a_wrong_size(file: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist, expected a .gguf file"):
         llmkern.load(tmp_path / "none.gguf")
