@@ -112,6 +112,17 @@ def test_awq_means_what_compressed_tensors_says() -> None:
     assert_same_bits(packed.dequantized(), expected.contiguous())
 
 
+@pytest.mark.skipif(importlib.util.find_spec("auto_round") is None, reason="auto-round is not installed")
+def test_awq_means_what_auto_round_says() -> None:
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+
+    k, n, group = 128, 48, 64
+    qweight, qzeros = integers(-(2**31), 2**31 - 1, k, n // 8), integers(-(2**31), 2**31 - 1, k // group, n // 8)
+    scales = torch.rand(k // group, n, generator=torch.Generator().manual_seed(0)).half().float()
+    packed, _ = read_awq({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+    assert_same_bits(packed.dequantized(), dequantize_gemm(qweight, qzeros, scales, 4, group).T.contiguous())
+
+
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("actorder", [False, True])
 def test_gptq_means_what_its_formula_says(version: int, actorder: bool) -> None:
