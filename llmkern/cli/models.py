@@ -128,6 +128,9 @@ def _load(name: str, dtype: torch.dtype | None, packed: bool) -> Loaded:
         raise ValueError(f"MODEL {name} does not exist")
     source, options = (str(path), {}) if path.exists() else (name, {})
     if path.is_file():
+        from llmkern.quantization.gguf_file import GgufFile
+
+        GgufFile(path)  # refuses in one line what libraries would trust
         source, options = str(path.parent), {"gguf_file": path.name}
     elif path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"MODEL {name} has no config.json, expected the folder of a transformers checkpoint")

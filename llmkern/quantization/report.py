@@ -26,6 +26,8 @@ class QuantRow:
     weight_error: ‖W − Ŵ‖ / ‖W‖ of the quantized weight.  output_error: with rounded activations, the root mean square
     over tokens of ‖y − ŷ‖ / ‖y‖.  None where nothing was measured.
     smoothed: its input was smoothed into the norm before it.  reason: why it is not as narrow as was asked for.
+    divergence: KL divergence of the model's predictions that the layer in int4 causes by itself, the mean at a token in
+    nats, estimated (`sensitivity.py`); None of other schemes and models without such predictions.
     """
 
     path: str
@@ -36,6 +38,7 @@ class QuantRow:
     output_error: float | None
     smoothed: bool
     reason: str
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class QuantReport:
         return len(self.rows)
 
     def __str__(self) -> str:
+        measured = any(row.divergence is not None for row in self.rows)
         lines = collapse(
             (row.path, (row.kind, "×".join(map(str, row.shape)), row.action, row.smoothed, row.reason))
             for row in self.rows
@@ -87,6 +91,7 @@ class QuantReport:
                 action,
                 _span([self.rows[i].weight_error for i in members]),
                 _span([self.rows[i].output_error for i in members]),
+                *([_sum([self.rows[i].divergence for i in members])] if measured else []),
                 "yes" if smoothed else "",
                 reason,
             )
@@ -97,7 +102,8 @@ class QuantReport:
             f"{len(self.quantized)} of {len(self.rows)} layers {self._formats()}, {before:.1f} → {after:.1f} MiB; "
             f"errors measured on {self.measured_on}"
         )
-        headers = ("module", "×", "kind", "out×in", "action", "weight error", "output error", "smoothed", "because")
+        columns = ("module", "×", "kind", "out×in", "action", "weight error", "output error")
+        headers = (*columns, *(["KL in int4"] if measured else []), "smoothed", "because")
         return render(title, headers, cells)
 
 
@@ -108,6 +114,12 @@ def _span(errors: list[float | None]) -> str:
         return ""
     low, high = f"{100 * known[0]:.2f}", f"{100 * known[-1]:.2f}"
     return f"{low}%" if low == high else f"{low}–{high}%"
+
+
+def _sum(divergences: list[float | None]) -> str:
+    """Format the divergences of several layers, which add up, as one."""
+    known = [divergence for divergence in divergences if divergence is not None]
+    return f"{sum(known):.2g}" if known else ""
 
 
 _RECORD = "_llmkern_quantized"  # in the `__dict__` of the model that was quantized: it is copied and pickled with it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from llmkern.nn import Int8Embedding, Int8Linear, PackedLinear
 from llmkern.quantization import Int4, Int8, load_, quantize_
 from llmkern.quantization.formats.blocks import pack_int4, pack_int4_with_feedback
 from llmkern.quantization.schemes import scheme_from_dict, scheme_named, scheme_to_dict
+from llmkern.quantization.sensitivity import divergences
 from llmkern.testing.compare import assert_same_bits
 
 transformers = pytest.importorskip("transformers")
@@ -51,7 +54,7 @@ def actions(model) -> dict[str, str]:
 def test_every_layer_gets_the_form_that_it_can_have(scheme: str, error: float) -> None:
     model = llama()
     expected = logits(model)
-    quantize_(model, scheme)
+    quantize_(model, Int4(bits=None) if scheme == "int4" else scheme)
     found = actions(model)
     body = "int8-block" if scheme == "int8-block" else "int4 g32" if scheme == "int4-g32" else "int4 g64"
     assert found["model.layers.0.self_attn.q_proj"] == body
@@ -186,6 +189,67 @@ def test_errors_are_made_up_for_by_later_columns(symmetric: bool) -> None:
     assert gaps[1] < gaps[0]
 
 
+def test_what_a_layer_costs_is_about_what_it_costs() -> None:
+    """The estimate, of one backward pass, beside the divergence of the model with that layer's weight changed."""
+    model = llama(initializer_range=0.2)
+    ids = torch.randint(3, 99, (40, 60), generator=torch.Generator().manual_seed(5))
+    asking = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    layers = {path: module for path, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)}
+    changes = {
+        module: pack_int4(module.weight, 64).dequantized() - module.weight.detach() for module in layers.values()
+    }
+    batches = [{"input_ids": part} for part in ids.split(10)]
+    found = divergences(model, batches, {module: lambda module=module: changes[module] for module in changes})
+    assert asking == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    with torch.no_grad():
+        expected = model(ids).logits.log_softmax(-1)
+        for path in ("0.self_attn.v_proj", "0.mlp.down_proj", "1.self_attn.o_proj", "1.mlp.gate_proj"):
+            module = layers[path]
+            module.weight += changes[module]
+            got = model(ids).logits.log_softmax(-1)
+            module.weight -= changes[module]
+            actual = nn.functional.kl_div(got, expected, reduction="none", log_target=True).sum(-1).mean()
+            assert 0.6 < found[module] / actual < 1.6, path
+    assert divergences(model.model, batches, {module: lambda: torch.zeros(1) for module in changes}) == {}  # no logits
+
+
+def test_bits_go_to_the_layers_that_cost_the_most() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(8)
+        model.model.layers[1].self_attn.o_proj.weight.mul_(8)
+    plain, wider = (quantize_(copy.deepcopy(model), Int4(group=64, bits=bits)) for bits in (None, 4.75))
+    assert {row.action for row in llmkern.report(plain).quantization if "layers" in row.path} == {"int4 g64"}
+    rows = {row.path: row for row in llmkern.report(wider).quantization if "layers" in row.path}
+    loud = [path for path in rows if path.endswith(("1.self_attn.v_proj", "1.self_attn.o_proj"))]
+    assert {rows[path].action for path in loud} == {"int8-block"}
+    assert rows[loud[0]].reason == "its rounding costs more than that of others"
+    assert min(rows[path].divergence for path in loud) > max(
+        row.divergence for path, row in rows.items() if row.action == "int4 g64"
+    )
+    layers = [module for module in wider.modules() if isinstance(module, PackedLinear)]
+    bits = sum(8 * module.packed.nbytes for module in layers) / sum(math.prod(module.weight_size) for module in layers)
+    assert 4.6 < bits <= 4.75
+    assert "KL in int4" in str(llmkern.report(wider).quantization)
+    assert (logits(wider) - logits(model)).norm() < (logits(plain) - logits(model)).norm()
+
+
+def test_a_model_without_gradients_is_quantized_all_the_same() -> None:
+    model = llama()
+    norm = model.model.norm.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            raise RuntimeError("none here")
+        return norm(x)
+
+    model.model.norm.forward = forward
+    with pytest.warns(UserWarning, match=r"quantize_: no gradients, so Int4.bits is not used \(none here\)"):
+        quantize_(model, "int4")
+    assert actions(model)["model.layers.0.self_attn.q_proj"] == "int4 g64"
+
+
 def test_layers_that_are_given_the_same_tensor_share_its_product() -> None:
     from llmkern.quantization.observe import observe
 
@@ -291,11 +355,17 @@ def test_adapters_are_trained_beside_it_and_merged_exactly(options) -> None:
 
 
 def test_schemes_are_values_that_json_carries() -> None:
-    for scheme in (Int4(group=64, symmetric=False), Int8(block=32), scheme_named({"a": "int4", "b*": None})):
+    for scheme in (
+        Int4(group=64, symmetric=False),
+        Int4(bits=None),
+        Int8(block=32),
+        scheme_named({"a": "int4", "b*": None}),
+    ):
         assert scheme_from_dict(json.loads(json.dumps(scheme_to_dict(scheme)))) == scheme
     assert scheme_named("int8-block") == Int8(block=32)
     for wrong, message in (
         (lambda: Int4(group=48), "Int4: group is 48, expected 32 or 64 or 128"),
+        (lambda: Int4(bits=3), "Int4: bits is 3, expected None or a number from 4 to 9"),
         (lambda: Int4(max_error=-1), "Int4: max_error is -1, expected a number that is 0 or more"),
         (lambda: Int8(block=64), "Int8: block is 64, expected None or 32"),
         (lambda: scheme_named({}), "scheme is {}, expected schemes by name of a layer"),

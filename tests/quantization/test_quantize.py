@@ -303,7 +303,7 @@ def test_random_tokens_are_run_beside_the_calibration(tiny_llama) -> None:
     layer = tiny_llama.model.layers[0].self_attn.q_proj
     calib = [torch.randint(6, 128, (2, 16), generator=torch.Generator().manual_seed(3))]
     alone = observe(tiny_llama, [layer], calibration_batches(tiny_llama, calib, None), [layer])
-    both, words = _observe(tiny_llama, [layer], calib, None, [layer])
+    both, words, _ = _observe(tiny_llama, [layer], calib, None, [layer])
     assert words == "1 calibration inputs and 4×128 random tokens"
     assert both.amax[layer][7] > 2 * alone.amax[layer][7]
     assert len(both.rows[layer]) > len(alone.rows[layer])

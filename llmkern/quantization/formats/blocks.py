@@ -179,32 +179,47 @@ def pack_int4_with_feedback(
     """`pack_int4`, each column's error made up for by those after it (GPTQ, Frantar et al. 2022, arXiv:2210.17323).
 
     products: [k, k], XᵀX of the inputs X [count, k] that the weight is multiplied with.  A group's scales are found for
-    what its columns have become by then.  What inputs have in common is believed as far as there are many: it is
-    shrunk by count / (count + k).  Of SmolLM2's down_proj, 1,670 inputs without that made the error on others a quarter
-    larger than `pack_int4` does, and 5% smaller with it.
+    what its columns have become by then.  Groups come in the order of their inputs' mean square, and so do columns
+    within one: those that count the most are rounded before they have others' errors to make up for.  Of SmolLM2-135M
+    in groups of 64 and 128, that takes 6% off the KL divergence.
+    What inputs have in common is believed as far as there are many: it is shrunk by count / (count + k).  Of SmolLM2's
+    down_proj, 1,670 inputs without that made the error on others a quarter larger than `pack_int4` does, and 5%
+    smaller with it.
     Raises as `pack_int4` does.
     """
     grid = Grid(group, symmetric)
     groups, kept = _groups("int4", weight, group, 8)
-    rest = groups.flatten(1).clone()
     square = products.diagonal().double()
+    order = _by_importance(square, group)
     believed = count / (count + len(square))
     own = (1 - believed) * square + DAMPING * square.mean() + (square == 0)
-    damped = believed * products.double() + torch.diag(own)
+    damped = (believed * products.double() + torch.diag(own))[order][:, order]
     # Row j: what an error of 1 in column j asks of the later columns, in units of its first number.
     asked = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    rest = groups.flatten(1).T[order].contiguous()  # [k, n]: a column's numbers lie together
     codes, scales, zeros = torch.empty_like(rest), [], []
-    for start in range(0, rest.shape[1], group):
+    for start in range(0, len(rest), group):
         end = start + group
-        scale, zero = grid.fitted(rest[:, None, start:end], square[start:end].float()[None], kept)
+        importance = square[order[start:end]].float()[None]
+        scale, zero = grid.fitted(rest[start:end].T.contiguous()[:, None], importance, kept)
         scale_of, zero_of = scale[:, 0, 0].float(), None if zero is None else zero[:, 0, 0]
-        errors = torch.empty_like(rest[:, start:end])
+        errors = torch.empty_like(rest[start:end])
         for j in range(start, end):
-            code = grid.codes(rest[:, j], scale_of, zero_of)
-            error = (rest[:, j] - grid.values(code, scale_of, zero_of)) / asked[j, j]
-            rest[:, j + 1 : end].addr_(error, asked[j, j + 1 : end], alpha=-1)
-            codes[:, j], errors[:, j - start] = code, error
-        rest[:, end:].addmm_(errors, asked[start:end, end:], alpha=-1)
+            code = grid.codes(rest[j], scale_of, zero_of)
+            error = (rest[j] - grid.values(code, scale_of, zero_of)) / asked[j, j]
+            rest[j + 1 : end].addr_(asked[j, j + 1 : end], error, alpha=-1)
+            codes[j], errors[j - start] = code, error
+        rest[end:].addmm_(asked[start:end, end:].T, errors, alpha=-1)
         scales.append(scale)
         zeros += [] if zero is None else [zero]
-    return grid.packed(codes, torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None)
+    places, groups_at = order.argsort(), (order[::group] // group).argsort()
+    zero = torch.cat(zeros, 1)[:, groups_at] if zeros else None
+    return grid.packed(codes[places].T.contiguous(), torch.cat(scales, 1)[:, groups_at], zero)
+
+
+def _by_importance(square: Tensor, group: int) -> Tensor:
+    """Return the columns by descending mean square, group by group, and within each group."""
+    groups = square.unflatten(0, (-1, group))
+    columns = groups.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, len(square), group, device=square.device)
+    return (columns + first[:, None])[groups.mean(-1).argsort(dim=0, descending=True, stable=True)].flatten()
