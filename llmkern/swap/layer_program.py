@@ -27,7 +27,7 @@ from llmkern.swap.parts import StandIns, copied, linear_sizes
 from llmkern.swap.record import Functions, Recorder
 from llmkern.swap.recorded_caches import FAR_POSITION
 from llmkern.swap.track import Refused
-from llmkern.swap.whole_layer import ALIASES
+from llmkern.swap.whole_layer import ALIASES, BIAS
 
 __all__ = ["NoProgram", "Reading", "layer_program"]
 
@@ -231,7 +231,7 @@ def _behind(returned: Any, call: LayerCall, recorder: Recorder) -> tuple[str | N
     counts as the one that would have been given.
     """
     names = {id(v): ALIASES.get(name, name) for name, v in call.arguments.items() if isinstance(v, Tensor)}
-    names |= {id(bias): "position_bias" for *_, bias in recorder.made}
+    names |= {id(bias): BIAS for *_, bias in recorder.made}
     behind = returned[1:] if isinstance(returned, tuple) else ()
     asked = "output_attentions" in call.names  # attention's weights, which there are where they are asked for
     absent = [other is None or (asked and recorder.kind(other) == "weights") for other in behind]

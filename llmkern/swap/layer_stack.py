@@ -34,6 +34,7 @@ from llmkern.swap.layer_loop import LayerLoop
 from llmkern.swap.snapshot import Snapshot
 from llmkern.swap.whole_layer import (
     ALIASES,
+    BIAS,
     OP,
     NotServed,
     Outdated,
@@ -227,11 +228,16 @@ def _hands_on(whole: WholeLayer, loop: LayerLoop) -> bool:
     if (whole.returned is None) != (loop.results == 0) or len(whole.returned or ()) + 1 != max(loop.results, 1):
         return False
     for result, place in loop.handed:
-        name = dict(enumerate(whole.positional)).get(place, "") if isinstance(place, int) else place
-        returned = (whole.returned or ())[result - 1]
-        if returned != ALIASES.get(name, name) and (returned or name in whole.known):  # None, which it was before
+        name, returned = _argument(whole, place), (whole.returned or ())[result - 1]
+        if returned != name and (returned or name in whole.known):  # None, which it was before
             return False
     return True
+
+
+def _argument(whole: WholeLayer, place: int | str) -> str:
+    """Return the name of an argument that a loop gives by its number or name."""
+    name = dict(enumerate(whole.positional)).get(place, "") if isinstance(place, int) else place
+    return ALIASES.get(name, name)
 
 
 class _Stack:
@@ -248,6 +254,7 @@ class _Stack:
                 raise NotServed("the layers do not return what the loop hands on")
             self.wholes.append(whole)
         self.different = tuple(dict.fromkeys(self.wholes))
+        self.shares_bias = len(layers) == 1 or BIAS in [_argument(self.wholes[0], place) for _, place in loop.handed]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys(map(type, layers)))
         self.guards: tuple[Guard, ...] = tuple([cls._llmkern_guard for cls in self.classes])
         if not self._are_called():
@@ -347,6 +354,8 @@ class _Stack:
         cache = arguments.get("past_key_values") if any([whole.index for whole in self.different]) else None
         encoder = encoder_of(self.head, arguments, hidden)
         held = cached_by_all(cache, self.first, self.wholes, hidden, encoder)
+        if "bias" in self.head and not self.shares_bias and arguments.get(BIAS) is None:
+            raise NotServed("every layer makes a bias of the scores of its own")
         seen = held.past if cache is None else cache.get_seq_length(self.first)
         arguments = with_bias(self.wholes[0], self.layers[0], arguments, hidden, held.past, seen)
         keys = held.past + hidden.shape[1]

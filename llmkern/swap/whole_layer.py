@@ -19,6 +19,7 @@ from llmkern.swap.surroundings import why_hooks_for_all, why_untouched
 
 __all__ = [
     "ALIASES",
+    "BIAS",
     "MAKES_BIAS",
     "OP",
     "NotServed",
@@ -37,8 +38,8 @@ __all__ = [
 ]
 
 OP = "layers_"
-MAKES_BIAS = "compute_bias"
-"""The method that makes a bias of the scores, in T5 and the models after it."""
+BIAS, MAKES_BIAS = "position_bias", "compute_bias"
+"""The argument that is a bias of the scores, and the method that makes it, in T5 and the models after it."""
 
 
 # What arguments of layers are called elsewhere.
@@ -207,7 +208,7 @@ def with_bias(
     """
     if "bias" not in whole.program.inputs:
         return arguments
-    keys, bias = past + hidden.shape[1], arguments.get("position_bias")
+    keys, bias = past + hidden.shape[1], arguments.get(BIAS)
     if bias is None:
         if whole.makes_bias is None:
             raise NotServed("it is given no bias of the scores")
@@ -215,7 +216,7 @@ def with_bias(
         bias = make(hidden.shape[1], keys, device=hidden.device, past_seen_tokens=seen)
     if type(bias) not in PLAIN_TENSORS or bias.dim() != 4 or bias.shape[-1] < keys or not bias.is_floating_point():
         raise NotServed("the bias of the scores is no 4-dimensional tensor with a number for every key")
-    return {**arguments, "position_bias": bias}
+    return {**arguments, BIAS: bias}
 
 
 def encoder_of(heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor) -> Tensor | None:
@@ -274,7 +275,7 @@ def inputs_of(
             mask = arguments.get("encoder_attention_mask")
             found.append(None if mask is None else _mask(mask, hidden, tokens_of(encoder, kept)))
         elif name == "bias":
-            found.append(arguments.get("position_bias"))
+            found.append(arguments.get(BIAS))
         elif name == "alibi":
             found.append(_alibi(arguments.get("alibi"), keys))
         else:

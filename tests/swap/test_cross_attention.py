@@ -291,6 +291,17 @@ class TestT5:
             steps(model, given, caches(model)), steps(untouched, given, caches(untouched)), rtol=1e-4, atol=1e-4
         )
 
+    @torch.no_grad()
+    def test_layers_that_make_a_bias_each(self) -> None:
+        """UMT5's layers hand nothing on."""
+        options = {**FAMILIES["t5"].options, **_SPECIAL}
+        untouched, model = [built(lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**options))) for _ in range(2)]
+        llmkern.optimize_(model)
+        given, out = encoded(untouched, padded=True), []
+        called = whole_layers(lambda: out.append(steps(model, given, caches(model))))
+        torch.testing.assert_close(out[0], steps(untouched, given, caches(untouched)), rtol=1e-4, atol=1e-4)
+        assert called == ["a layer"] * 8
+
     def test_a_copy_and_training(self) -> None:
         _, model = pair("t5")
         copied = copy.deepcopy(model)
