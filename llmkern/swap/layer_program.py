@@ -97,7 +97,8 @@ def layer_program(module: nn.Module) -> Reading:
     """Return the layer's program; raises `NoProgram` with the reason if it has none.
 
     Called under `settled()`, with the layer as it was before any swap."""
-    runs = [_recorded(module, probe) for probe in _PROBES]
+    known: dict[Any, Any] = {}
+    runs = [_recorded(module, probe, known) for probe in _PROBES]
     found = runs[0].program
     for probe, other in zip(_PROBES[1:], runs[1:], strict=True):
         wider = _merged(found, other.program)
@@ -105,14 +106,14 @@ def layer_program(module: nn.Module) -> Reading:
             raise NoProgram(f"{probe.how} its forward computes something else:\n{tidy(other.program)}")
         found = wider
     if any(step.op == "keep" for step in found.steps):
-        later = _recorded(module, replace(_KEPT, kept=_heads_kept(module, found))).program
+        later = _recorded(module, replace(_KEPT, kept=_heads_kept(module, found)), known).program
         if tidy(_in_order(_bare(_kept(found)))) != tidy(_in_order(_bare(later))):
             raise NoProgram(f"{_KEPT.how} its forward computes something else:\n{tidy(later)}")
     if all(each.encodes for each in runs):  # BERT takes a cache where it is a decoder
         found = _without_caches(found, ("append",))
-    but_half = any(each.by_dtype for each in runs) and _holds(module, found, _HALF) is None
-    wide_angles = "cos" in found.inputs and _holds(module, found, _WIDE) is not None
-    unbiased = _holds(module, found, _UNBIASED) if "bias" in found.inputs else None
+    but_half = any(each.by_dtype for each in runs) and _holds(module, found, _HALF, known) is None
+    wide_angles = "cos" in found.inputs and _holds(module, found, _WIDE, known) is not None
+    unbiased = _holds(module, found, _UNBIASED, known) if "bias" in found.inputs else None
     makes_bias = None
     if unbiased is not None and unbiased.makes_bias is not None:
         runs.append(unbiased)
@@ -135,10 +136,10 @@ def layer_program(module: nn.Module) -> Reading:
     )
 
 
-def _holds(module: nn.Module, program: Program, probe: Probe) -> _Run | None:
+def _holds(module: nn.Module, program: Program, probe: Probe, known: dict[Any, Any]) -> _Run | None:
     """Return another run of the layer if it gives the same program."""
     try:
-        found = _recorded(module, probe)
+        found = _recorded(module, probe, known)
     except NoProgram:
         return None
     return None if _merged(program, found.program) is None else found
@@ -159,12 +160,12 @@ def _returned(runs: list[_Run]) -> tuple[str, ...] | None:
     return tuple(found)
 
 
-def _recorded(module: nn.Module, probe: Probe) -> _Run:
-    """Run the copy once; the recorded program must have computed what the forward did."""
+def _recorded(module: nn.Module, probe: Probe, known: dict[Any, Any]) -> _Run:
+    """Run the copy once; the recorded program must have computed what the forward did.  known: as for `StandIns`."""
     refused = raised = ""
     for width, bias_dims in itertools.product(table_widths(module), bias_dims_of(module)):
         recorder = Recorder(probe.dtype, (probe.batch, probe.length))
-        weights = StandIns(module, probe.dtype, probe.spread)
+        weights = StandIns(module, probe.dtype, probe.spread, known)
         try:
             copy = copied(module, recorder, weights)
         except Refused as error:

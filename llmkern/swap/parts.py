@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from llmkern.swap.whole_layer import MAKES_BIAS
 
 __all__ = ["StandIns", "attentions", "copied", "is_linear", "linear_sizes", "norm_of"]
 
+Found = TypeVar("Found")
+
 _RANK = 3
 _MOST_ELEMENTS = 1 << 16  # of a parameter that a forward uses itself: what is larger is multiplied, or looked up
 
@@ -39,16 +41,27 @@ _MOST_ELEMENTS = 1 << 16  # of a parameter that a forward uses itself: what is l
 class StandIns:
     """Random parameters in place of a layer's own, the same ones for its forward and for its program's executor.
 
-    dtype: of all of them.  spread: standard deviation of what linear layers give."""
+    dtype: of all of them.  spread: standard deviation of what linear layers give.
+    known: what parts were found to be in other runs, to be filled."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, spread: float) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, spread: float, known: dict[Any, Any] | None = None
+    ) -> None:
         self.module, self.dtype, self.spread = module, dtype, spread
+        self._known = {} if known is None else known
         self.generator = torch.Generator().manual_seed(0)
         self.parts: tuple[Part, ...] = ()  # what norms and activations take for granted
         self._linears: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._factors: dict[str, Tensor] = {}  # of experts: each has the same product times a number of its own
         self._norms: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._tensors: dict[str, Tensor] = {}
+
+    def once(self, find: Callable[[nn.Module], Found], path: str, part: nn.Module) -> Found:
+        """Return `find(part)`, or its result in another run of the same layer."""
+        if (find, path) not in self._known:
+            self._known[find, path] = find(part)
+        found: Found = self._known[find, path]
+        return found
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
@@ -263,15 +276,15 @@ def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) ->
 
         return _Part(linear, child, weights.dtype)
     at = tuple(path.split("."))
-    if (experts := experts_of(child)) is not None:
+    if (experts := weights.once(experts_of, path, child)) is not None:
         weights.parts += below(at, experts.parts)
         return _Part(partial(_mixed, experts, path, recorder, weights), child, weights.dtype)
     if child._modules:
         return None
-    if (router := router_of(child)) is not None:
+    if (router := weights.once(router_of, path, child)) is not None:
         weights.parts += below(at, router.parts)
         return _Part(partial(_routed, router, path, recorder, weights), child, weights.dtype)
-    found = norm_of(child)
+    found = weights.once(norm_of, path, child)
     if found is not None:
 
         def norm(x: Tensor) -> Tensor:
@@ -282,7 +295,7 @@ def _part(child: nn.Module, path: str, recorder: Recorder, weights: StandIns) ->
 
         weights.parts += below(at, found.parts)
         return _Part(norm, child, weights.dtype)
-    known = activation_of(child)
+    known = weights.once(activation_of, path, child)
     if known is None:
         return None
     kind, parts = known
