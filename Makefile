@@ -60,7 +60,7 @@ test:
 	@echo "Running the tests"
 	@$(SUITE)
 	@echo "Judging the CPU kernels again beside PyTorch as on an AVX2 processor"
-	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(SUITE) tests/ops/test_contract.py -k "test_implementation and cpu"; fi
+	@if grep -qw avx2 /proc/cpuinfo; then $(AS_avx2) $(SUITE) tests/ops/test_contract.py -k "test_implementation and cpu or of_the_backward"; fi
 
 t: install
 	@$(PYTEST) $(or $(T),$(error make t takes the tests as T: make t T=tests/ops/test_gelu.py))
