@@ -8,11 +8,14 @@
 #include "llmkern/add.h"
 #include "llmkern/attention.h"
 #include "llmkern/attention_decode.h"
+#include "llmkern/cross_entropy.h"
+#include "llmkern/experts.h"
 #include "llmkern/kv_cache.h"
 #include "llmkern/linear.h"
 #include "llmkern/norm.h"
 #include "llmkern/quantize_int8.h"
 #include "llmkern/rope.h"
+#include "llmkern/turned_linear.h"
 
 // Every launch_<op>(const Params&, const Threads&).
 #define LLMKERN_LAUNCHERS(X)                 \
@@ -20,12 +23,16 @@
   X(add, AddParams)                          \
   X(attention, AttentionParams)              \
   X(attention_decode, AttentionDecodeParams) \
+  X(combine, CombineParams)                  \
+  X(cross_entropy, CrossEntropyParams)       \
   X(kv_append, KvCacheParams)                \
   X(kv_read, KvCacheParams)                  \
   X(linear, LinearParams)                    \
   X(norm, NormParams)                        \
   X(quantize_int8, QuantizeInt8Params)       \
-  X(rope, RopeParams)
+  X(rope, RopeParams)                        \
+  X(route, RouteParams)                      \
+  X(turned_linear, TurnedLinearParams)
 
 namespace llmkern {
 

@@ -79,8 +79,9 @@ def build() -> tuple[Path, Path]:
     native = [host_compiler, "-std=c++20", "-O0", "-fPIC", f"-I{ROOT / 'csrc' / 'include'}", *include]
     bindings = [*native, toolchain.ABI, f"-DLLMKERN_NAMESPACE={NAMESPACE}"]
     objects = [toolchain.build(text, "compile", FOLDER / "host.o", [HERE / "host.cpp"], native)]
-    for pattern in ("bindings/*.cpp", "bindings/cpu/*_layer.cpp", "bindings/cpu/quantized_linear.cpp"):
+    for pattern in ("bindings/*.cpp", "bindings/cpu/*.cpp"):
         objects += setup["compile_all"](text, pattern, bindings, folder=FOLDER)
+    objects += setup["compile_all"](text, "cpu/layers/*.cpp", native, folder=FOLDER)
     # Gradients are not called in the guest, which has no launchers for them.
     objects = [each for each in objects if "_backward" not in str(each)]
     link = [host_compiler, "-shared", "-Wl,--wrap=aligned_alloc", "-Wl,--wrap=free", "-Wl,-z,defs"]

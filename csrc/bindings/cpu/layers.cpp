@@ -234,7 +234,13 @@ Tensor layers_(const Tensor& hidden, const std::vector<std::string>& programs, c
 }  // namespace
 }  // namespace llmkern
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
+#ifndef LLMKERN_NAMESPACE
+#define LLMKERN_NAMESPACE llmkern
+#endif
+#define LLMKERN_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)
+#define LLMKERN_COMPOSITES(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CompositeExplicitAutograd, m)
+
+LLMKERN_FRAGMENT(LLMKERN_NAMESPACE, m) {
   m.def("layers_plan(str[] programs, Tensor?[] parameters) -> Tensor");
   m.def(
       "layers_packed(Tensor codes, Tensor scale, Tensor? zero, Tensor? offset, Tensor? super_scale, Tensor? "
@@ -242,7 +248,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       " str code, int n) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
+LLMKERN_COMPOSITES(LLMKERN_NAMESPACE, m) {
   m.impl("layers_plan", TORCH_BOX(&llmkern::layers_plan));
   m.impl("layers_packed", TORCH_BOX(&llmkern::layers_packed));
 }
