@@ -145,7 +145,7 @@ params = xllamacpp.CommonParams()
 params.model.path = {str(file_of(spec, "Q8_0"))!r}
 params.n_ctx, params.n_parallel, params.n_batch = {setting.context * setting.clients}, {setting.clients}, 512
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = {setting.threads}
-params.hostname, params.port = "127.0.0.1", {port}
+params.hostnames, params.port = ["127.0.0.1"], {port}
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
 while True:
