@@ -91,7 +91,8 @@ void load_row(const void* from, int64_t first, float* to, int64_t count) {
 
 void route(const RouteParams& p, const Threads& threads) {
   alignas(64) float correction[kMostExperts] = {};
-  if (p.correction) with_type(p.correction_dtype, [&]<class T>() { load_row<T>(p.correction, 0, correction, p.experts); });
+  if (p.correction)
+    with_type(p.correction_dtype, [&]<class T>() { load_row<T>(p.correction, 0, correction, p.experts); });
   threads.parallel_for(p.rows, kElementsPerThread / (p.experts * p.top + 1) + 1, [&](int64_t begin, int64_t end) {
     Row row;
     for (int64_t r = begin; r < end; ++r) {
