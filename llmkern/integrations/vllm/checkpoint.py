@@ -17,7 +17,6 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -27,7 +26,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from llmkern.checks import FLOATING
+from llmkern.integrations.vllm.config import AnyDeviceConfig
 from llmkern.integrations.vllm.embedding import StoredEmbedding
 from llmkern.integrations.vllm.weights import empty_int8, hold_int8, hold_packed, product
 from llmkern.quantization.checkpoint import group_of, groups_of
@@ -127,7 +126,7 @@ class StoredPacked(LinearMethodBase):
         return product(layer, x, bias, "auto")
 
 
-class CheckpointConfig(QuantizationConfig):
+class CheckpointConfig(AnyDeviceConfig):
     """Config of the quantization method `llmkern`.  description: the checkpoint's `quantization_config`.
 
     Raises ValueError for what llmkern has no kernels for.
@@ -143,17 +142,6 @@ class CheckpointConfig(QuantizationConfig):
 
     def get_name(self) -> str:
         return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return list(FLOATING)
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CheckpointConfig:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from llmkern.checks import FLOATING
 from llmkern.integrations.vllm import METHODS
+from llmkern.integrations.vllm.config import AnyDeviceConfig
 from llmkern.integrations.vllm.embedding import QuantizedEmbedding
 from llmkern.integrations.vllm.weights import hold_quantized, product
 from llmkern.quantization.schemes import Int4, Int8, scheme_named
@@ -40,7 +38,7 @@ class QuantizedLinear(UnquantizedLinearMethod):
         return product(layer, x, bias, "auto")
 
 
-class SchemeConfig(QuantizationConfig):
+class SchemeConfig(AnyDeviceConfig):
     """Config of a quantization method that stands for a scheme."""
 
     method: str
@@ -48,17 +46,6 @@ class SchemeConfig(QuantizationConfig):
 
     def get_name(self) -> str:
         return self.method
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return list(FLOATING)
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SchemeConfig:
