@@ -31,10 +31,9 @@ def load(folder: Path) -> tuple[dict[str, Any], Weights]:
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     outside = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
     layers = range(config["num_hidden_layers"])
-    packed = [name.split(".", 3)[3] for name in tensors if ".layers." in name and name.endswith(".weight_packed")]
-    for name in {name.removesuffix("_packed") for name in packed}:
-        for i in layers:  # those of them that are not packed, too: one traced layer serves all
-            tensors[f"model.layers.{i}.{name}"] = dense(tensors, f"model.layers.{i}.{name}")
+    packed = {name.split(".", 3)[3].removesuffix("_packed") for name in tensors if name.endswith(".weight_packed")}
+    for name in [f"model.layers.{i}.{each}" for i in layers for each in packed]:  # in all layers, packed or not
+        tensors[name] = dense(tensors, name)
     names = [name.removeprefix("model.layers.0.") for name in tensors if name.startswith("model.layers.0.")]
     stacked = {name: jnp.stack([tensors.pop(f"model.layers.{i}.{name}") for i in layers]) for name in names}
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
@@ -46,14 +45,12 @@ def load(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 def dense(tensors: Weights, name: str) -> Array:
     """The floating-point weight of int8 codes, one scale a row, or packed four to a word, one scale for 32 columns."""
-    scale, words = tensors.pop(f"{name}_scale", None), tensors.pop(f"{name}_packed", None)
-    if words is None:
-        codes = tensors.pop(name)
-        if scale is None:
-            return codes
-    else:
-        shape = tuple(map(int, tensors.pop(f"{name}_shape")))
-        codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(shape).astype(jnp.float32) - 128
+    scale = tensors.pop(f"{name}_scale", None)
+    if scale is None:
+        return tensors.pop(name)
+    if (codes := tensors.pop(name, None)) is None:
+        words, shape = tensors.pop(f"{name}_packed"), map(int, tensors.pop(f"{name}_shape"))
+        codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*shape).astype(jnp.float32) - 128
     weight = codes.reshape(*scale.shape, -1) * scale[..., None].astype(jnp.float32)
     return weight.reshape(codes.shape).astype(tensors["model.norm.weight"].dtype)
 
@@ -66,23 +63,10 @@ def linear(weights: Weights, name: str, x: Array) -> Array:
     return jax.lax.cond(weights[f"{name}.weight_only"], w8a16, w8a8)
 
 
-def embed(weights: Weights, tokens: Array) -> Array:
-    table, scale = weights["model.embed_tokens.weight"], weights.get("model.embed_tokens.weight_scale")
-    return (
-        table[tokens] if scale is None else (table[tokens] * scale[tokens]).astype(weights["model.norm.weight"].dtype)
-    )
-
-
 def new_cache(config: dict[str, Any], batch: int, slots: int, dtype: Any) -> tuple[Array, Array]:
     """Keys and values [layers, B, Hkv, slots, D]."""
     shape = (config["num_hidden_layers"], batch, config["num_key_value_heads"], slots, config["head_dim"])
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-
-def angles(config: dict[str, Any], positions: Array, dim: int) -> tuple[Array, Array]:
-    """cos and sin [S, D] in fp32."""
-    each = positions[:, None] * config["rope_parameters"]["rope_theta"] ** (-jnp.arange(0, dim, 2) / dim)
-    return jnp.cos(jnp.tile(each, 2)), jnp.sin(jnp.tile(each, 2))
 
 
 def forward(
@@ -90,7 +74,8 @@ def forward(
 ) -> tuple[Array, tuple[Array, Array]]:
     """(logits [B, S, vocabulary], cache) of tokens [B, S] at positions past, past + 1 …; prefill: past is 0."""
     eps, (batch, length), dim = config["rms_norm_eps"], tokens.shape, cache[0].shape[-1]
-    cos, sin = angles(config, past + jnp.arange(length), dim)
+    steps = config["rope_parameters"]["rope_theta"] ** (-jnp.arange(0, dim, 2) / dim)
+    cos, sin = (f(jnp.tile((past + jnp.arange(length))[:, None] * steps, 2)) for f in (jnp.cos, jnp.sin))  # [S, D]
     ends = jnp.full((batch,), past + length, jnp.int32)
 
     def heads(x: Array) -> Array:
@@ -101,16 +86,16 @@ def forward(
         x, residual = ops.add_rms_norm(update, residual, w["input_layernorm.weight"], eps)
         q, k, v = (heads(linear(w, f"self_attn.{name}_proj", x)) for name in "qkv")
         q, k = ops.rope(q, k, cos, sin)
-        k_cache, v_cache = (
-            jax.lax.dynamic_update_slice(whole, new, (0, 0, past, 0)) for whole, new in ((k_cache, k), (v_cache, v))
-        )
+        put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, past, 0))
+        k_cache, v_cache = put(k_cache, k), put(v_cache, v)
         out = ops.attention(q, k, v, causal=True) if prefill else ops.attention_decode(q, k_cache, v_cache, ends)
         update = linear(w, "self_attn.o_proj", out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
         x, residual = ops.add_rms_norm(update, residual, w["post_attention_layernorm.weight"], eps)
         update = linear(w, "mlp.down_proj", ops.swiglu(linear(w, "mlp.gate_proj", x), linear(w, "mlp.up_proj", x)))
         return (update, residual), (k_cache, v_cache)
 
-    hidden = embed(weights, tokens)
+    rows, scale = weights["model.embed_tokens.weight"][tokens], weights.get("model.embed_tokens.weight_scale")
+    hidden = (rows if scale is None else rows * scale[tokens]).astype(weights["model.norm.weight"].dtype)
     (update, residual), cache = jax.lax.scan(layer, (hidden, jnp.zeros_like(hidden)), (weights["layers"], *cache))
     x = ops.rms_norm(update + residual, weights["model.norm.weight"], eps)
     return linear({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights, "lm_head", x), cache
@@ -136,12 +121,8 @@ def compile_for(chip: str, config: dict[str, Any], weights: Weights, length: int
     past = jax.ShapeDtypeStruct((), jnp.int32)
     for name, tokens, prefill in (("prefill", length, True), ("decode", 1, False)):
         ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-        made = compiled(chip, partial(forward, config, prefill=prefill), weights, ids, cache, past)
-        print(
-            f"{name} of {tokens} tokens, compiled for {chip}: {made.arguments / 2**20:.0f} MiB of arguments, "
-            f"{made.temporaries / 2**20:.1f} MiB of temporaries, {len(made.vmem)} kernels, "
-            f"at most {max(made.vmem) / 2**20:.2f} MiB of VMEM"
-        )
+        step = partial(forward, config, prefill=prefill)
+        print(f"{name} of {tokens} tokens, compiled for {chip}: {compiled(chip, step, weights, ids, cache, past)}")
 
 
 def main() -> None:

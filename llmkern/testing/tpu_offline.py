@@ -46,6 +46,12 @@ class Compiled:
     outputs: int
     temporaries: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.arguments / 2**20:.0f} MiB of arguments, {self.temporaries / 2**20:.1f} MiB of temporaries, "
+            f"{len(self.vmem)} kernels, at most {max(self.vmem, default=0) / 2**20:.2f} MiB of VMEM"
+        )
+
 
 def missing() -> str | None:
     """Return why nothing can be compiled here, or None."""

@@ -146,7 +146,7 @@ async def _under_load(
     streams = [asyncio.create_task(stream()) for _ in texts]
     for _ in streams:
         await begun.get()
-    asking = asyncio.create_task(replicated.ask(texts, 40))
+    asking = asyncio.create_task(replicated.ask(texts * 2, 40))  # more than run at a time: some wait on each
     await asyncio.sleep(0.3)
     assert not asking.done()
     os.kill(replicated.pids()[0], signal.SIGKILL)
