@@ -104,9 +104,21 @@ def why_not(model: Any, head: Any) -> str | None:
         return "the output head has hooks or a forward of its own"
     if not isinstance(head, Int8Linear) and type(head.weight) not in PLAIN_TENSORS:
         return f"the output head's weight is a {type(head.weight).__name__}"
-    if model.loss_function is not ForCausalLMLoss:
+    if _loss_function(model) is not ForCausalLMLoss:
         return "the model has a loss function of its own"
     return None
+
+
+def _loss_function(model: Any) -> Any:
+    """Return `model.loss_function`, without transformers' warning for classes that it falls back to the causal one for:
+    whoever only generates has no loss.
+    """
+    from transformers import PreTrainedModel
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    if type(model).loss_function is not PreTrainedModel.loss_function or hasattr(model, "_loss_function"):
+        return model.loss_function
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None)), ForCausalLMLoss)
 
 
 def _why_not_call(model: Any, kwargs: dict[str, Any]) -> str | None:
