@@ -15,7 +15,8 @@ from llmkern.quantization.schemes import GROUPS, Int4, Int8
 __all__ = ["bits_of", "widened"]
 
 SQUARED_ERROR = {128: 1.0, 64: 0.86, 32: 0.70}
-"""Of normally distributed weights in symmetric int4, in units of that of groups of 128; in int8 it is next to none."""
+"""Squared error by group size, relative to groups of 128: normally distributed weights in symmetric int4.  int8 has
+next to none."""
 
 Replan = Callable[[Plan, Int4 | Int8], Plan]
 

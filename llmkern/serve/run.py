@@ -15,6 +15,7 @@ from torch import nn
 
 from llmkern.serve.app import create_app
 from llmkern.serve.options import ServeOptions
+from llmkern.serve.port import bound_socket
 
 __all__ = ["run"]
 
@@ -29,15 +30,7 @@ def run(model: nn.Module, tokenizer: Any, options: ServeOptions, ready: Callable
     them.  Raises OSError where the port is taken.
     """
     # Bound first: a port that is taken is known before the model is warm.
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    with contextlib.closing(listening):
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((options.host, options.port))
-        except OSError as error:
-            taken = f"--port is {options.port}, which cannot be taken on {options.host}: {error.strerror}"
-            raise OSError(taken) from None
+    with contextlib.closing(bound_socket(options)) as listening:
         app = create_app(model, tokenizer, options)
         gc.freeze()  # modules and the model stay: collections that walk them would be pauses between tokens
         config = uvicorn.Config(
@@ -48,7 +41,7 @@ def run(model: nn.Module, tokenizer: Any, options: ServeOptions, ready: Callable
             server_header=False,
         )
         server = _Server(config)
-        host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
+        host = f"[{options.host}]" if listening.family == socket.AF_INET6 else options.host
         url = f"http://{host}:{listening.getsockname()[1]}"
         return asyncio.run(_until_end(server, app.state.engine, listening, lambda: ready(url)))
 

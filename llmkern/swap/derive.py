@@ -125,7 +125,7 @@ def original_class(module: object) -> Any:
 def restored_class(cls: Any) -> Any:
     """Return a swapped class as it was; one that was derived from it since (FSDP2 does) as if derived from that class.
 
-    None where a method of the derived class says `super()`: it would still mean the swapped class.
+    Returns None if a method of the derived class says `super()`: it would still mean the swapped class.
     """
     return _restored_class(cls)
 

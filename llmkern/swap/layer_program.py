@@ -53,7 +53,7 @@ class Reading(NamedTuple):
     parts: what the layer's forward reads of the modules in it (llmkern/swap/guard.py).
     placed: paths of the modules that know the layer's place in its cache.  given: names of arguments that it was given.
     returned: what is in the tuple that it returns behind the hidden states: names of arguments that it hands on, "" for
-    None; None where there is something else.  in_tuple: whether it returns a tuple.
+    None; None if it returns something else.  in_tuple: whether it returns a tuple.
     zeros: names of arguments that may be zero, or absent, and in which case the layer returns zeros for them,
         [1, heads, S, an encoder's tokens]; each with the number of heads.
     wide_angles: its cosines and sines may be fp32 whatever its dtype is.

@@ -16,9 +16,9 @@ __all__ = ["WARPGROUP_ATTENTION", "many_rows"]
 
 SINCE, BEFORE = (9, 0), (12, 0)
 FEW_QUERIES = 64
-"""Of attention: a block of them streams keys and values, and how fast it multiplies does not matter."""
+"""Up to so many, attention is bound by reading keys and values, not by the tensor cores."""
 FEW_ROWS = 64
-"""Of a product: it reads the weights, and how fast it multiplies does not matter."""
+"""Up to so many, a product is bound by reading the weights."""
 
 
 def _because(kernel: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from llmkern.integrations.ray import cluster
 from llmkern.integrations.ray.deployment import deployment
 from llmkern.integrations.ray.worker import Load
 from llmkern.serve.options import ServeOptions
+from llmkern.serve.port import bound_socket
 
 __all__ = ["explained", "run_replicas", "serving_replicas"]
 
@@ -55,7 +55,7 @@ def serving_replicas(
     hurry: threading.Event | None = None,
     **autoscaling: Any,
 ) -> Iterator[str]:
-    """Serve on this machine's Ray cluster, which is started if there is none; yields the URL.
+    """Serve on this machine's Ray cluster, starting one if none runs; yields the URL.
 
     At the end new requests are refused, and what runs is waited for, up to `options.timeout` or until `hurry` is set.
     cpus: of each replica, None for an equal share of a machine.  autoscaling: as of `deployment`.
@@ -91,14 +91,7 @@ def serving_replicas(
 
 def _free_port(options: ServeOptions) -> int:
     """Return the port, a free one for 0.  Raises OSError if it is taken: Ray would try again and again."""
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            taken = f"--port is {options.port}, which cannot be taken on {options.host}: {error.strerror}"
-            raise OSError(taken) from None
+    with bound_socket(options) as probe:
         port: int = probe.getsockname()[1]
         return port
 
