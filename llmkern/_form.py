@@ -47,7 +47,7 @@ def form_of(arguments: tuple[Any, ...], run: Callable[..., Any]) -> Form | None:
 
 
 def _picking(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What takes the elements at these places, ascending, as a tuple."""
+    """Return a function that takes the elements at these ascending positions, as a tuple."""
     if len(places) < 2:  # of one place, itemgetter returns the element itself
         first = places[0] if places else 0
         return itemgetter(slice(first, first + len(places)))
@@ -65,7 +65,7 @@ def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 @functools.cache
 def _can_compare() -> bool:
-    """Whether this torch's guards, which are private to it, tell apart what they are taken to."""
+    """Return True if this torch's private guards tell tensors apart as this file relies on."""
     like = torch.empty(2, 3)
     others = (
         torch.empty(3, 3),

@@ -45,7 +45,7 @@ _ISAS = f"expected {', '.join(CPU_ISAS[:-1])} or {CPU_ISAS[-1]}, as far as this 
 
 
 def path() -> Path:
-    """Where the library is looked for: LLMKERN_LIBRARY, or the package's own."""
+    """Return the path of the native library: LLMKERN_LIBRARY, or the package's own."""
     return Path(settings.library) if settings.library else _PACKAGE / "_ops.abi3.so"
 
 
@@ -134,7 +134,7 @@ def set_cpu_isa(name: str) -> None:
 
 
 def set_batch_invariant(value: bool) -> None:
-    """As LLMKERN_BATCH_INVARIANT: whether a row's bits may never depend on the rows beside it."""
+    """Set LLMKERN_BATCH_INVARIANT for this process: True keeps a row's bits independent of the rows beside it."""
     settings.batch_invariant = value
     _apply_settings()
 
@@ -149,7 +149,7 @@ after_reload.append(_apply_settings)
 
 
 def build_info() -> dict[str, Any]:
-    """How the library was built: compilers, versions, flags, parts; or, under "built", why that is unknown."""
+    """Return compilers, versions, flags and parts of the library's build; or, under "built", why they are unknown."""
     try:
         return dict(importlib.import_module("llmkern._C").build_info())
     except ImportError as error:

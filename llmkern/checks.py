@@ -45,7 +45,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def broadcasts(got: int, size: int) -> bool:
-    """Whether a dimension of `got` entries broadcasts to one of `size`."""
+    """Return True if a dimension of `got` entries broadcasts to one of `size`."""
     # Not `got in (1, size)`: torch.compile takes that for false where `size` is dynamic.
     return got == 1 or got == size
 
@@ -59,7 +59,7 @@ def row_count(x: Tensor) -> int:
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """Those that are not None: of arguments that may be left out."""
+    """Return the optional arguments that are not None."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -79,14 +79,14 @@ def check_floating(op: str, **tensors: Tensor) -> None:
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, *accepted: torch.dtype) -> None:
-    """It is a tensor of one of the accepted dtypes."""
+    """Raise TypeError unless `tensor` is a tensor of one of the accepted dtypes."""
     check_is_tensor(op, name, tensor)
     if tensor.dtype not in accepted:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {' or '.join([str(d) for d in accepted])}")
 
 
 def check_same_device(op: str, lead_name: str, lead: Tensor, **tensors: Tensor | None) -> None:
-    """Each given tensor is on the device of `lead`."""
+    """Raise ValueError unless each given tensor is on the device of `lead`."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != lead.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {lead.device} (the device of {lead_name})")

@@ -105,7 +105,7 @@ def reload() -> Settings:
 
 
 after_reload: list[Callable[[], None]] = []
-"""What else holds a setting, told that they were read again."""
+"""Called after the settings were read again, by modules that keep a copy of one."""
 
 try:
     reload()

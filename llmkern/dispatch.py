@@ -1,4 +1,4 @@
-"""Which backend serves a call: one rule over what is declared, and a sentence for every refusal.
+"""Choose the backend of each call: one rule over declared capabilities, and a sentence for every refusal.
 
 `select` walks an op's implementations (llmkern/registry.py, whose names are here too) in order of priority and takes
 the first that nothing speaks against.  The walk is plain Python over module globals, so torch.compile traces it,
@@ -80,7 +80,7 @@ class Refused(RuntimeError):
 
 
 class Recorder(Protocol):
-    """What `recording` takes."""
+    """A listener for `recording`."""
 
     def served(self, op: str, call: dict[str, Any], implementation: Implementation, start: float) -> None:
         """`implementation` has served the call; `start` is time.perf_counter() before it."""
@@ -207,7 +207,7 @@ def dispatch(op: str, check: Callable[..., None] | None = None, /, **call: Any) 
 
 
 def _remembered(spec: Op, check: Callable[..., None] | None, call: dict[str, Any], arguments: tuple[Any, ...]) -> Any:
-    """Who served a call of this form before serves this one."""
+    """Serve the call by the implementation that served this form of call before."""
     form: list[Any] = [_state.forced, settings.backend, settings.strict]
     for value in arguments:
         if isinstance(value, Tensor):
@@ -292,7 +292,7 @@ def _run(op: str, call: dict[str, Any], impl: Implementation) -> Any:
 
 
 def about(op: str, call: dict[str, Any]) -> str:
-    """What there is to say of a call besides its shapes."""
+    """Describe a call beyond its shapes."""
     said = OPS[op].about
     return "" if said is None else said(**call)
 
@@ -312,7 +312,7 @@ def record_parts(op: str, to: str, reason: str, call: dict[str, Any]) -> None:
 
 
 def _is_unwatched() -> bool:
-    """Whether nothing but the order of backends decides on a call, and nobody wants to hear of it."""
+    """Return True if only the order of backends decides on a call, and nothing records or intercepts it."""
     return (
         _state.recorder is None
         and _state.interceptor is None

@@ -1,4 +1,4 @@
-"""What this machine, this installation and each backend can do."""
+"""Capabilities of this machine, this installation and each backend."""
 
 from __future__ import annotations
 

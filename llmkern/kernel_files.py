@@ -1,4 +1,4 @@
-"""Where the kernels of the native library are: for each backend and op the file under csrc/ to read first."""
+"""Source files of the native library's kernels: for each backend and op the one under csrc/ to read first."""
 
 from __future__ import annotations
 

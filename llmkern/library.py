@@ -30,7 +30,7 @@ _native_library = torch.library.Library(f"{NAMESPACE}_native", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Definition:
-    """What `define` was given, for backends with operators of their own."""
+    """Arguments of `define`, for backends with operators of their own."""
 
     fake: Callable[..., Any]
     backward: Callable[..., Any] | None

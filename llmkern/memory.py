@@ -1,4 +1,4 @@
-"""Where weights lie, and memory that is given back.
+"""Placement of weights in memory, and memory returned to the system.
 
 A decoded token reads every weight once, and the pages' addresses are part of the price: with pages of 4 KiB a core
 looks up an address for every 4 KiB that it streams, and Linux maps a checkpoint's file with such pages only.
@@ -165,7 +165,7 @@ def _movable(begin: int, tensors: list[Tensor]) -> bool:
 
 
 def _has_others(tensors: list[Tensor]) -> bool:
-    """Whether others hold the storage of these tensors."""
+    """Return True if other tensors share the storage of these."""
     storage = tensors[0].untyped_storage()
     held: int = torch._C._storage_Use_Count(storage._cdata)
     with_gradients = sum(

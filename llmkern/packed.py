@@ -64,7 +64,7 @@ CODES: dict[str, Code] = {
     "u5": Code(5),
     "s6": Code(6, shift=32, smallest_group=16),
 }
-"""By name.  s8 is two's complement; the others are unsigned codes less the shift, u4 and u5 without one."""
+"""Codes by name.  s8 is two's complement; the others are unsigned codes less the shift, u4 and u5 without one."""
 
 
 def to_panels(codes: Tensor, code: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a backend that could serve a call gives way to one that is asked later: data by compute capability and call."""
+"""Calls for which an able backend gives way to a later one: data by compute capability and form of call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GivesWay:
     because: str
 
     def applies(self, call: dict[str, Any], capability: Capability | None) -> bool:
-        """Whether it does so for this call on a GPU of this capability; None: on no GPU."""
+        """Return True if it does so for this call on a GPU of this capability; None: on no GPU."""
         return capability is not None and self.since <= capability < self.before and self.when(**call)
 
 

@@ -1,4 +1,4 @@
-"""What there is to choose from: backends, ops, and each backend's implementations of them, declared as data.
+"""The registry of backends, ops, and each backend's implementations of them, declared as data.
 
 An op has implementations, each declared with `implements`: backend, device, dtypes, compute capability, whether it has
 a backward, and a `refuse` function that looks at the call.  llmkern/dispatch.py has the rule that chooses.
@@ -96,12 +96,12 @@ class Implementation:
 
     @property
     def follows_transforms(self) -> bool:
-        """Whether forward-mode AD and torch.func's transforms see all that it computes: it is plain torch."""
+        """True if forward-mode AD and torch.func's transforms see everything it computes: it is plain torch."""
         return self.backend.name == "reference"
 
     @property
     def source(self) -> str:
-        """The file of what computes it, seen from the root of the repository: a kernel's, or a Python function's."""
+        """Source file of the kernel or Python function that computes it, relative to the repository's root."""
         kernel = getattr(self.fn, "kernel", None)
         if kernel is not None:
             return kernel_file(kernel, self.backend.name)
@@ -113,7 +113,7 @@ class Implementation:
         return self.why_not_on(None, call)
 
     def why_not_on(self, capability: tuple[int, int] | None, call: dict[str, Any]) -> str | None:
-        """As `why_not`, on a GPU of this compute capability; None: on this machine."""
+        """Like `why_not`, on a GPU of this compute capability; None: on this machine."""
         lead = call[OPS[self.op].lead]
         reason = static_reason(self, lead.device, lead.dtype, needs_grad(call), capability)
         if reason is None and not self.follows_transforms and not is_compiling():
@@ -122,11 +122,11 @@ class Implementation:
 
     @property
     def keeps_rows_alone(self) -> bool:
-        """Whether a row's bits depend, as the settings are, on nothing beside the row."""
+        """True if a row's bits depend, under the current settings, on nothing beside the row."""
         return self.rows_alone == "always" or (self.rows_alone == "on request" and settings.batch_invariant)
 
     def why_not_call(self, call: dict[str, Any], forced: bool = False) -> str | None:
-        """As `why_not`, once device, dtype and gradients are accepted; forced: ignore measured slowness."""
+        """Like `why_not`, once device, dtype and gradients are accepted; forced: ignore measured slowness."""
         if settings.batch_invariant and self.rows_alone == "no":
             return "a row's bits may depend on the rows beside it, which LLMKERN_BATCH_INVARIANT=1 forbids"
         reason = None if self.refuse is None else self.refuse(**call)
@@ -137,7 +137,7 @@ class Implementation:
 
 @dataclass
 class Op:
-    """What the dispatcher knows of an op: its arguments and its implementations, best first.
+    """The dispatcher's record of an op: its arguments and its implementations, best first.
 
     lists: some arguments are lists of tensors.  about: what there is to say of a call besides its shapes.
     """
@@ -223,7 +223,7 @@ def static_reason(
     grad: bool,
     assumed: tuple[int, int] | None = None,
 ) -> str | None:
-    """What speaks against `impl` whatever the shapes are; `assumed`: as on a GPU of that compute capability."""
+    """Return why `impl` cannot serve any shapes, or None; `assumed`: as on a GPU of that compute capability."""
     if impl.devices is not None and device.type not in impl.devices:
         return wrong_device(impl.devices, device)
     missing = None if assumed is not None else _missing(impl.backend.name)

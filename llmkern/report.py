@@ -18,7 +18,7 @@ __all__ = ["Report", "is_optimized", "report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What each part of llmkern says of a model; prints as their tables.
+    """Reports of each part of llmkern on a model; prints as their tables.
 
     swap: of the last `optimize_`; None where there was none, or `restore_` undid it.
     quantization: None where nothing in the model is or was quantized.
@@ -47,5 +47,5 @@ def report(model: nn.Module) -> Report:
 
 
 def is_optimized(model: nn.Module) -> bool:
-    """Whether anything in `model` is swapped at the moment."""
+    """Return True if anything in `model` is swapped at the moment."""
     return any(is_swapped(module) for module in model.modules())

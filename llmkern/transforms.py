@@ -1,4 +1,4 @@
-"""Whether something of PyTorch's is at work that sees the operators themselves: a transform or a mode.
+"""Detection of PyTorch's transforms and modes, which see the operators themselves.
 
 Forward-mode AD and torch.func (vmap, jvp, …) follow every operator, and know nothing of a kernel's; a mode may do
 anything at all with an operator or a function, and is told of the kernel instead of them.
@@ -17,7 +17,7 @@ _TRANSFORMED = "forward-mode AD or a transform of torch.func is at work, which f
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode AD or a transform of torch.func is at work."""
+    """Return True if forward-mode AD or a transform of torch.func is active."""
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
@@ -27,7 +27,7 @@ def why_transformed() -> str | None:
 
 
 def is_intercepted() -> bool:
-    """Whether there may be one of these, or a mode."""
+    """Return True if one of these, or a mode, may be active."""
     return (
         forward_ad._current_level >= 0
         or peek_interpreter_stack() is not None

@@ -28,7 +28,7 @@ _ROWS_AT_A_TIME = 1024  # of the logits whose distributions are compared; bounds
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far a model is from its reference, and whether the accuracy rule allows it.
+    """A model's distance from its reference, and whether the accuracy rule allows it.
 
     max_abs: largest |model − reference|.
     rel: ‖model − reference‖ / ‖reference‖.

@@ -1,4 +1,4 @@
-// What the bindings of attention and of its backward share: the call's arguments as params.
+// Shared by the bindings of attention and of its backward: the call's arguments as params.
 #pragma once
 
 #include <vector>
@@ -25,7 +25,7 @@ struct AttentionCall {
 
   bool mask_is_bool() const { return attn_mask && attn_mask->scalar_type() == ScalarType::Bool; }
 
-  // Whether kernels of this device take the element types.
+  // Return true if kernels of this device take the element types.
   bool has_served_types() const {
     return served_dtype(q) && kernel_types(q, sinks) && (!attn_mask || mask_is_bool() || dtype_of(*attn_mask)) &&
            k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type();

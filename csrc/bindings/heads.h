@@ -1,4 +1,4 @@
-// What the bindings of attention share: tensors [batch, heads, length, dim], and the results.
+// Shared parts of attention's bindings: tensors [batch, heads, length, dim], and the results.
 #pragma once
 
 #include "common.h"
@@ -17,7 +17,7 @@ inline bool plain_vectors(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1;
 }
 
-// Whether kernels of this device take vectors of this length.
+// Return true if kernels of this device take vectors of this length.
 inline bool served_dim(const Tensor& t) {
   const int64_t dim = t.size(t.dim() - 1);
 #ifdef LLMKERN_GPU
@@ -27,7 +27,7 @@ inline bool served_dim(const Tensor& t) {
 #endif
 }
 
-// Whether they read vectors that lie as these do; on a GPU they do so by 16 bytes.
+// Return true if the kernels can read vectors with these strides; on a GPU they read 16 bytes at once.
 inline bool served_vectors(const Tensor& t) {
   if (!plain_vectors(t)) return false;
 #ifdef LLMKERN_GPU
@@ -47,7 +47,7 @@ inline Tensor readable(const Tensor& t) {
   return copy;
 }
 
-// Whether attention's kernels of this device compute with such queries.
+// Return true if attention's kernels of this device take such queries.
 inline bool served_dtype(const Tensor& q) {
 #ifdef LLMKERN_GPU
   return dtype_of(q) == DType::bf16 || dtype_of(q) == DType::f16;

@@ -43,7 +43,7 @@ const void* vector(const Call& call, const char* name, const Optional& t, int64_
   return t->const_data_ptr();
 }
 
-// What launchers take of a call, checked.
+// Checked arguments of a call, as launchers take them.
 struct Arguments {
   Tensor out, weight;
   RowTensor x, residual;

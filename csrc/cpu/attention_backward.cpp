@@ -185,7 +185,7 @@ void for_scores(const Backward& b, Rows& rows, const F& f) {
   }
 }
 
-// What scores are shifted by, and a factor of their exponentials, so that they are the weights.
+// Shift of the scores, and factor of their exponentials, that turn them into the weights.
 template <class T>
 void set_shift(const Backward& b, Rows& rows) {
   if (b.lse_is_exact) {

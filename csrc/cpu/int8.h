@@ -6,7 +6,7 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-// To nearest, ties to even; |v| below 2³¹.
+// Round to nearest, ties to even; |v| below 2³¹.
 inline S32 round_to_int(F32 v) {
 #if LLMKERN_ISA_LEVEL == 2
   return bits_as<S32>(_mm512_cvtps_epi32(bits_as<__m512>(v)));

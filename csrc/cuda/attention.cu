@@ -99,7 +99,7 @@ struct WarpRows {
   }
 };
 
-// What a block works on.  It is kept in shared memory: registers are needed for sums.
+// Work of a block.  It is kept in shared memory: registers are needed for sums.
 struct alignas(16) Place {
   int batch, head, first_query;
   int inner, outer;   // blocks of keys from inner to outer - 1 are seen by all queries

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
   const int own_head = matrix % own_heads;
   const int kv_head = kOfKeys ? own_head : own_head / group, first_head = kOfKeys ? own_head * group : own_head;
 
-  // What is walked: rows `low` to `high` of one head of k and v, or of each of the group's heads of q and dO in turn.
+  // Rows to walk: `low` to `high` of one head of k and v, or of each of the group's heads of q and dO in turn.
   int low, high;
   if constexpr (kOfKeys)
     low = band.first_query(own_first), high = band.last_query(own_end - 1) + 1;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(gradient_tile(kDim, kPart).threads(), gradient
         st_global(row_number(p, kFactor) + row, additive && total != 0.0f ? 1.0f / total : 1.0f);
       }
   } else {
-    // By way of the own tiles: nothing is on its way to them, and a warp's rows were read by that warp alone.
+    // Stage the result in the block's own tiles: no copy to them is in flight, and each warp alone read its rows.
     const int64_t first = static_cast<int64_t>(matrix) * own_length + own_first + warp_row;
     const int rows = own_end - own_first - warp_row, offset = warp_row * Tile<kDim>::kRowBytes;
     if constexpr (kFirst) {

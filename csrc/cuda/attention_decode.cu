@@ -51,7 +51,7 @@ struct Keys {
   }
 };
 
-// What a part, or a team, knows of a row: the largest logit, and the sum of exponentials that it is subtracted from.
+// Softmax state of a row in a part or a team: the largest logit, and the sum of exp(logit - largest).
 struct RowStats {
   float top, total;
 };
@@ -168,7 +168,7 @@ class Decode {
   __device__ __forceinline__ int first_key(int step) const { return begin_ + (step * kTeams + team_) * kKeys; }
   __device__ __forceinline__ int own_key(int step) const { return first_key(step) + team_warp_ * 16 + lane_ % 16; }
 
-  // Where this lane's key of a step is: the block that holds it, or the sequence, and the slot therein.
+  // Position of this lane's key in a step: its block, or its sequence, and the slot therein.
   struct Cell {
     int64_t block, slot;
   };
@@ -301,7 +301,7 @@ class Decode {
     }
   }
 
-  // Where this lane has its operands of 16 columns; nobody else reads them.
+  // Offset of this lane's operands of 16 columns; no other lane reads them.
   __device__ __forceinline__ uint4* queries(int k) const {
     return reinterpret_cast<uint4*>(shared_ + kTile.ring_bytes() + kTile.scales_bytes()) +
            (threadIdx.x / 32 * (kDim / 16) + k) * 32 + lane_;
@@ -368,7 +368,7 @@ class Decode {
     for (int i = 0; i < 2; ++i) {
       top[i] = quad_max(top[i]);
       shift[i] = finite_shift(top[i]) * scale_.log2_unit;
-      // Of a difference: one of products, contracted to an fma, would not be 0 where the maximum stays as it is.
+      // Scale the difference: scaled apart and contracted to an fma, equal maxima would not give exactly 0.
       keep[i] = ptx::ex2_approx_ftz((top_[i] - finite_shift(top[i])) * scale_.log2_unit);
       top_[i] = top[i];
       total_[i] *= keep[i];
@@ -410,7 +410,7 @@ class Decode {
       }
   }
 
-  // Which column of the result out_[j][i] belongs to.
+  // Return the column of the result that out_[j][i] holds.
   __device__ __forceinline__ int column_of(int j, int i) const {
     if constexpr (kCodes) return j / 2 * 16 + lane_ % 4 * 4 + i % 2 * 2 + j % 2;
     return j * 8 + lane_ % 4 * 2 + i % 2;

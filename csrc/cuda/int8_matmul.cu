@@ -45,7 +45,7 @@ __device__ __forceinline__ uint4 load_codes(const int8_t* p, int64_t valid) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// What kN columns from n on have to themselves, where a result is made of sums.
+// Per-column factors and bias of the epilogue, for kN columns from n on.
 template <int kN>
 struct Columns {
   float scale[kN], bias[kN];
@@ -59,7 +59,7 @@ struct Columns {
   }
 };
 
-// What becomes of the sums of `kN` neighbours of a row, from column n on.
+// Epilogue of `kN` neighbouring sums of a row, from column n on.
 template <class Sum, int kN>
 __device__ __forceinline__ void store_result(const Int8MatmulParams& p, int64_t m, int64_t n, const Sum (&sums)[kN],
                                              const Columns<kN>& columns) {

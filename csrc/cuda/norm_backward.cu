@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(residency(kHeld).threads, residency(kHeld).blo
   float* weight_sums = p.workspace + 2 * blockIdx.x * p.hidden;
   float* bias_sums = weight_sums + p.hidden;
 
-  // What a row adds to the sums of one vector's columns.
+  // A row's part of the sums over one vector's columns.
   struct Sums {
     float weight[kVector], bias[kVector];
   };

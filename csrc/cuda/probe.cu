@@ -1,4 +1,4 @@
-// Whether the driver takes kernels of this library: asked once, so that a GPU without an image, or a driver older than
+// Probe whether the driver takes kernels of this library, once, so that a GPU without an image, or a driver older than
 // the compiler, is a sentence of `llmkern info` and not an error of the first call.
 #ifndef LLMKERN_SIMT
 #include "common/launch.cuh"

@@ -34,7 +34,7 @@ struct Place {
   std::array<int, kWarp> count{};
   std::vector<Access> accesses;
 };
-// By warp; a copy has two accesses, to global and to shared memory, from one place.
+// Accesses by warp; a copy has two, to global and to shared memory, from one place.
 std::array<std::map<std::pair<const void*, bool>, Place>, kMaxThreads / kWarp> places;
 
 int64_t distinct(std::vector<uintptr_t>& numbers) {

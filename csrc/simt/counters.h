@@ -1,4 +1,4 @@
-// What a kernel's speed hangs on, counted for each place of its code while Settings::count says so:
+// Counters of what decides a kernel's speed, for each place in its code while Settings::count says so:
 //   instructions   of warps
 //   wavefronts     passes over the 32 banks of shared memory that a warp's access takes, and the fewest that its words
 //                  could take; 8 bytes of a lane go by half warps, 16 by quarters

@@ -1,4 +1,4 @@
-// What CUDA C++ declares by itself, for a host compiler and the SIMT machine: intrinsics that kernels of csrc/cuda use.
+// Built-in declarations of CUDA C++ for a host compiler and the SIMT machine: intrinsics that kernels of csrc/cuda use.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -47,7 +47,7 @@ namespace {
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kBarriers = 16;
 
-// Where a function of the machine was called.
+// Return address of a call to the machine.
 #define LLMKERN_SIMT_PLACE (static_cast<const char*>(__builtin_return_address(0)) - 1)
 
 struct Fault {};  // thrown through a fiber's frames; the sentence is in `error`
@@ -212,7 +212,7 @@ size_t shared_offset(const void* p) {
   return static_cast<const char*>(p) - shared_buffer;
 }
 
-// What its thread has waited for.
+// Work that the thread has waited for.
 void finish(Copy& copy) {
   land(copy);
   race::finish_copy(running, copy.site, shared_offset(copy.to), copy.bytes);

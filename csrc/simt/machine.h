@@ -123,6 +123,6 @@ void wait_copies(int newest_still_flying);
 
 }  // namespace llmkern::simt
 
-// What nvcc declares by itself.
+// Declarations that nvcc makes by itself.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;

@@ -97,7 +97,7 @@ std::string thread_text(const Record& record) {
   return record.block == block ? text : text + " of block " + std::to_string(record.block);
 }
 
-// How the two could be ordered.
+// Suggestions how to order the two accesses.
 std::string missing(const Record& record, int thread, bool global) {
   if (record.block != block)
     return "nothing orders blocks of a launch but an atomic operation between two __threadfence()";

@@ -1,4 +1,4 @@
-// Which accesses of a launch are ordered, by vector clocks: a conflict that nothing orders ends the launch, whatever
+// Race detection by vector clocks: an unordered conflict between accesses of a launch ends the launch, whatever
 // the seed made of it.
 //
 //   time      counts releases.  An access is stamped with it; a thread that synchronises with others learns up to which

@@ -1,4 +1,4 @@
-"""The benchmark harness behind `llmkern bench`: what is measured, how, and how it is reported.
+"""The benchmark harness behind `llmkern bench`: sweeps, timers and reports.
 
 ===================  =================================================================================================
 schema.py            the one schema of results: rows of ops and of models, the environment, JSON

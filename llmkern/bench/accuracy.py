@@ -1,4 +1,4 @@
-"""Is a contender right?  Asked before it is timed: a wrong kernel gets no time.
+"""Accuracy checks of contenders, run before they are timed: a wrong kernel gets no time.
 
 Whoever claims the op's own function keeps the rule that tests judge by (`llmkern.testing`): no less accurate than
 PyTorch's operator against the reference in float64.  A peer that computes something near it, with another
@@ -42,7 +42,7 @@ def gradients(out: Any, call: dict[str, Any], leaves: tuple[str, ...]) -> list[T
 
 
 def weights_like(output: Tensor) -> Tensor:
-    """What stands for the gradient that comes from the rest of a model: the same values in every dtype."""
+    """Return weights in place of the gradient that the rest of a model would send: the same values in every dtype."""
     generator = torch.Generator(output.device).manual_seed(1)
     values = torch.randn(output.shape, generator=generator, device=output.device)
     return values.bfloat16().to(output.dtype)
@@ -92,7 +92,7 @@ class Judge:
 
     @functools.cached_property
     def spreads(self) -> list[Callable[[], Tensor]] | None:
-        """What rounding makes of the outputs; gradients are compared with PyTorch's alone."""
+        """Spread of the outputs under random rounding; gradients are compared with PyTorch's alone."""
         if self.point.mode != "forward":
             return None
         return spreads(self.exact, lambda: draws_of(lambda: self._definition(self.inputs.call)))
@@ -153,7 +153,7 @@ class Judge:
 
 
 def _same_outputs(out: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
-    """With an output of 0 elements in place of each that nobody asked for and a public function leaves out."""
+    """Append an output of 0 elements for each one not asked for, which a public function leaves out."""
     return out + [e.new_empty(0, dtype=e.dtype) for e in exact[len(out) :] if e.numel() == 0]
 
 

@@ -1,4 +1,4 @@
-"""What the device reaches at best: bandwidth of a copy and of a read, and one large matmul for each dtype."""
+"""The device's best rates: bandwidth of a copy and of a read, and one large matmul for each dtype."""
 
 from __future__ import annotations
 

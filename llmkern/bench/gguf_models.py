@@ -1,4 +1,4 @@
-"""One GGUF file for everybody who is measured on it: made by llama.cpp, kept in the cache folder."""
+"""A GGUF file that all contenders are measured on: made by llama.cpp, kept in the cache folder."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["Answered", "Load", "Measured", "measure"]
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked.  clients: at a time; requests: altogether; answer: tokens of each."""
+    """A load on a server.  clients: at a time; requests: in all; answer: tokens of each."""
 
     model: str
     prompts: Sequence[str]
@@ -48,12 +48,12 @@ class Measured:
 
     @property
     def served(self) -> list[Answered]:
-        """Those without an error."""
+        """Requests answered without an error."""
         return [one for one in self.answers if one.error is None]
 
     @property
     def errors(self) -> list[str]:
-        """Sentences of the others."""
+        """Error messages of the requests that failed."""
         return [one.error for one in self.answers if one.error is not None]
 
     @property
@@ -63,7 +63,7 @@ class Measured:
 
     @property
     def ttft_ms(self) -> list[float]:
-        """From asking to the first piece of text, of each request."""
+        """Milliseconds from sending each request to its first piece of text."""
         return [1e3 * one.times[0] for one in self.served if one.times]
 
     @property

@@ -124,7 +124,7 @@ def peers() -> dict[str, Peer]:
 
 
 def peers_named(names: str | None) -> dict[str, Peer]:
-    """Those of a list "torch,torchao"; all without one; "none" for none."""
+    """Return the peers of a list like "torch,torchao"; all for None or "all", no peer for "none"."""
     known = peers()
     if names is None or names == "all":
         return known

@@ -42,7 +42,7 @@ _NONE = "No result is committed yet."
 
 
 def paths(folder: Path, device: str, name: str) -> tuple[Path, Path]:
-    """Where `folder`, which is benchmarks/, keeps a result of a device, and its plots."""
+    """Return the paths under `folder` (benchmarks/) of a device's result and of its plots."""
     return folder / "results" / device / f"{name}.json", folder / "plots" / device / name
 
 
@@ -109,7 +109,7 @@ CHOICES = "check_*_*.json"
 
 
 def choices(folder: Path) -> str:
-    """What each scheme costs and gives: memory, speed, perplexity and divergence, a table for each device and model."""
+    """Compare the schemes by memory, speed, perplexity and divergence, in a table for each device and model."""
     found: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
     for path in sorted(folder.glob(f"results/*/{CHOICES}")):
         content = json.loads(path.read_text(encoding="utf-8"))

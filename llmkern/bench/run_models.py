@@ -39,7 +39,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: the model, real text as token ids, tokens of perplexity (0: none), repetitions."""
+    """A measurement: the model, real text as token ids, tokens of perplexity (0: none), repetitions."""
 
     name: str
     spec: Spec
@@ -93,7 +93,7 @@ def _named(known: dict[str, Variant], kind: str, text: str, dtype: str | None) -
 
 
 def at_once(plan: Plan, parameters: int) -> int:
-    """How many variants fit in this device's memory together, each counted as in fp32 and its cache as much again."""
+    """Return how many variants fit in the device's memory at once, counting each in fp32 and its cache as much more."""
     fit = MEMORY_SHARE * memory_of(plan.spec.device) / (2 * 4 * max(parameters, 1))
     return max(2, int(fit))
 
@@ -198,7 +198,7 @@ class _Run:
         self._attempt(ask)
 
     def _attempt(self, action: Callable[[WorkerProcess], None]) -> None:
-        """Nothing without a process; a failure is kept, and ends the process."""
+        """Ask the process, or return None without one; a failure is kept, and ends the process."""
         if self.worker is not None:
             try:
                 action(self.worker)

@@ -25,7 +25,7 @@ __all__ = ["Contender", "contenders", "run_point", "run_points"]
 
 OURS = "llmkern"
 BASELINE, XLA = "torch", "xla"
-"""Whom times are compared with: PyTorch's operators, on a TPU XLA's."""
+"""Baseline of the times by device: PyTorch's operators, on a TPU XLA's."""
 # A set of inputs for each call, until together they are larger than the caches that are a core's own.
 ROTATED_BYTES, MOST_SETS = 2**26, 16
 # Points that even at the device's ceiling would take longer, or more of its memory, are left out.

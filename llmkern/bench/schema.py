@@ -62,7 +62,7 @@ METRICS = {
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether the smaller number wins."""
+    """True if the smaller number wins."""
     return not metric.endswith("_per_s")
 
 
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What identifies the row from one run to the next."""
+        """Identity of the row across runs."""
         return self.suite, self.name, self.provider, self.metric, json.dumps(self.x, sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _START_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What every server gets.  folder: the checkpoint on disk; context: tokens of a prompt and its answer."""
+    """Settings of every server.  folder: the checkpoint on disk; context: tokens of a prompt and its answer."""
 
     model: str
     folder: str

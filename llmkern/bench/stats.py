@@ -46,5 +46,5 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Summary:
 
 
 def beyond_noise(old: tuple[float, float], new: tuple[float, float]) -> bool:
-    """Whether the ranges from the 20th to the 80th percentile do not touch."""
+    """Return True if the ranges from the 20th to the 80th percentile do not touch."""
     return new[0] > old[1] or new[1] < old[0]

@@ -101,7 +101,7 @@ class Point:
 
     @property
     def x(self) -> dict[str, Any]:
-        """What identifies the point in a row."""
+        """Identity of the point within a row."""
         dtype = str(self.dtype).removeprefix("torch.")
         own = {"sweep": self.sweep.title, "x": self.sweep.x[0], "dtype": dtype, "mode": self.mode}
         return own | self.sizes | dict(self.sweep.options)

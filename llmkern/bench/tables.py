@@ -22,12 +22,12 @@ def number(value: float | None) -> str:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """For the terminal."""
+    """Format the table for the terminal."""
     return "\n\n".join(render(title, headers, cells) for title, headers, cells in tables(rows))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """For READMEs."""
+    """Format the table for a README."""
     parts = []
     for title, headers, cells in tables(rows):
         lines = [headers, ["---"] * len(headers), *cells]
@@ -98,7 +98,7 @@ def _rate(detail: dict[str, Any]) -> str:
 
 
 def _remarks(row: Row) -> list[str]:
-    """The error by whichever rule judged it, and what else there is to say."""
+    """Return the error by the rule that judged it, and further remarks."""
     accuracy, found = row.accuracy, []
     if "relative_error" in accuracy:
         found.append(f"{accuracy['relative_error']:.1e} relative")

@@ -28,7 +28,7 @@ class Clock(Protocol):
     """Measures seconds per call.  `thunks` do the same on different inputs, so that none is in a cache."""
 
     def calls(self, thunks: Sequence[Thunk]) -> int:
-        """How many calls make a sample; runs the thunks to find out, which warms them up too."""
+        """Return how many calls make a sample; runs the thunks to find out, which warms them up too."""
 
     def sample(self, thunks: Sequence[Thunk], calls: int) -> float: ...
 

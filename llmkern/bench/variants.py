@@ -1,4 +1,4 @@
-"""Models as a worker runs them: what is to be run, and the runners of everything that is a transformers model.
+"""Models as a worker runs them: their specification, and the runners of transformers models.
 
 A runner of a causal model has `prefill(ids)`, which ends with the first new token, `decode()`, which adds one more,
 and `logits(ids)`; one of an encoder has `embed(ids)`.  Greedy choice, no stop token, so that all do the same work.
@@ -27,7 +27,7 @@ _CONFIGS = importlib.resources.files("llmkern.bench") / "models"
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker runs.  model: MODEL of the command line, or None for random weights of `config`'s shape.
+    """A worker's model and variant.  model: MODEL of the command line, or None for random weights of `config`'s shape.
 
     layers: of the model, as many are kept; None for all.
     """

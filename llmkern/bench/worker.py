@@ -43,7 +43,7 @@ class Worker:
         self.spec: Spec
 
     def mode(self) -> Any:
-        """What a request is answered in: without gradients, unless the variant trains."""
+        """Return the context in which requests are answered: no gradients, unless the variant trains."""
         return torch.inference_mode(not hasattr(self, "spec") or self.spec.kind != "training")
 
     def load(self, variant: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Worker:
         return found
 
     def warm(self, ids: list[int]) -> dict[str, Any]:
-        """Whatever is packed, compiled or allocated at the first call."""
+        """Do all packing, compilation and allocation that happens at the first call."""
         return self.run(ids, min(4, self.spec.new_tokens))
 
     def run(self, ids: list[int], steps: int | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a JAX program would write instead of each op: XLA's operators, the baseline on a TPU as PyTorch is elsewhere.
+"""XLA's operators as a JAX program would write each op: the baseline on a TPU as PyTorch is elsewhere.
 
 Each function takes the op's schema by keyword with arrays for tensors, and is jitted as a whole.
 """

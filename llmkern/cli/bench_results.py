@@ -1,4 +1,4 @@
-"""Where what `llmkern bench` measures goes: JSON, tables, plots and pages, also when the measuring is interrupted."""
+"""Outputs of `llmkern bench`: JSON, tables, plots and pages, written when a run is interrupted too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Outputs", "kept_on_interrupt", "new_result", "recorded"]
 
 
 def new_result(device: torch.device, further: dict[str, Any]) -> Result:
-    """One without rows, with the command line and the environment it is measured in."""
+    """Return a result without rows, with the command line and the environment of the measurement."""
     from llmkern.bench.environment import environment
     from llmkern.bench.schema import Result
 
@@ -33,7 +33,7 @@ def new_result(device: torch.device, further: dict[str, Any]) -> Result:
 def recorded(
     record: Path | None, name: str, device: torch.device, as_json: Path | None, plot: Path | None
 ) -> tuple[Path | None, Path | None]:
-    """The places of JSON and plots: those given, else those that `--record` means."""
+    """Return the paths of JSON and plots: those given, else the ones of `--record`."""
     from llmkern.bench.environment import device_name, slug
     from llmkern.bench.readme import paths
 
@@ -44,7 +44,7 @@ def recorded(
 
 
 class Outputs:
-    """Where a result goes; what cannot be written is said before anything is measured."""
+    """Destinations of a result; a path that cannot be written is an error before anything is measured."""
 
     def __init__(self, as_json: Path | None, plot: Path | None, html: Path | None, as_csv: Path | None = None) -> None:
         from llmkern.bench import plots

@@ -132,7 +132,7 @@ def _prompts(loaded: Any, length: int, count: int) -> list[str]:
 
 
 def _served_name(address: str, api_key: str | None) -> str:
-    """What a running server calls its model; ValueError where it does not answer."""
+    """Return a running server's name for its model; raise ValueError if it does not answer."""
     from openai import OpenAI, OpenAIError
 
     try:

@@ -39,7 +39,7 @@ CONTEXT = 512
 
 @dataclass(frozen=True)
 class Check:
-    """What `llmkern check` found.
+    """Result of `llmkern check`.
 
     perplexity: of "original", "optimized", and what was asked for: the scheme's name, and "int8 cache" for the
         optimized model with one; None for models without one.
@@ -59,7 +59,7 @@ class Check:
 
     @property
     def failures(self) -> list[str]:
-        """What is outside the rule, one sentence each."""
+        """Violations of the accuracy rule, one sentence each."""
         found = [] if self.accuracy.verdict else [self.accuracy.sentence]
         original = self.perplexity["original"]
         for kind, bound in BOUNDS.items():

@@ -1,4 +1,4 @@
-"""What every command does with its options."""
+"""Handling of options that all commands share."""
 
 from __future__ import annotations
 

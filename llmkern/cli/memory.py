@@ -17,7 +17,7 @@ _PROC = Path("/proc/self")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin anew, so that the peak of loading a model is not taken for that of using it."""
+    """Reset the peak, so that loading a model is not counted as using it."""
     give_back()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -27,7 +27,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or resident in this process (where the system cannot begin anew, since it began)."""
+    """Return the peak bytes allocated on the GPU, or resident in this process (since its start, if no reset works)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if (kept := _of_status("VmHWM")) is not None:

@@ -213,7 +213,7 @@ def quantize(model: nn.Module, loaded: Loaded, scheme: str = "int8") -> QuantRep
 
 
 def _calibration(loaded: Loaded, text: str) -> dict[str, Tensor]:
-    """One forward's arguments."""
+    """Return the arguments of one forward for calibration."""
     config: Any = loaded.model.config
     length = min(CALIBRATION_TOKENS, getattr(config, "max_position_embeddings", None) or CALIBRATION_TOKENS)
     # Positions of RoBERTa and its kin begin behind the padding index.

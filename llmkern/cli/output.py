@@ -1,4 +1,4 @@
-"""How commands print: JSON on stdout for programs, progress on stderr for people."""
+"""Printing by commands: JSON on stdout for programs, progress on stderr for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast language models are beside each other, for `llmkern check`; `llmkern bench model` measures in earnest."""
+"""Speed of language models side by side, for `llmkern check`; `llmkern bench model` measures in earnest."""
 
 from __future__ import annotations
 

@@ -76,9 +76,9 @@ _TABLE = (
 )
 # fmt: on
 CHIPS = {chip.name: chip for chip in _TABLE}
-"""By name."""
+"""Chips by name."""
 DEFAULT = "v5e"
-"""Whose blocks the interpreter takes."""
+"""The chip whose blocks the interpreter uses."""
 
 
 class _State:

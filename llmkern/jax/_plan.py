@@ -63,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel is launched.
+    """Launch of a kernel.
 
     prefetch: scalars that are in SMEM before the first step, for the index maps.  inputs, outputs: blocks that
     are copied while the step before computes.  scratch: kept between the steps.  values: arrays that the kernel makes

@@ -34,7 +34,7 @@ HINT = "that of the divergence of the logits can"
 
 
 class Teacher(NamedTuple):
-    """What a public function is given of the teacher: its head's inputs, or its logits."""
+    """The teacher's side of a call: its head's inputs, or its logits."""
 
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None

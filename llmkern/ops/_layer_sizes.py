@@ -25,7 +25,7 @@ from llmkern.programs.program import GATES, Place, Program, Step
 __all__ = ["TENSORS", "Needs", "needs_of", "rows_inputs"]
 
 TENSORS = {"linear": 3, "norm": 2, "tensor": 1}
-"""How many tensors a parameter of each kind has."""
+"""Number of tensors per parameter, by kind."""
 _OP = "layers_"
 
 

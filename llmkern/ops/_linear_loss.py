@@ -1,4 +1,4 @@
-"""What losses of an output head share: their parameters, dispatch, fake and autograd.
+"""Shared parts of an output head's losses: their parameters, dispatch, fake and autograd.
 
 Each op takes the head's inputs and returns the loss and, where they are wanted, the gradients that were computed on
 the way: `(loss, dhidden, dweight, dbias)`.

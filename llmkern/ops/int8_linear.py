@@ -63,8 +63,8 @@ def _check(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activat
 
 
 def resolve_scheme(scheme: str, x: Tensor) -> str:
-    """What "auto" means for `x`, by device and rows alone, so that a call's numbers hang neither on timing nor on
-    the backends that are there.
+    """Return the scheme that "auto" means for `x`, by device and rows alone, so that a call's numbers depend neither on
+    timing nor on the backends at hand.
 
     On the CPU a few rows take about as long as reading the weight does, in either scheme, and rounding them to int8
     as well only loses accuracy; with more rows integer products are the faster the more rows there are.  PyTorch

@@ -1,4 +1,4 @@
-"""How far a student's output head is from its teacher's: the generalized Jensen-Shannon divergence."""
+"""Distance of a student's output head from its teacher's: the generalized Jensen-Shannon divergence."""
 
 from __future__ import annotations
 

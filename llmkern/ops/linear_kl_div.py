@@ -1,4 +1,4 @@
-"""How far a student's output head is from its teacher's: the Kullback-Leibler divergence of their next tokens."""
+"""Distance of a student's output head from its teacher's: the Kullback-Leibler divergence of their next tokens."""
 
 from __future__ import annotations
 

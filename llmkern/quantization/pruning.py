@@ -28,7 +28,7 @@ MULTIPLE = 32
 
 @dataclass(frozen=True)
 class PruneRow:
-    """What was removed at one path.  what: "MLP channels", "key-value heads" or "layer".
+    """One removal, at one path.  what: "MLP channels", "key-value heads" or "layer".
 
     removed, of: how many of how many.  share: what the removed ones were of the importance of all there.
     """

@@ -254,7 +254,7 @@ def _smooths(scheme: Int8 | Int4 | None) -> bool:
 def _observe(
     model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any, four: list[nn.Module]
 ) -> tuple[Observed, str, list[dict[str, Any]]]:
-    """What the layers see, the words for where it comes from, and the model's inputs.
+    """Return the layers' inputs, a phrase for their source, and the model's inputs.
 
     four: those of four bits, whose errors are made up for where there are real inputs.
     """

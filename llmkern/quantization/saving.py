@@ -13,8 +13,8 @@ __all__ = ["save_pretrained"]
 
 
 def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers'; raises ValueError where a layer has no form in a checkpoint, and RuntimeError where the
-    checkpoint cannot be read back into a model of this class.
+    """Like transformers' `save_pretrained`; raises ValueError for a layer without a form in a checkpoint, and
+    RuntimeError if the checkpoint cannot be read back into a model of this class.
 
     Tensors are called what they are called in the original checkpoints of the architecture.  Where those hold other
     tensors than the model, as of experts one by one, the model's own names are written instead: transformers' reader of

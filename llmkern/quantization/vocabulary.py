@@ -90,8 +90,8 @@ def _quantized_again(before: Any, now: Any, made: dict[nn.Module, Any]) -> nn.Mo
 
 
 def tie_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers'; codes that come from another layer come with its scales.  ValueError where only one of two
-    layers is quantized."""
+    """Like transformers' `tie_weights`; codes taken from another layer come with its scales.  Raises
+    ValueError if only one of two tied layers is quantized."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     codes = {module: module.codes for _, module in layers if isinstance(module, QuantizedWeight)}
     with undoing(model):

@@ -31,7 +31,7 @@ CACHE_SHARE = 0.4  # of the memory that is free after loading, at most
 
 @dataclass(frozen=True)
 class Arrived:
-    """What a step gave a sequence.  outcome: a token, or the exception that ended it; started, at: perf_counter()
+    """Result of a step for a sequence.  outcome: a token, or the exception that ended it; started, at: perf_counter()
     when it left the queue, and now."""
 
     identity: str

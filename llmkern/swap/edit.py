@@ -30,8 +30,8 @@ class Edit(NamedTuple):
     members: of the derived class, by name.
     when: asked at each call whether rebinds and renames apply; always where None.
     within: further classes whose members the guard counts.
-    around: takes the class's own forward, and what all edits make of it (None where that is the same), and returns the
-        forward that the class gets.
+    wrap: wraps the edited forward: wrap(own, edited) returns the forward that the class gets; edited is None if no
+        edit changes the class's own.
     """
 
     op: str = ""
@@ -40,7 +40,7 @@ class Edit(NamedTuple):
     members: tuple[tuple[str, Any], ...] = ()
     when: Callable[..., bool] | None = None
     within: tuple[type, ...] = ()
-    around: Callable[[Callable[..., Any], Callable[..., Any] | None], Callable[..., Any]] | None = None
+    wrap: Callable[[Callable[..., Any], Callable[..., Any] | None], Callable[..., Any]] | None = None
 
 
 def edits_of(module: nn.Module) -> tuple[Edit, ...]:
@@ -60,8 +60,8 @@ def edited(module: nn.Module, edits: Iterable[Edit]) -> type[nn.Module]:
     within = tuple(dict.fromkeys(cls for edit in chosen for cls in edit.within))
     forward = _forward(original.forward, chosen, _seen(original.forward))
     for edit in chosen:
-        if edit.around is not None:
-            forward = edit.around(original.forward, forward)
+        if edit.wrap is not None:
+            forward = edit.wrap(original.forward, forward)
     return guarded(
         original,
         forward,
@@ -91,7 +91,7 @@ def _forward(
     whole = forwards[(True,) * len(conditions)]
     if whole is original:
         return None
-    ops = tuple(dict.fromkeys(edit.op for edit in edits if edit.op and edit.around is None))
+    ops = tuple(dict.fromkeys(edit.op for edit in edits if edit.op and edit.wrap is None))
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ _Part = tuple[int, _Buffers, _Write]  # tokens, their buffers, and what is left 
 
 
 class Cached(NamedTuple):
-    """What a call of `layers_` reads and writes of its caches.
+    """Cache tensors that a call of `layers_` reads and writes.
 
     past: tokens in the caches.  buffers: as the op takes them.  kept: an encoder's tokens whose keys and values are
     there; 0 where the op makes them.  written: to be called after the op.

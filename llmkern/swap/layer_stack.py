@@ -1,9 +1,9 @@
 """Run all layers of a decoder or an encoder in one native call.
 
 At batch 1 the Python around a layer takes about as long as the layer.  So the loop in which a model's forward calls its
-layers, and of which the source says that nothing else happens in it (llmkern/swap/layer_loop.py), runs over one element
-instead, an `Element`.  It computes all layers at once where a guard says that they are what they were, and calls them
-one after the other where they are not, or where the call is none for the op.  Where a decoder gives its layers
+layers, if its source shows that the loop does nothing else (llmkern/swap/layer_loop.py), runs over one element instead,
+an `Element`.  It computes all layers at once while a guard finds them unchanged, and calls them one after the other if
+anything changed or the op refuses the call.  Where a decoder gives its layers
 arguments by their kind, masks for one, there is an element for each run of layers of one kind.  Where layers hand
 results on to the next ones, the loop runs over as many turns as there are layers, the first of which computes all.
 """

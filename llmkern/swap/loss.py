@@ -21,7 +21,7 @@ from llmkern.checks import PLAIN_TENSORS
 from llmkern.nn import Int8Linear
 from llmkern.swap.derive import original_class
 
-__all__ = ["CHANGED", "ChangedLogits", "around", "on_shell", "why_not"]
+__all__ = ["CHANGED", "ChangedLogits", "on_shell", "why_not", "wrap"]
 
 CHANGED = "the model changes its logits after its head"
 _OP = "linear_cross_entropy"
@@ -43,7 +43,7 @@ class _Passing(nn.Module):
 
 
 @functools.cache
-def around(original: Callable[..., Any], edited: Callable[..., Any] | None) -> Callable[..., Any]:
+def wrap(original: Callable[..., Any], edited: Callable[..., Any] | None) -> Callable[..., Any]:
     """Return a forward that computes the loss without the logits where gradients are computed.
 
     original: the class's own forward.  edited: what other edits have made of it, None where there are none.

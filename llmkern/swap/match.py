@@ -50,8 +50,8 @@ class Match:
         will serve it.
     edits, served: where there is a choice of edits, each by its name, `edit` being that of the default; and where no op
         is called, what the report names instead of a backend, by the same names.
-    around: for a module that calls no op itself (`only_for_children`), the op of the modules for whose sake it is
-        swapped; "" for any.
+    for_op: for a module that calls no op itself (`only_for_children`), the op of the modules inside it that need the
+        swap; "" for any.
     is_whole: it is served without the modules within it being called.  Its switches must all be on.
     switches: those of `optimize_` that it depends on, where they are not all of its rule's.
     """
@@ -64,7 +64,7 @@ class Match:
     sample: Callable[[torch.dtype, torch.device], dict[str, Any]] | None = field(default=None, repr=False)
     edits: Mapping[str, Edit] = field(default_factory=dict)
     served: Mapping[str, str] = field(default_factory=dict)
-    around: str = ""
+    for_op: str = ""
     is_whole: bool = False
     switches: tuple[str, ...] = ()
 

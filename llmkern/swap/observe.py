@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Sources", "aside", "settled", "why_undecided"]
 
-# Whose functions go by what is no part of a model: flags, versions, names of attributes.
+# Packages whose functions branch on flags, versions and names of attributes, which are no part of a model.
 _LIBRARIES = (
     *("torch", "llmkern", "transformers.configuration_utils", "transformers.modeling_layers"),
     *("transformers.pytorch_utils", "transformers.utils"),

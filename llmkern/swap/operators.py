@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FACTORIES", "HANDLERS", "ZEROS", "tensors_in"]
 
-# What becomes of the identities as of the numbers.
+# Operators that move elements without changing them, so that identities follow numbers.
 _MOVES = frozenset(
     ("alias", "cat", "clone", "detach", "expand", "permute", "repeat", "select", "slice", "split")
     + ("split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unsqueeze")

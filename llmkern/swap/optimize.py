@@ -231,7 +231,7 @@ def _resolved(sites: list[_Site]) -> list[_Site]:
 def _is_framed(site: _Site, frame: _Site) -> bool:
     """Return True if the frame is swapped for the sake of this site."""
     within = site.path.startswith(f"{frame.path}." if frame.path else "") and site is not frame
-    return within and frame.found.around in ("", site.found.op)
+    return within and frame.found.for_op in ("", site.found.op)
 
 
 def _linears(layer: nn.Module) -> list[nn.Module]:

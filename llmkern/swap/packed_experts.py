@@ -234,7 +234,7 @@ class _SmallExperts:
 class Operators(TorchDispatchMode):
     """Record the names of the operators within the block that take or give floating-point numbers.
 
-    limit: clamping to ± that is none of them.
+    limit: the clamp to ±limit is not one of them.
     """
 
     def __init__(self, limit: Any = None) -> None:

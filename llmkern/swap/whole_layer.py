@@ -163,7 +163,7 @@ def at(module: Any, path: Path) -> Any:
 
 
 def none_is_causal(layer: Any, whole: WholeLayer) -> bool:
-    """Whether no mask stands for a causal one; under eager attention it means that every key is seen, unless the
+    """Return True if an absent mask means a causal one; under eager attention it lets every key be seen, unless the
     decoder leaves such masks out (llmkern/swap/rules/attention.py)."""
     for path in whole.causal:
         rebinds = [rebind for edit in edits_of(at(layer, path)) for rebind in edit.rebinds]
@@ -234,7 +234,7 @@ def encoder_of(heads: Sequence[str], arguments: dict[str, Any], hidden: Tensor) 
 
 
 def tokens_of(encoder: Tensor | None, kept: int) -> int:
-    """Return the number of an encoder's tokens, of which a cache has kept the keys and values of so many or of none."""
+    """Return the number of an encoder's tokens.  kept: those whose keys and values a cache holds, or 0."""
     return kept or (0 if encoder is None else encoder.shape[1])
 
 

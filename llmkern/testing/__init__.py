@@ -1,1 +1,1 @@
-"""What tests, benchmarks and `llmkern check` share: the accuracy rule and each op's cases."""
+"""Shared by tests, benchmarks and `llmkern check`: the accuracy rule and each op's cases."""

@@ -1,4 +1,4 @@
-"""Is this the right result of this case?  The one entry for tests of every backend, on every device.
+"""Judge results of cases: the one entry for tests of every backend, on every device.
 
 Three rules, chosen by `Case.rule`:
 - "accuracy": every output keeps the accuracy rule (llmkern.testing.compare).
@@ -56,12 +56,12 @@ def written(op: str) -> list[str]:
 
 
 def written_tensors(op: str, call: Call) -> list[Tensor]:
-    """Those of the call's tensors that the op writes."""
+    """Return the tensors of the call that the op writes."""
     return list(dispatch.tensors_in([call[name] for name in written(op)]))
 
 
 def reference(op: str, call: Call) -> Any:
-    """What the reference backend computes from `call`, in the call's own dtype; `call` is not written."""
+    """Return the reference backend's result for `call`, in the call's own dtype; `call` is not written."""
     return _run(dispatch.implementation(op, "reference"), call)
 
 

@@ -49,7 +49,7 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Divergence:
-    """How a model's next-token distributions differ from a reference's, over the tokens of a text.
+    """Difference of a model's next-token distributions from a reference's, over the tokens of a text.
 
     mean, p999: of KL(reference ‖ model) in nats, the mean and the 99.9th percentile.
     same_top: share of tokens whose most likely successor is the same.

@@ -103,7 +103,7 @@ def prose() -> str:
 
 
 def _package_folder(module: str, what: str) -> Path:
-    """Where the package's files are."""
+    """Return the folder of the package's files."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")

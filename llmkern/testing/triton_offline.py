@@ -65,12 +65,12 @@ class Compiled:
         return self.count("STL") + self.count("LDL")
 
     def count(self, instruction: str) -> int:
-        """How often a SASS instruction stands in the kernel, whatever its modifiers."""
+        """Count a SASS instruction in the kernel, with any modifiers."""
         return len(re.findall(rf"\b{instruction}\b", self.sass))
 
 
 def launches(target: str, call: Callable[[], Any]) -> list[Launch]:
-    """What `call` would launch on `target`; its tensors may be on the meta device."""
+    """Return the launches of `call` on `target`; its tensors may be on the meta device."""
     found: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def launches(target: str, call: Callable[[], Any]) -> list[Launch]:
 
 
 def _type_of(value: Any) -> str:
-    """As Triton's launcher specialises an argument."""
+    """Return the type of an argument, specialised as by Triton's launcher."""
     if isinstance(value, Tensor):
         from triton.runtime.jit import type_canonicalisation_dict
 
@@ -136,7 +136,7 @@ def _cuobjdump(cubin: bytes) -> str:
 
 
 def _aligned(launch: Launch) -> bool:
-    """Whether rows of the first two operands begin at multiples of 16 elements, so that copies of 16 bytes can."""
+    """Return True if rows of the first two operands begin at multiples of 16 elements, as 16-byte copies need."""
     operands = [x for x in launch.arguments[:2] if isinstance(x, Tensor)]
     return all([stride % 16 == 0 for x in operands for stride in x.stride()[:-1]])
 

@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Decision:
-    """Who would serve a call.  `served_by` is None if nobody would; `note` says what was assumed."""
+    """Answer of `why`.  `served_by`: the backend, or None; `note`: what was assumed."""
 
     op: str
     call: str
@@ -101,7 +101,7 @@ def builder(op: str) -> Callable[..., dict[str, Any]]:
 
 
 def sizes(op: str) -> list[str]:
-    """What the numbers of `--shape` mean for `op`."""
+    """Return the meaning of the numbers of `--shape` for `op`."""
     return [
         p.name
         for p in list(inspect.signature(builder(op)).parameters.values())[1:]
@@ -120,7 +120,7 @@ def why(
     grad: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> Decision:
-    """Who would serve `op` for tensors of these sizes, and why not the others.
+    """Tell which backend would serve `op` for tensors of these sizes, and why not the others.
 
     shape: the numbers that `sizes(op)` names.  dtype: of the op's floating inputs.
     device: "cpu", "cuda" or "tpu"; the machine need not have it.
@@ -307,7 +307,7 @@ def _one_each(
 def _description(
     implementation: dispatch.Implementation | None, call: dict[str, Any], capability: tuple[int, int] | None
 ) -> str:
-    """What would run, where the implementation can tell."""
+    """Describe the kernel that would run, if the implementation can tell."""
     if implementation is None or implementation.describe is None:
         return ""
     return implementation.describe(capability, **call)

@@ -14,5 +14,5 @@ def norm(make: Any, rows: int, hidden: int, *, bias: bool = False) -> dict[str, 
 
 
 def residual_norm(make: Any, rows: int, hidden: int, *, bias: bool = False) -> dict[str, Any]:
-    """As `norm`, with a residual of x's shape."""
+    """Like `norm`, with a residual of x's shape."""
     return norm(make, rows, hidden, bias=bias) | {"residual": make.randn(rows, hidden)}

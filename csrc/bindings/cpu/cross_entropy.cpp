@@ -17,7 +17,7 @@ struct Call {
   double label_smoothing, z_loss, softcap;
 };
 
-// Whether the kernels take it; raises where shapes are not what they rely on.
+// Return true if the kernels take the call; raise on shapes that they do not expect.
 bool served(const Call& call) {
   const Tensor &logits = call.logits, &labels = call.labels;
   const Optional& weight = call.weight;

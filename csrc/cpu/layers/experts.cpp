@@ -17,7 +17,7 @@ bool is_zero(const void* p, DType dtype, int64_t i) {
   return (static_cast<const uint16_t*>(p)[i] & 0x7fff) == 0;
 }
 
-// Which rows each expert serves, and which experts serve each row.
+// Assignment of rows to experts: the rows of each expert, and the experts of each row.
 struct Entries {
   int32_t *of_expert, *of_row;        // [experts + 1], [rows + 1]: where an expert's, or a row's, entries begin
   int32_t *row, *expert, *at, *next;  // of an expert's entries the row; of a row's the expert, and which of the former

@@ -63,7 +63,7 @@ struct Value {
   int absent = kNone;  // the input that was not given, from which this value would be made
   int64_t top = 0;     // in a row at most so many numbers are not 0; 0: all may be
 
-  // Where it lies, once that is planned.
+  // Place of the value, once planned.
   int64_t offset = -1, bytes = 0;  // in the arena; -1: elsewhere
   bool owned = false;              // the piece is given back when this value is not read any more
   int stolen_from = kNone;         // it lies where this one lay

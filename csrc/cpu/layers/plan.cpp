@@ -1,4 +1,4 @@
-// Where a layer's values lie: in place of what is read for the last time where a launcher allows that, else in a piece
+// Memory plan of a layer: a value takes the place of one read for the last time if its launcher allows, else a piece
 // of the arena for as long as they are read.
 #include <algorithm>
 

@@ -366,7 +366,7 @@ bool Layer::decodes(const Step& step) const {
          length_ <= kDecodeQueries;
 }
 
-// Where attention finds keys (0) or values (1) that were made earlier: null where there is no cache of them.
+// Return the cached keys (0) or values (1) that attention reads; null without a cache.
 const Array* Layer::cache_of(const Value& keys, size_t which) const {
   if (keys.held == Held::appended && cached()) return &caches_[which];
   if (keys.held == Held::kept && has_kept_cache()) return &caches_[kKeptCache + which];

@@ -1,4 +1,4 @@
-// Where a layer's values lie: pieces of one block of memory, each for as long as it is read.
+// Scratch memory of a layer's values: pieces of one block, each in use until its last read.
 #pragma once
 
 #include <cstdint>

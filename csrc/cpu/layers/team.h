@@ -27,7 +27,7 @@ class Team {
   }
 
  private:
-  // What there is to claim, in one number: how many pieces the present work has, times this, plus how many are taken.
+  // Pieces to claim, in one number: how many pieces the present work has, times this, plus how many are taken.
   // These may be more than there are: a thread counts itself in before it knows.
   static constexpr uint64_t kPieces = uint64_t{1} << 32;
 
@@ -92,7 +92,7 @@ class Team {
 
   static bool is_left(uint64_t claims) { return claims % kPieces < claims / kPieces; }
 
-  // Where there are more threads than cores, the one that is waited for may be waiting for this core.
+  // With more threads than cores, the awaited thread may be waiting for this core.
   static void wait(int turns) {
     if (turns >= kPatience) return std::this_thread::yield();
 #if defined(__x86_64__)

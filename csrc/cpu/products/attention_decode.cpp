@@ -297,7 +297,7 @@ void finish(const Call& c, int64_t at, int64_t chunks) {
   }
 }
 
-// How queries of type T are multiplied with keys of type C.
+// Product of queries of type T with keys of type C.
 template <class T, class C>
 struct SchemeOf {
   using Type = Floats;

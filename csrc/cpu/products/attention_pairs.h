@@ -1,4 +1,4 @@
-// What attention in bf16 needs, on tiles (attention_tiles.h) and without: pairs of bf16, which AVX512-BF16 multiplies,
+// Helpers of attention in bf16, on tiles (attention_tiles.h) and without: pairs of bf16, which AVX512-BF16 multiplies,
 // and an exponential for weights that are rounded to bf16.
 #pragma once
 

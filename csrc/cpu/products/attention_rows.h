@@ -1,4 +1,4 @@
-// What attention's blocks share, whichever way they lie: the rows of a task, the keys that each of them sees, masks,
+// Shared parts of attention's blocks in either layout: the rows of a task, the keys that each of them sees, masks,
 // and fetching ahead.
 //   rows     The queries of a key head's group: row g is query g / group of the group's head g % group.
 //   task     kM rows against all the keys that one of them sees, a block of keys at a time; nothing is shared between
@@ -25,7 +25,7 @@ struct Task {
   int registers() const { return (count + kLanes - 1) / kLanes; }
 };
 
-// What a task keeps of its rows, whichever way its blocks lie.
+// State of a task's rows, for either layout of its blocks.
 struct Seen : Task {
   int64_t of_head[kM], of_query[kM];      // what its rows are; beyond the last the last one again, not to be used
   int32_t first[kM], last[kM];            // keys that each sees; none where first > last
@@ -42,7 +42,7 @@ struct Call {
   int64_t group = p.heads / p.kv_heads;
   int64_t rows = group * p.queries;
   int64_t blocks = (rows + kM - 1) / kM;
-  // What is added to scores: alike for all rows of a task, or by row.
+  // Additions to scores, the same for all rows of a task or by row.
   bool mask_by_key = p.mask && is_by_key(p.mask_strides), mask_by_row = p.mask && !mask_by_key;
   bool bias_by_key = p.bias && is_by_key(p.bias_strides), bias_by_row = p.bias && !bias_by_key;
   bool slopes_by_key = p.slopes && group == 1, slopes_by_row = p.slopes && group > 1;
@@ -93,7 +93,7 @@ void fetch_queries(const Call& c, const Task& task) {
   });
 }
 
-// Which keys the rows see, by causality and window.
+// Set the range of keys that the rows see, by causality and window.
 inline void set_limits(const Call& c, Seen& rows) {
   const AttentionParams& p = c.p;
   const int64_t right = p.causal ? 0 : p.window_right;
@@ -118,7 +118,7 @@ inline float number_at(DType dtype, const void* p, int64_t i) {
   return with_type(dtype, [&]<class T>() { return load_first(static_cast<const T*>(p) + i, 1)[0]; });
 }
 
-// What the rows are and see, and the softmax of no keys yet but a sink.
+// Set up the rows and the keys that they see, with the softmax over the sink alone.
 inline void start_softmax(const Call& c, Seen& rows) {
   const AttentionParams& p = c.p;
   c.for_rows(rows, [&](int r, int64_t head, int64_t query) { rows.of_head[r] = head, rows.of_query[r] = query; });
@@ -159,7 +159,7 @@ inline F32 numbers_at(const M* p, int64_t step, int n) {
   return load(few);
 }
 
-// What the mask's row r adds to n <= kLanes scores from key j on: 0 or −infinity where it is bool.
+// Return the addition of the mask's row r to n <= kLanes scores from key j on: 0 or −infinity for a bool mask.
 inline F32 mask_of(const AttentionParams& p, const Seen& rows, int r, int64_t j, int n) {
   const int64_t step = p.mask_strides.key, at = rows.mask_at[r] + j * step;
   if (p.mask_is_bool) {
@@ -179,7 +179,7 @@ inline F32 slope_of(const AttentionParams& p, const Seen& rows, int r, int64_t j
   return __builtin_convertvector(distance, F32) * rows.slope[r];
 }
 
-// What is added to row r's scores alone, of n <= kLanes keys from j on.
+// Return the addition to the scores of row r alone, for n <= kLanes keys from j on.
 inline F32 added_by_row(const Call& c, const Seen& rows, int r, int64_t j, int n) {
   F32 added = c.mask_by_row ? mask_of(c.p, rows, r, j, n) : F32{};
   if (c.bias_by_row) added += bias_of(c.p, rows, r, j, n);
@@ -222,7 +222,7 @@ inline bool set_key_bias(const Call& c, Seen& rows, int64_t j0, int count) {
   return any;
 }
 
-// What the rows' sums are divided by, as factors; writes the logarithms of their totals where they are wanted.
+// Return the reciprocals that normalise the rows' sums; writes the log-sum-exp of the rows if wanted.
 inline F32 finish_softmax(const AttentionParams& p, const Seen& rows, int r0, F32 total) {
   for (int r = 0; p.lse && r < kLanes && r0 + r < rows.count; ++r)
     p.lse[(rows.batch * p.heads + rows.of_head[r0 + r]) * p.queries + rows.of_query[r0 + r]] =

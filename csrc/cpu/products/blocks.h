@@ -24,9 +24,9 @@ constexpr int kWaitingBytes = 512 << 10;  // for sums
 constexpr int64_t kRowsPerChunk = 1024;   // so many are worth a strip's packing by several threads
 constexpr int64_t kOperationsPerThread = 1 << 20;
 
-// How the work is cut: k into parts of about the same number of registers, each a panel of every strip, whatever the
-// rows are; and the parts into passes over the rows.  With few rows pack fewer panels per pass: x is cached anyway, and
-// small panels stay in L2.
+// Blocking of the work: k is cut into parts of about the same number of registers, each a panel of every strip,
+// whatever the rows are; and the parts into passes over the rows.  With few rows pack fewer panels per pass: x is
+// cached anyway, and small panels stay in L2.
 template <class Scheme>
 struct Parts {
   int64_t k, registers, count, passes, strips_at_once;

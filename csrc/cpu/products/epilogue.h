@@ -1,4 +1,4 @@
-// What a linear layer shares between few rows and many: its rows prepared in the workspace, its columns as one list
+// Parts of a linear layer shared between few rows and many: its rows prepared in the workspace, its columns as one list
 // over the segments, and everything that follows the sums.
 #pragma once
 
@@ -89,12 +89,12 @@ inline F32 load_typed(DType dtype, const void* p, int64_t i, int64_t n) {
   return with_type(dtype, [&]<class T>() { return load_at_most(static_cast<const T*>(p) + i, n); });
 }
 
-// A strip, and what follows the sums of its columns.
+// A strip of columns, and the function that finishes their sums.
 template <class Scheme>
 struct Columns {
   static constexpr int kMost = kLanes > 8 ? 2 * kLanes : 16;
 
-  // Of `rows` rows from r0 on: kSums rows of sums for each, `stride` apart and padded to pairs of registers.
+  // Finish `rows` rows from r0 on; sums has kSums rows for each, `stride` apart and padded to pairs of registers.
   using Finish = void (*)(const LinearParams& p, const Columns& columns, int64_t r0, int rows,
                           const typename Scheme::Sum* sums, int64_t stride);
 

@@ -32,7 +32,7 @@ constexpr int64_t kFewForBf16 = kFewFloats;
 #endif
 
 #ifdef __AVX512BF16__
-// What streams reads every row from the workspace, however many there are.
+// A streaming product reads every row from the workspace, however many there are.
 struct FewBf16 : Bf16 {
   static constexpr int kRowsInPlace = 0;
 };

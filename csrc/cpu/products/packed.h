@@ -53,7 +53,7 @@ inline Bytes levels_of(Bytes codes) {
 #endif
 }
 
-// Of a kind of codes: lines<i>(block, reg, low, high) gives lines i and i + 4, register `reg` of each.
+// Unpack one kind of codes: lines<i>(block, reg, low, high) gives lines i and i + 4, register `reg` of each.
 struct NibbleCodes {
   static constexpr bool kWide = false;
   static constexpr int kHalves = 1;  // groups of scales in a block
@@ -232,7 +232,7 @@ class GroupReader {
   F32 values_[kRegs];
 };
 
-// What the sums of a part are multiplied by, and what is taken from them before: zero points and the codes' shift.
+// Factors of a part's sums, and the zero points and codes' shift subtracted before.
 struct Factors {
   F32 scale[kRegs], zero[kRegs], offset[kRegs];
 };
@@ -299,8 +299,8 @@ inline bool has_zero(const PackedWeight& w) {
   return w.zero.data || shift_of(w.code);
 }
 
-// Of 32 numbers of x: what a code of theirs stands for, the sums of the codes of both halves and of all, integers, and
-// the sum that products with wide codes begin with.
+// A quantized block of 32 numbers of x: the scale of its codes, the sums (integers) of the codes in each half and in
+// all, and the initial sum of products with wide codes.
 struct XBlock {
   float scale, half[2], all;
   int32_t wide;

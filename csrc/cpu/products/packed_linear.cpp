@@ -15,7 +15,7 @@
 namespace llmkern::LLMKERN_ISA {
 namespace {
 
-// What epilogue.h has to know.
+// Traits for epilogue.h.
 struct Blocks : Prepared {
   using Code = int8_t;
   using Sum = float;

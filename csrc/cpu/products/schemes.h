@@ -1,5 +1,5 @@
-// What products are made of, per scheme and instruction set.  A lane, 4 bytes of a register, holds neighbours along k:
-// kPerLane of the scheme's Code.  multiply() adds the products of two registers, lane by lane, to one of sums.
+// Building blocks of products, per scheme and instruction set.  A lane, 4 bytes of a register, holds neighbours along
+// k: kPerLane of the scheme's Code.  multiply() adds the products of two registers, lane by lane, to one of sums.
 //   Floats    fp32, 1 to a lane; the weight of any type is widened on its way
 //   Integers  with VNNI or sdot int8, 4 to a lane; else widened to int16, 2 to a lane.  Exact for all codes.
 //   Digits    with VNNI or sdot: x in fixed point of 32 bits, four int8 digits; kSums = 4 sums for each row
@@ -32,7 +32,7 @@ struct Prepared {
   static constexpr int kRowsInPlace = 0;  // so many are multiplied where they lie, if they lie well
 };
 
-// What is kept beside each prepared row of x.
+// Data kept beside each prepared row of x.
 struct Header {
   float scale;
   uint32_t compensation[4];  // what Integers::multiply has added too much to each of the sums, modulo 2³²
@@ -217,7 +217,7 @@ struct Digits : Integers {
   static constexpr int kSums = 4;
   static constexpr float kLargest = 127.0f * (1 << 24);  // below what digits hold: it may be rounded up
 
-  // Whether the row can be had so: not where it holds NaN or infinity, or nothing but tiny numbers.
+  // Return true if the row can be prepared so: not if it holds NaN or infinity, or tiny numbers only.
   static bool served(const Header& header) { return header.scale == header.scale; }
 
   template <class T>

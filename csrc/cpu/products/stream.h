@@ -28,7 +28,7 @@ constexpr bool kIntegersInOrder = true;
 #endif
 constexpr int64_t kWeightsPerThread = 65536;  // below this, waking a thread costs more than it saves
 
-// What is fetched meanwhile, as the hardware's prefetchers stop at a page's end: nothing, the elements `ahead` of each
+// Software prefetch, since the hardware's prefetchers stop at a page's end: nothing, the elements `ahead` of each
 // column, or from `ahead` of the first column on as many, in order.
 enum class Fetch { none, columns, in_order };
 

@@ -7,7 +7,7 @@
 
 namespace llmkern {
 
-// How exactly a result is made.  fp32: by division and the precise functions.  halves: for results that are rounded to
+// Precision of a result.  fp32: by division and the precise functions.  halves: for results that are rounded to
 // 16 bits or to codes, by approximate instructions, whose errors of 2^-22 nothing is left of after that; a third of the
 // instructions, and kernels that read two bytes an element are bound by these.
 enum class Digits : int8_t { fp32, halves };

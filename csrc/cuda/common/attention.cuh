@@ -1,4 +1,4 @@
-// What the attention kernels (forward, decode, backward) share.  T is BFloat16 or Float16; sums are in fp32.
+// Shared parts of the attention kernels (forward, decode, backward).  T is BFloat16 or Float16; sums are in fp32.
 //   tiles     of shared memory, rows of kDim elements: where they lie, their copies, fragments for tensor cores
 //   products  mma<T>, numbers packed as its operands, loops of it over tiles
 //   scores    their scale and cap, what hides them from the softmax, exponentials
@@ -30,7 +30,7 @@ struct Tile {
     return row * kRowBytes + (chunk ^ (kGroup == 8 ? row % 8 : row / 2 % 4)) * 16;
   }
 
-  // Where this lane's row of the four 8x8 matrices begins, that ldmatrix_x4 reads from the tile's upper left 16x16:
+  // Offset of this lane's row in the four 8x8 matrices that ldmatrix_x4 reads from the tile's upper left 16x16:
   //                   matrices (row, column)            without transposition     transposed (.trans)
   //   rows_first      (0, 0) (8, 0) (0, 8) (8, 8)       a[m][k]                   b[k][n], of n and n + 8
   //   columns_first   (0, 0) (0, 8) (8, 0) (8, 8)       b[n][k], of n and n + 8   a[k][m]
@@ -77,7 +77,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
     ptx::mma_m16n8k16_f16(d, a, b);
 }
 
-// By one instruction, which from_float twice would not be.
+// Convert both by one instruction; calling from_float twice would take two.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   if constexpr (std::is_same_v<T, BFloat16>)
@@ -172,7 +172,7 @@ __device__ __forceinline__ float tanh_by_exp(float x) {
   return 1.0f - 2.0f * ptx::rcp_approx_ftz(1.0f + exp_approx(2.0f * x));
 }
 
-// What becomes of products q·k.  Where a positive factor is all they need they stay as they are ("raw"), and the factor
+// Turn products q·k into logits.  If a positive factor is all they need, they stay as they are ("raw"), and the factor
 // is part of the exponential's; else scores are logits, scaled and capped.  Either way exp(logit - other logit) is
 // ex2((score - other score) · log2_unit).
 struct ScoreScale {
@@ -197,8 +197,8 @@ struct ScoreScale {
   __device__ __forceinline__ float score(float product) const { return raw ? product : logit(product); }
 };
 
-// Which keys a query sees by its position alone: query i stands at i + keys - queries and sees `left` keys back and
-// `right` on.  All numbers are at most kGpuMaxLength, so that no sum of them overflows.
+// Range of keys that a query sees by its position alone: query i stands at i + keys - queries and sees `left` keys back
+// and `right` on.  All numbers are at most kGpuMaxLength, so that no sum of them overflows.
 struct Band {
   int queries, keys, left, right;
 
@@ -235,7 +235,7 @@ struct Band {
   }
 };
 
-// What else hides keys or is added to logits, for one batch and head: attn_mask by its strides, and key padding.
+// Masks of one batch and head that hide keys or are added to logits: attn_mask by its strides, and key padding.
 struct ScoreMask {
   const char* mask;  // null for none
   const bool* padding;
@@ -243,7 +243,7 @@ struct ScoreMask {
   DType dtype;
   bool is_bool;
 
-  // From the params of attention, or of its backward.
+  // Take the params of attention, or of its backward.
   template <class Params>
   __device__ __forceinline__ ScoreMask(const Params& p, int64_t batch, int64_t head)
       : mask(static_cast<const char*>(p.mask)),
@@ -260,12 +260,12 @@ struct ScoreMask {
 
   __device__ __forceinline__ bool any() const { return mask || padding; }
 
-  // Whether key padding hides a key, for all queries.
+  // Return true if key padding hides a key from all queries.
   __device__ __forceinline__ bool is_padding(int key) const {
     return !ld_global(reinterpret_cast<const uint8_t*>(padding) + key * padding_stride);
   }
 
-  // What the mask makes of the score of a query and a key that exist; an additive one takes and gives logits.
+  // Apply the mask to the score of a query and a key in range; an additive mask takes and returns logits.
   __device__ __forceinline__ float operator()(float score, int query, int key) const {
     const int64_t at = query * query_stride + key * key_stride;
     if (is_bool) return ld_global(reinterpret_cast<const uint8_t*>(mask) + at) ? score : minus_infinity();

@@ -1,4 +1,4 @@
-// How elementwise kernels share out their rows: a block takes chunks of kElementwiseVectors vectors for each of its
+// Distribution of rows in elementwise kernels: a block takes chunks of kElementwiseVectors vectors for each of its
 // threads, all of one row.
 #pragma once
 

@@ -1,4 +1,4 @@
-// How a launcher starts a kernel, and how a kernel finds its shared memory: on a GPU, or on the SIMT machine.
+// Launching a kernel and finding its shared memory, on a GPU or on the SIMT machine.
 #pragma once
 
 #include <cstdint>

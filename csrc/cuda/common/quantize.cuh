@@ -9,7 +9,7 @@ struct RowCodes {
   float scale, inverse;
   bool usable;
 
-  // From the bits of the row's largest magnitude.
+  // Construct from the bits of the row's largest magnitude.
   __device__ explicit RowCodes(uint32_t most) {
     const float amax = __uint_as_float(most);
     scale = amax < 0x1p-118f ? 0.0f : amax / 127.0f;

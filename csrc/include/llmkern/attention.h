@@ -13,7 +13,7 @@ namespace llmkern {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// Where a tensor that broadcasts to [batch, heads, queries, keys] keeps its elements; 0 where it is broadcast.
+// Strides of a tensor that broadcasts to [batch, heads, queries, keys]; 0 in broadcast dimensions.
 struct ScoreStrides {
   int64_t batch, head, query, key;  // elements
 };

@@ -5,13 +5,13 @@ struct CUstream_st;  // cudaStream_t points to it
 
 namespace llmkern {
 
-// What an SM holds at a time: KiB of shared memory, of which a block may have block_shared_kib; warps; blocks.
+// Capacity of an SM: KiB of shared memory, of which a block may have block_shared_kib; warps; blocks.
 struct Sm {
   int shared_kib, block_shared_kib, warps, blocks;
 };
 
-// By compute capability, 10 * major + minor (CUDA C++ Programming Guide, "Technical Specifications per Compute
-// Capability").  One that is not listed is taken for the smallest.
+// Capacities by compute capability, 10 * major + minor (CUDA C++ Programming Guide, "Technical Specifications per
+// Compute Capability").  One that is not listed is taken for the smallest.
 constexpr Sm sm_of(int capability) {
   switch (capability) {
     case 80:

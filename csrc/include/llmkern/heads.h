@@ -1,4 +1,4 @@
-// Where a tensor [batch, heads, length, dim] keeps its vectors, each of which is contiguous.
+// Pointer and strides of a tensor [batch, heads, length, dim] of contiguous vectors.
 #pragma once
 
 #include <cstdint>

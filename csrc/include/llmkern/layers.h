@@ -41,7 +41,7 @@ struct Array {
   DType dtype() const { return static_cast<DType>(type); }  // of a floating array
   bool has_contiguous_rows() const { return size[dims - 1] <= 1 || stride[dims - 1] == 1; }
 
-  // Whether both are there and differ in their memory only, or neither is there.
+  // Return true if both are given and differ in their memory only, or neither is given.
   bool is_like(const Array& other) const {
     return dims == other.dims && type == other.type && on_cpu == other.on_cpu && is_packed_like(other) &&
            std::equal(size, size + kMostDims, other.size) && std::equal(stride, stride + kMostDims, other.stride);
@@ -96,7 +96,7 @@ std::shared_ptr<const Program> parsed(const std::string& text);
 // The tensors that it takes of a layer: of a linear layer weight, scale and bias, of a norm weight and bias.
 size_t tensors_of(const Program& program);
 
-// Whether keys and values join those of a cache, and whether those of other tokens are kept in one.
+// Return true if keys and values are appended to a cache, and if those of other tokens are kept in one.
 bool appends(const Program& program);
 bool keeps(const Program& program);
 
@@ -111,7 +111,7 @@ struct Product {
   DType dtype;
 };
 
-// That library.  Results are [rows, n], contiguous, and stay until `release`.
+// The interface of that library.  Results are [rows, n], contiguous, and stay until `release`.
 struct Library {
   void* (*multiply)(void* context, const Product& product);
   void (*release)(void* context);

@@ -68,11 +68,11 @@ constexpr int64_t linear_workspace_bytes(int64_t rows, int64_t k, bool w8a8) {
 
 void launch_linear(const LinearParams& p, const Threads& threads);
 
-// Whether every row gets the bits that it gets alone, however many there are (LLMKERN_BATCH_INVARIANT=1): then many
-// rows of floats are multiplied as few are, which takes longer.  Integer products are exact in any case.
+// Return true if every row gets the bits that it gets alone, however many there are (LLMKERN_BATCH_INVARIANT=1).  Many
+// rows of floats are then multiplied as few are, which takes longer.  Integer products are exact in any case.
 bool linear_keeps_rows_alone();
 
-// Whether this CPU's instructions multiply many rows in 16 bits with a weight of 16 bits of this type: then
+// Return true if this CPU's instructions multiply many rows in 16 bits with a weight of 16 bits of this type: then
 // launch_linear is as fast as the best libraries at any number of rows.
 bool linear_takes_many_rows(WeightType weight);
 

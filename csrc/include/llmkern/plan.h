@@ -1,4 +1,4 @@
-// Which kernel a CUDA launcher chooses, and with what grid: the heuristics, in one place for launchers, tests and
+// Choice of a CUDA launcher's kernel and grid: the heuristics, in one place for launchers, tests and
 // `llmkern why`.  Plain C++, so that they are known where there is no GPU.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace llmkern {
 
-// How a kernel shares an SM: __launch_bounds__(threads, blocks) has the compiler give a thread no more registers than
+// Occupancy of a kernel: __launch_bounds__(threads, blocks) has the compiler give a thread no more registers than
 // let so many blocks of so many threads onto it, and tests/backends/test_compiled.py reads from the objects that it
 // did, and that no more of them would fit.
 struct Residency {
@@ -152,7 +152,7 @@ struct Int8MatmulPlan {
 constexpr int kMostStreamedRows = 16, kDecodeRows = 16;  // of a; of the weight, for each block
 constexpr Residency kDecode{256, 2};
 
-// What the blocks of a product that leave half of the SMs or more without work share out besides the result: K, in
+// Split-K of a product whose tiles leave half of the SMs or more without work: K is cut, in
 // parts of at least `least`, since their sums go through memory and a second launch adds them up.
 constexpr Int8MatmulPlan in_parts(Int8MatmulPlan plan, int64_t k, int64_t least, const Gpu& gpu) {
   constexpr int64_t kStep = 64, kMost = 16;

@@ -1,4 +1,4 @@
-"""What the CPU kernels of whole layers take."""
+"""Declarations of the CPU kernels of whole layers: the calls that they take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the native row kernels take: the dtypes, and the sentences for what they do not."""
+"""Dtypes that the native row kernels take, and the sentences for what they refuse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refuse_strided(**tensors: Tensor) -> str | None:
 def refuse_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None, **_: object
 ) -> str | None:
-    """What the normalisations cannot take."""
+    """Return why a normalisation cannot take the call, or None."""
     reason = refuse_strided(x=x) if residual is None else refuse_strided(x=x, residual=residual)
     if reason is not None:
         return reason
@@ -36,5 +36,5 @@ def refuse_norm(
 
 
 def refuse_norm_backward(dy: Tensor, **call: Any) -> str | None:
-    """What the gradients of the normalisations cannot take."""
+    """Return why the gradient of a normalisation cannot take the call, or None."""
     return refuse_strided(dy=dy) or refuse_norm(**call)

@@ -1,4 +1,4 @@
-"""Where PyTorch was measured to be faster than a native kernel: sizes per op, instruction set and dtype, as data.
+"""Sizes at which PyTorch was measured to be faster than a native kernel, per op, instruction set and dtype, as data.
 
 speed.json has what `llmkern tune OP --device cpu` found on a machine of that instruction set; a user's own table, which
 the same command writes, comes before it.  Of an instruction set that both lack the next lower one's is taken.
@@ -29,7 +29,7 @@ Table = dict[str, dict[str, dict[str, list[int | None]]]]
 
 
 def user_table() -> Path:
-    """Where `llmkern tune` keeps this user's table."""
+    """Return the path where `llmkern tune` keeps this user's table."""
     return Path(settings.cache).expanduser() / "cpu" / "speed.json"
 
 

@@ -1,4 +1,4 @@
-"""What the linear layers cannot take of their weights."""
+"""Refusals that the linear layers share: forms of weights that their kernels cannot take."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from llmkern.library import native
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **_: Any) -> str | None:
-    """What the kernel cannot read; out and its gradient it copies, where they lie as it cannot read them."""
+    """Return why the kernel cannot read a tensor, or None; out and its gradient are copied where it cannot."""
     return refuse_heads(sinks, q=q, k=k, v=v)
 
 

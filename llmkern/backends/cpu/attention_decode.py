@@ -34,7 +34,7 @@ def refuse_sinks(sinks: Tensor | None) -> str | None:
 
 
 def refuse_heads(sinks: Tensor | None, **vectors: Tensor) -> str | None:
-    """What both attention kernels refuse: vectors that are long or not contiguous, and sinks of other dtypes."""
+    """Return why neither attention kernel takes long or strided vectors, or sinks of other dtypes; or None."""
     return refuse_long(**vectors) or refuse_sinks(sinks) or refuse_strided(**vectors)
 
 

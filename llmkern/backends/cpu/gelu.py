@@ -10,12 +10,12 @@ from llmkern.library import native
 
 
 def refuse(x: Tensor, approximate: str) -> str | None:
-    """What the kernels cannot take, on any device."""
+    """Return why the kernels cannot take the call on any device, or None."""
     return refuse_strided(x=x)
 
 
 def refuse_backward(dy: Tensor, x: Tensor, approximate: str) -> str | None:
-    """What the kernels of the gradient cannot take, on any device."""
+    """Return why the kernels of the gradient cannot take the call on any device, or None."""
     return refuse_strided(dy=dy, x=x)
 
 

@@ -1,4 +1,4 @@
-"""How ops with a native kernel for CUDA are declared."""
+"""Declarations of ops with a native kernel for CUDA."""
 
 from __future__ import annotations
 

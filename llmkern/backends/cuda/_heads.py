@@ -1,4 +1,4 @@
-"""What the attention kernels of csrc/cuda take, and the sentences for what they do not."""
+"""Limits of the attention kernels of csrc/cuda, and the sentences for what they refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launchers would launch, in words: their own heuristics (csrc/include/llmkern/plan.h), from `llmkern._C`."""
+"""Descriptions of launches, by the launchers' own heuristics (csrc/include/llmkern/plan.h) from `llmkern._C`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _plan(
 
 
 def _rows_aligned(*tensors: Tensor | None) -> bool:
-    """Whether rows begin at multiples of 16 bytes, if the tensors' first elements do."""
+    """Return True if rows begin at multiples of 16 bytes, if the tensors' first elements do."""
     for tensor in tensors:
         if tensor is not None and any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1]):
             return False

@@ -33,7 +33,7 @@ def epilogue(
     activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """What follows the accumulation: in fp32, or in fp64 where an argument is fp64."""
+    """Compute everything after the accumulation, in fp32, or in fp64 where an argument is fp64."""
     if out_dtype == torch.int32:
         return accumulators.contiguous()
     floating = [t for t in (a_scale, w_scale, bias, residual) if t is not None]

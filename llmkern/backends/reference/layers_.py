@@ -100,13 +100,13 @@ class Buffers:
         return self._append(keys, k_scale, k), self._append(values, v_scale, v)
 
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of an encoder's tokens, written to their buffers."""
+        """Write the keys and values of an encoder's tokens to their buffers, and return them."""
         for buffer, new in zip(self._held.kept, (k, v), strict=True):
             buffer.copy_(new)
         return k, v
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Those that an earlier call has written."""
+        """Return the keys and values that an earlier call has written."""
         keys, values = self._held.kept
         return keys, values
 

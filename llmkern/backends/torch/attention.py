@@ -93,7 +93,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
 def _composed(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, sm_scale: float, softcap: float
 ) -> Tensor:
-    """What scaled_dot_product_attention cannot express, from operators that each read the scores once."""
+    """Compute calls that scaled_dot_product_attention cannot express, by operators that each read the scores once."""
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     # A group's queries against their one key head: a plain batched matmul, and no repeated copies of k and v.

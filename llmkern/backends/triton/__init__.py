@@ -21,12 +21,12 @@ FIRST_WITH_NUMPY_2_4 = (3, 7)
 
 
 def installed() -> bool:
-    """Whether there is a Triton, of whatever version."""
+    """Return True if any version of Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, as it decides itself when a kernel is defined."""
+    """Return True if Triton runs kernels in its interpreter, as it decides itself when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 

@@ -1,4 +1,4 @@
-"""What the launchers of attention share: shapes and strides as the kernels take them."""
+"""Arguments that the launchers of attention share: shapes and strides as the kernels take them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDEST = 2**30
 
 
 def refuse_dims(k: Tensor, v: Tensor) -> str | None:
-    """The sentence for head dimensions that the tiles do not hold."""
+    """Return the sentence for head dimensions that the tiles do not hold, or None."""
     for name, tensor in (("k", k), ("v", v)):
         if not 0 < tensor.shape[3] <= MAX_DIM:
             return f"{name} has head dimension {tensor.shape[3]}; 1 to {MAX_DIM} are taken"

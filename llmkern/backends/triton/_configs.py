@@ -90,7 +90,7 @@ DEFAULTS = {
     op: {shape_class: {**entry, "cpu": _INTERPRETED[op]} for shape_class, entry in table.items()}
     for op, table in _COMPILED.items()
 }
-"""By op and class the entries: an architecture's, "gfx" for AMD's, "*" for any other, "cpu" for the interpreter."""
+"""Entries by op and class: an architecture's, "gfx" for AMD's, "*" for any other, "cpu" for the interpreter."""
 
 _chosen: dict[tuple[str, str, Target], Config] = {}
 
@@ -131,7 +131,7 @@ def forget() -> None:
 
 
 def tuned_path(target: Target) -> Path:
-    """Where `llmkern tune` keeps its table: one file for each device, Triton and llmkern."""
+    """Return the path where `llmkern tune` keeps its table: one file for each device, Triton and llmkern."""
     versions = [f"{package}-{importlib.metadata.version(package)}" for package in ("triton", "llmkern")]
     name = "_".join([re.sub(r"\W+", "-", target.name).strip("-").lower(), *versions])
     return Path(settings.cache).expanduser() / "triton" / f"{name}.json"

@@ -1,4 +1,4 @@
-"""How an op's launcher becomes an implementation: eager, traceable and differentiable."""
+"""Decorators that turn an op's launcher into an implementation: eager, traceable and differentiable."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Kernel:
         self.loaded: Any = None
 
     def load(self) -> Any:
-        """What `triton.jit` made of it."""
+        """Import and return the kernel, a `triton.jit` function."""
         module = importlib.import_module(f"llmkern.backends.triton._kernels.{self.module}")
         self.loaded = getattr(module, self.name)
         return self.loaded

@@ -30,12 +30,12 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def refuse_forward(x: Tensor, **_: object) -> str | None:
-    """The sentence for rows that are longer than one program takes."""
+    """Return the sentence for rows longer than one program takes, or None."""
     return _refuse_wide(x, MAX_HIDDEN)
 
 
 def refuse_backward(x: Tensor, **_: object) -> str | None:
-    """As `refuse_forward`."""
+    """Like `refuse_forward`, for the gradient."""
     return _refuse_wide(x, MAX_HIDDEN_BACKWARD)
 
 

@@ -127,5 +127,5 @@ def tune(op: str, target: Target, device: torch.device | str, timer: Timer) -> I
 
 
 def _is_too_large(error: Exception) -> bool:
-    """Whether a configuration needs more than the device, or the compiler, has."""
+    """Return True if a configuration needs more than the device, or the compiler, has."""
     return type(error).__name__ in ("OutOfResources", "PTXASError", "CompilationError", "OutOfMemoryError")

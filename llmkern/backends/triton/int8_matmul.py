@@ -11,7 +11,7 @@ INT8_MATMUL_KERNEL = Kernel("int8_matmul", "int8_matmul_kernel")
 
 
 def refuse_parameters(**floating: Tensor | None) -> str | None:
-    """The sentence for fp64 operands of the epilogue, which is computed in fp32."""
+    """Return the sentence for fp64 operands of the epilogue, which is computed in fp32; or None."""
     for name, tensor in floating.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}; float32, bfloat16 and float16 are taken"

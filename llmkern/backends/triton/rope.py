@@ -49,6 +49,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interl
 
 
 def _strides(angles: Tensor) -> tuple[int, int, int]:
-    """Those of [B or 1, S, W]; a batch of 1 is every sequence's."""
+    """Return the strides of angles [B or 1, S, W]; a batch of 1 is broadcast to every sequence."""
     batch, position, dim = angles.stride()
     return 0 if angles.shape[0] == 1 else batch, position, dim

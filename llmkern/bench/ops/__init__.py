@@ -1,1 +1,1 @@
-"""What is swept for each op: `llmkern/bench/sweep.py` says what a definition holds."""
+"""Sweeps of each op; `llmkern/bench/sweep.py` describes the fields of a definition."""

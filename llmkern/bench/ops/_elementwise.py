@@ -1,4 +1,4 @@
-"""The sweeps of what looks at one element, or one row, at a time."""
+"""Sweeps of ops that read one element, or one row, at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the products of matrices sweep: the linear layers of published models, from one row to 8192."""
+"""Sweeps of matrix products: the linear layers of published models, from one row to 8192."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One file per peer; `llmkern/bench/peer.py` says what it holds."""
+"""Peers, one file each; `llmkern/bench/peer.py` says what it holds."""

@@ -21,7 +21,7 @@ _SDPA = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn"
 
 
 def _operator(op: str, call: dict[str, Any]) -> Any:
-    """What llmkern's `torch` backend calls for this op."""
+    """Return the function that llmkern's `torch` backend runs for this op."""
     impl = dispatch.implementation(op, "torch")
     if reason := impl.why_not(**call):
         raise Unsupported(reason)

@@ -49,7 +49,7 @@ class Slice:
 
 
 class Format(abc.ABC):
-    """How rows of one kind of file are found, read and written.  A row is a dict, or the text that is no row."""
+    """Finding, reading and writing the rows of one kind of file.  A row is a dict, or the text that is no row."""
 
     suffix: str
 
@@ -229,7 +229,7 @@ def slices(paths: list[Path], size: int) -> list[Slice]:
 
 
 def is_openai_batch(path: Path) -> bool:
-    """Whether the first line is a request of OpenAI's batch format."""
+    """Return True if the first line is a request of OpenAI's batch format."""
     if path.suffix != JsonLines.suffix:
         return False
     first = next(iter(JsonLines().read(Slice(0, str(path), 0, 1))), "")

@@ -26,7 +26,7 @@ Load = Callable[[], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Answering:
-    """How rows are answered.
+    """Settings by which rows are answered.
 
     load: returns the model and its tokenizer, in the worker's process.  column: where the text is; None for the first
     of TEXT_COLUMNS that a row has.  settings: further fields of each request to a language model, as OpenAI names

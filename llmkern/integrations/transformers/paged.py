@@ -40,7 +40,7 @@ class _Prefill:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one forward does, for every layer of an allocator.
+    """Cache positions that one forward reads and writes, for every layer of an allocator.
 
     write: int64 [T], the slot of each new token.  decoding: places of single new tokens in the packed row, None where
     all are such.  table: int32 [B, max_blocks] and lengths: int32 [B] of the decoding sequences.

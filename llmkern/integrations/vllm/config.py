@@ -1,4 +1,4 @@
-"""What the configs of all our quantization methods tell vLLM."""
+"""Base of the configs by which our quantization methods present themselves to vLLM."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def nibbles(packed: Tensor, width: int) -> Tensor:
 
 
 def words_of(fields: Tensor, bits: int) -> Tensor:
-    """What `fields_of` takes apart: [rows, m] uint8 to [rows, m · bits / 32] int32; m is a multiple of 32 / bits."""
+    """Invert `fields_of`: pack [rows, m] uint8 into [rows, m · bits / 32] int32; m is a multiple of 32 / bits."""
     words = torch.zeros(fields.shape[0], fields.shape[1] * bits // 32, dtype=torch.int32, device=fields.device)
     for i, part in enumerate(fields.unflatten(1, (-1, 32 // bits)).to(torch.int32).unbind(-1)):
         words |= part << i * bits

@@ -17,10 +17,10 @@ from llmkern.packed import BLOCK, PackedWeight
 __all__ = ["Grid", "pack_int4", "pack_int4_with_feedback", "pack_int8_blocks", "why_not_in_blocks"]
 
 RANGES = tuple(0.70 + 0.05 * i for i in range(8))
-"""Of the largest magnitude in a group, the ranges that are tried; what is beyond is clipped."""
+"""Ranges to try, as fractions of the largest magnitude in a group; values beyond are clipped."""
 
 LEAST_IMPORTANCE = 0.01
-"""Of a column in units of the mean one, added to what was measured."""
+"""Added to each column's measured importance, in units of the mean importance."""
 
 SMALLEST, LARGEST = 2.0**-12, 65504.0
 """Scales are kept in fp16 where the weight's largest is between these, so that those of smaller groups lose nothing
@@ -100,7 +100,7 @@ class Grid:
 
 
 def _counts(importance: Tensor) -> Tensor:
-    """With a mean of 1; columns that were never seen count a little."""
+    """Scale the importance to a mean of 1; columns that were never seen count a little."""
     mean = importance.float().mean().clamp(min=torch.finfo(torch.float32).tiny)
     return importance.float() / mean + LEAST_IMPORTANCE
 
@@ -170,7 +170,7 @@ def _asymmetric(groups: Tensor, counts: Tensor, kept: torch.dtype) -> tuple[Tens
 
 
 DAMPING = 0.01
-"""Of the mean square of the inputs, added to each column's: products of few inputs have no inverse."""
+"""Fraction of the inputs' mean square added to each column's: products of few inputs have no inverse."""
 
 
 def pack_int4_with_feedback(

@@ -124,4 +124,4 @@ GGUF_TYPES: dict[str, GgufType] = {
         GgufType("IQ4_XS", 23, 256, 136, _iq4_xs),
     )
 }
-"""By name.  Q5_0 and Q5_1 are what llama.cpp takes in place of K-quants where rows are no multiple of 256."""
+"""Block types by name.  Q5_0 and Q5_1 replace K-quants in llama.cpp where rows are no multiple of 256."""

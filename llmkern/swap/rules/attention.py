@@ -95,7 +95,7 @@ def skipping_masks(decoder: nn.Module, attentions: dict[str, Match]) -> tuple[Ed
 
 
 def is_named(module: nn.Module) -> bool:
-    """Whether its layers or its name say that it is an attention: then leaving it deserves a line in the report."""
+    """Return True if its layers or its name suggest an attention, so that leaving it deserves a line in the report."""
     if isinstance(module, nn.MultiheadAttention):  # has a rule of its own
         return False
     queries_and_keys = ({"q_proj", "k_proj"}, {"q_lin", "k_lin"}, {"query", "key"}, {"q", "k"})

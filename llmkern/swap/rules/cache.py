@@ -42,7 +42,7 @@ def find(module: nn.Module) -> Match | None:
 
 
 def _looks_back(module: nn.Module) -> bool:
-    """Whether attention in it is causal: encoders of the BERT family have the code of a decoder, too."""
+    """Return True if its attention is causal: encoders of the BERT family have the code of a decoder, too."""
     return any(getattr(child, "is_causal", False) is True for child in module.modules())
 
 

@@ -24,4 +24,4 @@ def find(module: nn.Module) -> Match | None:
     found = None if first is None else layer.find(as_before(first))
     if found is None or found.reason:
         return None
-    return Match("layer", "", edit=one_element(loop), around=found.op, switches=found.switches)
+    return Match("layer", "", edit=one_element(loop), for_op=found.op, switches=found.switches)

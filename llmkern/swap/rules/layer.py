@@ -52,7 +52,7 @@ def find(module: nn.Module) -> Match | None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it is the least module that holds an attention and the layers of an MLP."""
+    """Return True if it is the smallest module that holds an attention and the layers of an MLP."""
     return _holds_both(module) and not any(_holds_both(child) for child in module.modules() if child is not module)
 
 
@@ -71,12 +71,12 @@ def _holds_both(module: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether it looks like an attention; its layer's program says whether it is one."""
+    """Return True if it looks like an attention; its layer's program decides whether it is one."""
     return _asks(module) or attention_rule.is_named(module)
 
 
 def _asks(module: nn.Module) -> bool:
-    """Whether its forward looks its attention function up."""
+    """Return True if its forward looks its attention function up."""
     return _looks_up(getattr(type(as_before(module)), "forward", None))  # a scripted module's class has none
 
 
@@ -147,7 +147,7 @@ def _check(module: nn.Module, reading: Reading, program: Program) -> None:
 
 
 def _whole(module: nn.Module, reading: Reading, program: Program, call: dict[str, Any]) -> WholeLayer:
-    """What the layer's forward is to know of it.  call: a small call of the op."""
+    """Return the data that the fused forward of the layer needs.  call: a small call of the op."""
     index = reading.placed if any(step.op == "append" for step in program.steps) else ()
     needs = needs_of(program, call["parameters"], call["hidden"], call["inputs"], (), None)
     keys, values, heads = needs.cache or (0, 0, 1)
@@ -214,7 +214,7 @@ class _Size(NamedTuple):
 
 
 def _sizes_of(module: nn.Module, program: Program) -> tuple[_Size | None, ...]:
-    """Of the tensors that the program takes, in its order; None for one that there is not."""
+    """Return the sizes of the program's parameters, in its order; None for an absent one."""
     found: list[_Size | None] = []
     for kind, path in program.parameters():
         owner, _, name = path.rpartition(".")

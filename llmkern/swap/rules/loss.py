@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from llmkern.ops._linear_loss import LinearCrossEntropy
 from llmkern.swap.derive import wrapped_functions
 from llmkern.swap.edit import Edit
-from llmkern.swap.loss import CHANGED, ChangedLogits, around, on_shell, why_not
+from llmkern.swap.loss import CHANGED, ChangedLogits, on_shell, why_not, wrap
 from llmkern.swap.match import Match
 
 SWITCHES = ("loss",)
 _OP = "linear_cross_entropy"
-_EDIT = Edit(op=_OP, around=around)
+_EDIT = Edit(op=_OP, wrap=wrap)
 
 
 def find(module: nn.Module) -> Match | None:
@@ -31,7 +31,7 @@ def find(module: nn.Module) -> Match | None:
 
 
 class _Output:
-    """What a base model returns, of which only the hidden states count."""
+    """Output of the stand-in base model: hidden states, and None for every other attribute."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -44,7 +44,7 @@ class _Output:
 
 
 class _Base(nn.Module):
-    """In place of the base model, and of any part of it that is called instead."""
+    """Stand-in for the base model, and for any part of it that is called instead."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()

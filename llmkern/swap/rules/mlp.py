@@ -84,7 +84,7 @@ def _recognise(module: nn.Module, linears: dict[str, Any]) -> Match | None:
 
 
 def _shapes_fit(linears: list[Any]) -> bool:
-    """Whether these are (gate, up, down), or (gate and up packed, down), by their sizes."""
+    """Return True if the sizes are those of (gate, up, down), or of (gate and up packed, down)."""
     *into, down = linears
     hidden, intermediate = down.out_features, down.in_features
     packed = 2 if len(into) == 1 else 1

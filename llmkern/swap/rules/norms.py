@@ -40,7 +40,7 @@ def find(module: nn.Module) -> Match | None:
 
 
 def _named(module: nn.Module) -> bool:
-    """Whether the class calls itself a norm: then leaving it alone deserves a line in the report."""
+    """Return True if the class is named a norm, so that leaving it deserves a line in the report."""
     return "norm" in type(module).__name__.lower()
 
 
@@ -84,7 +84,7 @@ def _found(module: nn.Module, shell: nn.Module, op: str, norm: tuple[Any, ...], 
 
 
 def _roles(names: list[str]) -> list[tuple[str | None, str | None]]:
-    """Which parameter may be the weight, and which the bias."""
+    """Return the possible pairs of names (weight, bias)."""
     if len(names) == 2:
         return [(names[0], names[1]), (names[1], names[0])]
     return [(names[0], None)] if names else [(None, None)]

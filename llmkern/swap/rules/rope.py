@@ -27,7 +27,7 @@ _HEAD_DIM = 8
 
 @dataclass(frozen=True)
 class _Form:
-    """How a function pairs dimensions, and whether cos has one value per pair instead of one per dimension."""
+    """Form of a rotation: how dimensions are paired, and whether cos has one value per pair or per dimension."""
 
     interleaved: bool
     per_pair: bool

@@ -57,7 +57,7 @@ def _with_row(make: Make, optional: Sequence[str], value: float) -> Call:
 
 
 def _value(call: Call, op: str) -> tuple[str, Call]:
-    """What codes stand for: `op` of x, or of the rounded sum."""
+    """Return the values that the codes encode: `op` of x, or of the rounded sum."""
     norm = {name: value for name, value in call.items() if name != "residual"}
     return op, norm | {"x": call["x"] + call["residual"]} if "residual" in call else norm
 

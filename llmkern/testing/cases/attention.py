@@ -114,7 +114,7 @@ def _everything(make: Make) -> Call:
 
 
 def _projected(make: Make) -> Call:
-    """As models make them: views of [B, S, H, D], v a slice of a fused projection."""
+    """Inputs as models make them: views of [B, S, H, D], v a slice of a fused projection."""
     call = random_call(make, 19, 19, batch=2, heads=(6, 3), dim=40, causal=True)
     fused = make.randn(2, 19, 3, 2 * 40)
     k, v = fused.transpose(1, 2).split(40, -1)

@@ -34,7 +34,7 @@ def _call(
 
 
 def _transposed(make: Make) -> Call:
-    """As attention modules make them: [B, S, H, D] seen as [B, H, S, D], q and k cut from one projection."""
+    """Inputs as attention modules make them: [B, S, H, D] seen as [B, H, S, D], q and k cut from one projection."""
     packed = make.randn(2, 5, 6, 32).transpose(1, 2)
     return _call(make, (2, 4, 5, 32), kv_heads=2) | {"q": packed[:, :4], "k": packed[:, 4:]}
 

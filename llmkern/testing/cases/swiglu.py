@@ -21,7 +21,7 @@ def transposed(make: Make) -> Call:
 
 
 def saturated(make: Make) -> Call:
-    """Where exp overflows in fp32 (and the gate does in fp16), and where silu has its minimum."""
+    """Gates where exp overflows in fp32 (and the gate in fp16), and where silu has its minimum."""
     gate = make.tensor([[-1e4, -200.0, -88.8, -40.0, -1.278, -0.0], [0.0, 1e-6, 17.0, 89.0, 200.0, 1e4]])
     return {"gate": gate, "up": make.randn(*gate.shape)}
 

@@ -17,7 +17,7 @@ from llmkern.backends.triton._kernels.common import LN2, LOG2E, dot, narrow, tan
 
 @triton.jit
 def visible(row, column, queries, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which of the pairs (row, column), broadcast against each other, the band and the ends allow."""
+    """Return the mask of pairs (row, column), broadcast against each other, that the band and the ends allow."""
     position = row + (keys - queries)
     allowed = (row < queries) & (column < keys)
     if HAS_RIGHT:

@@ -1,4 +1,4 @@
-"""What the elementwise kernels share: a program takes BLOCK columns of one row; contiguous tensors are one row."""
+"""Indexing of the elementwise kernels: a program takes BLOCK columns of one row; contiguous tensors are one row."""
 
 import triton
 import triton.language as tl
