@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern.checks import FLOATING
@@ -14,6 +15,8 @@ from llmkern.nn._quantized_weight import QuantizedWeight
 from llmkern.nn.quantized_linear import LinearOfConv1D, is_conv1d, weight_out_in
 from llmkern.ops.int8_matmul import MAX_K
 from llmkern.swap.derive import original_class
+from llmkern.swap.guard import noted
+from llmkern.swap.match import PROBE_SCALE, agrees, probe, stand_in, why_elsewhere
 
 __all__ = [
     "FilterFn",
@@ -152,10 +155,10 @@ def why_not_plain_embedding(module: nn.Embedding) -> str:
 
 
 def _why_not_plain(module: nn.Module) -> str:
-    if original_class(module) not in (nn.Linear, LinearOfConv1D) and not is_conv1d(module):
-        return f"a {type(module).__name__} may do more than nn.Linear does"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance, as accelerate's offloading does"
+    if original_class(module) not in (nn.Linear, LinearOfConv1D) and not is_conv1d(module) and not _is_same(module):
+        return f"a {type(module).__name__} may do more than nn.Linear does"
     weight = module.weight
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
@@ -169,6 +172,29 @@ def _why_not_plain(module: nn.Module) -> str:
     if k > MAX_K:
         return f"K is {k}, and s32 sums are exact up to {MAX_K}"
     return ""
+
+
+class _Same(nn.Linear):
+    pass
+
+
+def _is_same(module: nn.Module) -> bool:
+    """Probe whether a subclass of nn.Linear computes what that does, from weight and bias alone, and has no other
+    methods of its own.  Falcon's linear layers are such.
+    """
+    cls = original_class(module)
+    names = {name for c in cls.__mro__[: cls.__mro__.index(nn.Linear)] for name in vars(c)}
+    if names - {"__init__", "__annotations__", "forward", *vars(_Same)}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = [torch.randn(shape, generator=generator) for shape in ((3, 5), (3,), (2, 7, 5))]
+    held = None if module.bias is None else bias
+    shell = stand_in(module, parameters={"weight": weight, "bias": held})
+    if not all(agrees(probe(shell, x * s), F.linear(x * s, weight, held)) for s in (1, PROBE_SCALE)):
+        return False
+    parts = noted(shell)
+    reads = None if parts is None else {read.name for part in parts for read in part.reads}
+    return reads is not None and reads <= {"weight", "bias"} and not why_elsewhere(shell, x)
 
 
 def _ancestors(path: str, names: dict[str, nn.Module]) -> list[tuple[nn.Module, str]]:

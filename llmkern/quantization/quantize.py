@@ -86,8 +86,9 @@ def quantize_(
         always the same, and on these alone without calib; for other models the errors are then those of normal noise,
         nothing is smoothed, and the report says so.  Scales of int4 are searched for the least error on these inputs.
     Left alone whatever is asked: layers that share their weight with anything but plain embeddings, subclasses of
-    nn.Linear and nn.Embedding (scaled embeddings, for one), embeddings with max_norm, layers with a forward of their
-    own, adapters, and layers whose weight was read during that forward without the layer being called.
+    nn.Linear that compute something else, subclasses of nn.Embedding (scaled embeddings, for one), embeddings with
+    max_norm, layers with a forward of their own on the instance, adapters, and layers whose weight was read during
+    that forward without the layer being called.
     On the CPU what the model then holds is copied to huge pages, as `optimize_` does, and the floating-point
     checkpoint's memory is given back.
     A transformers model's config then describes the quantization, so that `save_pretrained` gives a

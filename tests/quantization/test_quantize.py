@@ -216,6 +216,51 @@ def test_layers_that_are_not_plain_are_left_with_a_sentence(ids) -> None:
         torch.testing.assert_close(model["encoder"](x), wanted)
 
 
+class ByHand(nn.Linear):  # as Falcon's
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class ScaledByAttribute(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+class CutWhenLong(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[:, :64] if x.shape[1] > 64 else x)
+
+
+class HasMore(nn.Linear):
+    def merge(self) -> None: ...
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_subclass_that_computes_nn_linear_s_product_is_quantized(bias) -> None:
+    model = nn.Sequential(ByHand(32, 48, bias=bias), nn.GELU(), nn.Linear(48, 32))
+    x = torch.randn(2, 5, 32)
+    wanted = model(x)
+    assert len(reported(model).quantized) == 2
+    assert isinstance(model[0], Int8Linear)
+    assert relative(wanted, model(x)) < 0.02
+
+
+@pytest.mark.parametrize("cls", [Doubled, ScaledByAttribute, CutWhenLong, HasMore])
+def test_a_subclass_that_may_compute_something_else_is_left(cls) -> None:
+    model = nn.Sequential(cls(32, 48), nn.GELU(), nn.Linear(48, 32))
+    rows = rows_of(reported(model))
+    assert rows["0"].reason == f"a {cls.__name__} may do more than nn.Linear does"
+    assert rows["2"].action != "left"
+
+
 def test_hooks_and_training_flags_survive(tiny_llama, ids) -> None:
     seen = []
     tiny_llama.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
