@@ -18,7 +18,7 @@ _STEMS = {
 }
 # On the CPU products have a folder of their own, and one kernel for all weights that are not packed in blocks.
 _PRODUCTS = {
-    **{op: f"products/{op}" for op in ("attention", "attention_decode", "linear")},
+    **{op: f"products/{op}" for op in ("attention", "attention_decode", "attention_varlen", "linear")},
     **dict.fromkeys(("int8_linear", "int8_matmul"), "products/linear"),
     "quantized_linear": "products/packed_linear",
 }

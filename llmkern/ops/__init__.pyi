@@ -6,6 +6,7 @@ from llmkern.ops.add_rms_norm import add_rms_norm as add_rms_norm
 from llmkern.ops.add_rms_norm_quant import add_rms_norm_quant as add_rms_norm_quant
 from llmkern.ops.attention import attention as attention
 from llmkern.ops.attention_decode import attention_decode as attention_decode
+from llmkern.ops.attention_varlen import attention_varlen as attention_varlen
 from llmkern.ops.cross_entropy import cross_entropy as cross_entropy
 from llmkern.ops.gelu import gelu as gelu
 from llmkern.ops.int8_linear import int8_linear as int8_linear
@@ -32,6 +33,7 @@ __all__ = [
     "add_rms_norm_quant",
     "attention",
     "attention_decode",
+    "attention_varlen",
     "cross_entropy",
     "gelu",
     "int8_linear",

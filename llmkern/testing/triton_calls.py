@@ -100,7 +100,8 @@ def _attention(op: str, target: str) -> list[Call]:
     found = [(128, True, HALF)]
     if target != "gfx942":
         found = [(128, False, HALF), *[(dim, True, dtype) for dim in (64, 128, 256) for dtype in (HALF, SINGLE)]]
-    build = {"attention": _forward, "attention_backward": _backward, "attention_decode": _decode}[op]
+    builders = {"attention_backward": _backward, "attention_decode": _decode, "attention_varlen": _varlen}
+    build = builders.get(op, _forward)
     return [build(dim, full, dtype) for dim, full, dtype in found]
 
 
@@ -140,6 +141,26 @@ def _decode(dim: int, full: bool, dtype: torch.dtype) -> Call:
         "sinks": meta(32, dtype=dtype) if full else None,
         "sm_scale": 0.125,
         "window": [1000, 0] if full else [-1, -1],
+        "softcap": 30.0 if full else 0.0,
+        "return_lse": True,
+    }
+
+
+def _varlen(dim: int, full: bool, dtype: torch.dtype) -> Call:
+    pages = meta(512, 16, 8, dim, dtype=dtype)
+    lengths = meta(9, dtype=torch.int32)
+    return {
+        "q": meta(2048, 32, dim, dtype=dtype),
+        "k": pages if full else meta(2048, 8, dim, dtype=dtype),
+        "v": pages if full else meta(2048, 8, dim, dtype=dtype),
+        "cu_seqlens_q": lengths,
+        "cu_seqlens_k": None if full else lengths,
+        "seqused_k": meta(8, dtype=torch.int32) if full else None,
+        "block_table": meta(8, 64, dtype=torch.int32) if full else None,
+        "sinks": meta(32, dtype=dtype) if full else None,
+        "causal": True,
+        "sm_scale": 0.125,
+        "window": [100, 0] if full else [-1, -1],
         "softcap": 30.0 if full else 0.0,
         "return_lse": True,
     }

@@ -8,6 +8,7 @@
 #include "llmkern/add.h"
 #include "llmkern/attention.h"
 #include "llmkern/attention_decode.h"
+#include "llmkern/attention_varlen.h"
 #include "llmkern/cross_entropy.h"
 #include "llmkern/experts.h"
 #include "llmkern/kv_cache.h"
@@ -23,6 +24,7 @@
   X(add, AddParams)                          \
   X(attention, AttentionParams)              \
   X(attention_decode, AttentionDecodeParams) \
+  X(attention_varlen, AttentionVarlenParams) \
   X(combine, CombineParams)                  \
   X(cross_entropy, CrossEntropyParams)       \
   X(kv_append, KvCacheParams)                \
@@ -42,6 +44,7 @@ enum class Function : int32_t {
 #undef LLMKERN_NAME
       attention_workspace_bytes,
   attention_decode_workspace_bytes,
+  attention_varlen_workspace_bytes,
   linear_takes_many_rows,
   linear_keeps_rows_alone,
   set_isa,  // to the set of this name; 0: done

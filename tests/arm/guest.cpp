@@ -42,6 +42,8 @@ Answer answer(const Request& r) {
       return {attention_workspace_bytes(as<AttentionParams>(r)), {}};
     case Function::attention_decode_workspace_bytes:
       return {attention_decode_workspace_bytes(as<AttentionDecodeParams>(r)), {}};
+    case Function::attention_varlen_workspace_bytes:
+      return {attention_varlen_workspace_bytes(as<AttentionVarlenParams>(r)), {}};
     case Function::linear_takes_many_rows:
       return {linear_takes_many_rows(as<WeightType>(r)), {}};
     case Function::linear_keeps_rows_alone:

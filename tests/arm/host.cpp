@@ -120,6 +120,10 @@ int64_t attention_decode_workspace_bytes(const AttentionDecodeParams& p) {
   return ask(Function::attention_decode_workspace_bytes, p);
 }
 
+int64_t attention_varlen_workspace_bytes(const AttentionVarlenParams& p) {
+  return ask(Function::attention_varlen_workspace_bytes, p);
+}
+
 bool linear_takes_many_rows(WeightType weight) {
   return ask(Function::linear_takes_many_rows, weight) != 0;
 }

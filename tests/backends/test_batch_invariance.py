@@ -87,6 +87,15 @@ def attention_decode(make: Make) -> Call:
     return {"q": make.randn(MOST, 4, 1, 32), **cache, "seq_lens": lengths, **none, **SOFTMAX}
 
 
+def attention_varlen(make: Make) -> Call:
+    """A row of q in each sequence, so that its first dimension is the batch."""
+    sums = make.tensor(range(MOST + 1), dtype=torch.int32)
+    call = attention_decode(make)
+    k, v = (call[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
+    lengths = {"cu_seqlens_q": sums, "cu_seqlens_k": None, "seqused_k": call["seq_lens"], "block_table": None}
+    return {"q": make.randn(MOST, 4, 32), "k": k, "v": v, **lengths, "causal": True, **SOFTMAX, "return_lse": False}
+
+
 BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "rms_norm": ("rms_norm", lambda make: norm(make, offset=True)),
     "layer_norm": ("layer_norm", norm),
@@ -121,6 +130,7 @@ BUILD: dict[str, tuple[str, Callable[[Make], Call]]] = {
     "attention": ("attention", attention),
     "attention-one": ("attention", lambda make: attention(make, queries=1)),
     "attention_decode": ("attention_decode", attention_decode),
+    "attention_varlen": ("attention_varlen", attention_varlen),
     "cross_entropy": ("cross_entropy", cross_entropy),
     "layers_": ("layers_", lambda make: decoder(make, 1, 33, batch=MOST, hidden=72, heads=(3, 1), dim=24, inner=96)),
 }
@@ -134,6 +144,7 @@ BATCHED = {
     "int8_matmul": ("a_q", "a_scale", "residual"),
     "attention": ("q", "k", "v"),
     "attention_decode": ("q", "k_cache", "v_cache", "seq_lens"),
+    "attention_varlen": ("q", "k", "v", "seqused_k"),
     "cross_entropy": ("logits", "labels"),
     "layers_": ("hidden", "inputs", "caches"),
 }
@@ -164,7 +175,10 @@ def rows_of(op: str, call: Call, rows: slice) -> Call:
             return [of(each) for each in value]
         return value if value is None or len(value) == 1 else value[rows].clone()
 
-    return call | {name: of(call[name]) for name in BATCHED[op] if name in call}
+    found = call | {name: of(call[name]) for name in BATCHED[op] if name in call}
+    if op == "attention_varlen":
+        found["cu_seqlens_q"] = call["cu_seqlens_q"][: found["q"].shape[0] + 1]
+    return found
 
 
 def differing(impl: dispatch.Implementation, call: Call) -> list[tuple[int, int]]:

@@ -105,6 +105,13 @@ def decode(int8: bool) -> tuple[object, ...]:
     return torch.randn(3, 9, 2, 59), *cache, lengths, None, *scales, None, 0.2, [-1, -1], 0.0, True
 
 
+def varlen(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Any, ...]:
+    """Packed sequences, of which one has keys for several tasks."""
+    q, k = torch.randn(sum(queries), 9, 59), torch.randn(2, sum(keys), 3, 59)
+    sums = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    return q, *k, *sums, None, None, None, True, 0.2, [-1, -1], 0.0, True
+
+
 def rotated(interleaved: bool) -> tuple[Any, ...]:
     q, k = torch.randn(2, 9, 77, 66), torch.randn(2, 3, 77, 66)
     return q, k, torch.randn(1, 77, 66), torch.randn(1, 77, 66), 66, interleaved
@@ -137,6 +144,7 @@ SHARED = {
     "attention": lambda: (*torch.randn(3, 2, 6, 131, 59), None, None, None, True, 0.2, [-1, -1], 0.0, True),
     "attention_decode": lambda: decode(int8=False),
     "attention_decode-int8": lambda: decode(int8=True),
+    "attention_varlen": lambda: varlen((131, 1, 0, 16, 2), (131, 1100, 0, 300, 3)),
     "layers_": lambda: in_order("layers_", "smollm2-float32"),
     "layers_-many": lambda: in_order("layers_", "int8-w8a8-70-tokens-bfloat16"),
     "layers_-encoder": lambda: in_order("layers_", "minilm-float32"),

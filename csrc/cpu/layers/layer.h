@@ -20,8 +20,6 @@ namespace llmkern::layers {
 // by the other library (oneDNN, MKL), which then reads the weight about as fast and multiplies faster.
 inline constexpr int64_t kFewRows = 16;
 
-inline constexpr int64_t kDecodeQueries = 16;  // up to here attention_decode is faster than attention
-
 // Rows of numbers, `stride` elements apart, or their int8 codes (contiguous) with a scale for each row.
 struct Matrix {
   void* data = nullptr;

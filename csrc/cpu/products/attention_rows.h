@@ -76,13 +76,32 @@ inline void fetch(const T* from, int64_t stride, int64_t count, int64_t dim) {
     for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + j * stride + d);
 }
 
+// `count` keys and values that lie behind each other.
+template <class T>
+struct Keys {
+  const T *k, *v;
+  int count;
+};
+
+// The keys from `first` on, at most `most` of them, and of a paged cache those of one page.
+template <class T>
+Keys<T> keys_from(const AttentionParams& p, const Task& task, int64_t first, int64_t most) {
+  int64_t cell = task.batch, slot = first, count = p.keys - first < most ? p.keys - first : most;
+  if (p.block_table && count > 0) {
+    const int64_t block = p.block_table[first / p.block_size * p.table_stride];
+    cell = block < 0 ? 0 : block >= p.blocks ? p.blocks - 1 : block;
+    slot = first % p.block_size;
+    count = count < p.block_size - slot ? count : p.block_size - slot;
+  }
+  return {static_cast<const T*>(p.k) + p.k_strides.offset(cell, task.head, slot),
+          static_cast<const T*>(p.v) + p.v_strides.offset(cell, task.head, slot), static_cast<int>(count)};
+}
+
 template <class T>
 void fetch_keys(const AttentionParams& p, const Task& task, int64_t first) {
-  const int64_t count = p.keys - first < kMostKeys ? p.keys - first : kMostKeys;
-  fetch(static_cast<const T*>(p.k) + p.k_strides.offset(task.batch, task.head, first), p.k_strides.position, count,
-        p.dim);
-  fetch(static_cast<const T*>(p.v) + p.v_strides.offset(task.batch, task.head, first), p.v_strides.position, count,
-        p.value_dim);
+  const Keys<T> keys = keys_from<T>(p, task, first, kMostKeys);
+  fetch(keys.k, p.k_strides.position, keys.count, p.dim);
+  fetch(keys.v, p.v_strides.position, keys.count, p.value_dim);
 }
 
 template <class T>
@@ -222,10 +241,24 @@ inline bool set_key_bias(const Call& c, Seen& rows, int64_t j0, int count) {
   return any;
 }
 
+// f(j, keys from j on) for blocks of at most `most` keys that some row sees; meanwhile the next ones are fetched.
+template <class T, class F>
+inline void for_blocks(const Call& c, Seen& rows, int64_t most, const F& f) {
+  for (int64_t j = rows.some_first; j <= rows.some_last;) {
+    const int64_t left = rows.some_last - j + 1;
+    const Keys<T> keys = keys_from<T>(c.p, rows, j, left < most ? left : most);
+    const int64_t here = j;
+    j += keys.count;
+    if (j <= rows.some_last) fetch_keys<T>(c.p, rows, j);
+    if (c.by_key && !set_key_bias(c, rows, here, keys.count)) continue;
+    f(here, keys);
+  }
+}
+
 // Return the reciprocals that normalise the rows' sums; writes the log-sum-exp of the rows if wanted.
 inline F32 finish_softmax(const AttentionParams& p, const Seen& rows, int r0, F32 total) {
   for (int r = 0; p.lse && r < kLanes && r0 + r < rows.count; ++r)
-    p.lse[(rows.batch * p.heads + rows.of_head[r0 + r]) * p.queries + rows.of_query[r0 + r]] =
+    p.lse[p.lse_at(rows.batch, rows.of_head[r0 + r], rows.of_query[r0 + r])] =
         total[r] == 0.0f ? -kInfinity : rows.top[r0 + r] + __builtin_logf(total[r]);
   return 1.0f / (total == 0.0f ? broadcast(1.0f) : total);
 }

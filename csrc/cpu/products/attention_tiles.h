@@ -203,23 +203,18 @@ void run(const Call& c, TileRows& rows) {
   const AttentionParams& p = c.p;
   start(c, rows);
   const int64_t dim = padded_to_pairs(p.dim);
-  const auto* const k = static_cast<const BFloat16*>(p.k) + p.k_strides.offset(rows.batch, rows.head, 0);
-  const auto* const v = static_cast<const BFloat16*>(p.v) + p.v_strides.offset(rows.batch, rows.head, 0);
-  for (int64_t j = rows.some_first; j <= rows.some_last; j += kMostKeys) {
-    const int count = rows.some_last - j + 1 < kMostKeys ? rows.some_last - j + 1 : kMostKeys;
-    if (j + count <= rows.some_last) fetch_keys<BFloat16>(p, rows, j + count);
-    if (c.by_key && !set_key_bias(c, rows, j, count)) continue;
-    turn_keys(k + j * p.k_strides.position, p.k_strides.position, count, p.dim, rows.keys);
+  for_blocks<BFloat16>(c, rows, kMostKeys, [&](int64_t j, const Keys<BFloat16>& keys) {
+    const int count = keys.count;
+    turn_keys(keys.k, p.k_strides.position, count, p.dim, rows.keys);
     // (A tile that is loaded from what was stored a moment ago waits for the stores to reach the cache.)
-    pair_vectors(v + j * p.v_strides.position, p.v_strides.position, count, p.value_dim, padded_to_pairs(count) / 2,
-                 rows.values);
+    pair_vectors(keys.v, p.v_strides.position, count, p.value_dim, padded_to_pairs(count) / 2, rows.values);
     for (int r = 0; r < rows.count; r += 32)
       for (int i = 0; i < count; i += 32)
         multiply_tiles(rows.q + r * dim, dim * 2, rows.keys + i * 2, kMostKeys * 4, dim / 32, false,
                        rows.scores + r * kMostKeys + i, kMostKeys * 4);
     softmax(c, rows, j, count);
     add_values(p, rows, count);
-  }
+  });
   finish(c, rows);
 }
 

@@ -7,6 +7,7 @@
 #include "llmkern/dtype.h"
 #include "llmkern/gpu.h"
 #include "llmkern/heads.h"
+#include "llmkern/host_device.h"
 #include "llmkern/threads.h"
 
 namespace llmkern {
@@ -47,6 +48,16 @@ struct AttentionParams {
   const void* slopes = nullptr;  // [heads]: a head's times (key + 1 - keys) is added (ALiBi, arXiv:2108.12409)
   ScoreStrides bias_strides = {};
   DType bias_dtype = DType::f32, slopes_dtype = DType::f32;
+  // A paged cache, where batch is 1: k and v are [blocks, kv_heads, block_size, dim], "batch" of their strides is the
+  // block, and key t is slot t % block_size of block block_table[t / block_size · table_stride], clamped to 0 … blocks
+  // − 1.
+  const int32_t* block_table = nullptr;
+  int64_t table_stride = 1, block_size = 0, blocks = 0;
+  int64_t lse_rows = 0;  // from one head's lse to the next; 0 for queries
+
+  LLMKERN_HOST_DEVICE int64_t lse_at(int64_t b, int64_t h, int64_t query) const {
+    return (b * heads + h) * (lse_rows ? lse_rows : queries) + query;
+  }
 };
 
 int64_t attention_workspace_bytes(const AttentionParams& p);

@@ -12,6 +12,8 @@
 
 namespace llmkern {
 
+constexpr int64_t kDecodeQueries = 16;  // up to here it is faster than attention
+
 // A cache is contiguous, [batch, kv_heads, slots, dim], or paged, [blocks, kv_heads, slots, dim]: "batch" of its
 // strides is then the block, and position t of sequence b is slot t % slots of block block_table[b, t / slots].
 struct AttentionDecodeParams {
@@ -39,6 +41,12 @@ struct AttentionDecodeParams {
   bool lengths_are_64;  // int64, else int32
   float sm_scale;
   float softcap;  // 0 for none
+
+  int64_t lse_rows = 0;  // on the CPU: from one head's lse to the next; 0 for queries
+
+  LLMKERN_HOST_DEVICE int64_t lse_at(int64_t b, int64_t h, int64_t query) const {
+    return (b * heads + h) * (lse_rows ? lse_rows : queries) + query;
+  }
 
   // Tokens that the cache can hold of a sequence.
   LLMKERN_HOST_DEVICE int64_t capacity() const { return block_table ? max_blocks * slots : slots; }

@@ -1,9 +1,9 @@
 """Attention on the paged cache of transformers' continuous batching, in the layout in which the cache lies.
 
-A step packs the new tokens of all sequences into one row, q [1, Hq, T, D].  Sequences with one new token (decoding)
-are one call of `attention_decode`, which reads the pages through a block table and copies nothing; a sequence with
-more (a prompt, or a chunk of one) is a call of `attention`.  What depends on the step and not on the layer (the block
-table, lengths, which rows decode) is computed once, at the first layer.
+A step packs the new tokens of all sequences into one row, q [1, Hq, T, D].  It goes as it lies to `attention_varlen`,
+which reads the pages through a block table and copies nothing: prompts, chunks of prompts and tokens that are decoded
+in one call.  Where every sequence has one new token it is `attention_decode`'s, which can split long pasts.  What
+depends on the step and not on the layer (the block table, lengths) is computed once, at the first layer.
 
 transformers 5.23 hands a registered function what it hands its own: `cache`, `cu_seq_lens_q`, `cu_seq_lens_k`,
 `read_index` and `write_index` (slots of tokens), or `block_table` where every sequence has one new token.
@@ -12,6 +12,7 @@ transformers 5.23 hands a registered function what it hands its own: `cache`, `c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,27 +31,18 @@ _STEP = frozenset({"is_causal", "logits_indices", "logits_processor_args", "max_
 
 
 @dataclass(frozen=True)
-class _Prefill:
-    """One sequence with several new tokens.  new: their places in the packed row; seen: slots of all tokens it sees,
-    None where it sees the new ones only."""
-
-    new: slice
-    seen: Tensor | None
-
-
-@dataclass(frozen=True)
 class _Step:
     """Cache positions that one forward reads and writes, for every layer of an allocator.
 
-    write: int64 [T], the slot of each new token.  decoding: places of single new tokens in the packed row, None where
-    all are such.  table: int32 [B, max_blocks] and lengths: int32 [B] of the decoding sequences.
+    write: int64 [T], the slot of each new token.  starts: int32 [B + 1], where each sequence's new tokens begin in the
+    packed row, and the end; None where each has one.  table: int32 [B, max_blocks] and lengths: int32 [B] of what each
+    sequence sees, its new tokens included.
     """
 
     write: Tensor
-    decoding: Tensor | None
+    starts: Tensor | None
     table: Tensor
     lengths: Tensor
-    prefills: list[_Prefill]
 
 
 def register_paged() -> None:
@@ -106,31 +98,17 @@ def paged_attention_forward(
     k_tokens.index_copy_(0, step.write, key[0].transpose(0, 1))
     v_tokens.index_copy_(0, step.write, value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, Hq, D]
-    sinks = None if s_aux is None else s_aux.to(query.dtype)
-    options: dict[str, Any] = {"sm_scale": scaling, "softcap": softcap, "sinks": sinks}
-    packed = rows.new_empty((rows.shape[0], rows.shape[1], value.shape[-1]))
-    if step.lengths.numel():
-        k_pages, v_pages = allocator.get_cache_for_block_table(layer)  # [pages, page_size, Hkv, D]
-        decoding = rows if step.decoding is None else rows[step.decoding]
-        out = ops.attention_decode(
-            decoding[:, :, None],
-            k_pages.transpose(1, 2),
-            v_pages.transpose(1, 2),
-            step.lengths,
-            block_table=step.table,
-            **options,
-        )[:, :, 0]
-        if step.decoding is None:
-            return out[None], None
-        packed[step.decoding] = out
-    for prefill in step.prefills:
-        k, v = key[:, :, prefill.new], value[:, :, prefill.new]
-        if prefill.seen is not None:
-            k = k_tokens[prefill.seen].transpose(0, 1)[None]
-            v = v_tokens[prefill.seen].transpose(0, 1)[None]
-        out = ops.attention(query[:, :, prefill.new], k, v, causal=True, **options)
-        packed[prefill.new] = out[0].transpose(0, 1)
-    return packed[None], None
+    options: dict[str, Any] = {
+        "block_table": step.table,
+        "sm_scale": scaling,
+        "softcap": softcap,
+        "sinks": None if s_aux is None else s_aux.to(query.dtype),
+    }
+    k, v = allocator.get_cache_for_block_table(layer)  # [pages, page_size, Hkv, D]
+    if step.starts is None:
+        pages = k.transpose(1, 2), v.transpose(1, 2)
+        return ops.attention_decode(rows[:, :, None], *pages, step.lengths, **options)[None, :, :, 0], None
+    return ops.attention_varlen(rows, k, v, step.starts, seqused_k=step.lengths, causal=True, **options)[None], None
 
 
 def _plan(
@@ -148,32 +126,16 @@ def _plan(
         table = block_table[allocator.index]
         last = (lengths - 1).long()
         blocks = table.gather(1, (last // page)[:, None]).squeeze(1)
-        return _Step(blocks * page + last % page, None, table, lengths, [])
+        return _Step(blocks * page + last % page, None, table, lengths)
     assert read_index is not None
     assert write_index is not None
     read, write = read_index[allocator.index], write_index[allocator.index]
-    starts_q, starts_k = cu_seq_lens_q.tolist(), ends_k.tolist()
-    decoding, lengths_, blocks_, prefills = [], [], [], []
-    for i in range(len(starts_q) - 1):
-        new = slice(starts_q[i], starts_q[i + 1])
-        seen = slice(starts_k[i], starts_k[i + 1])
-        count, total = new.stop - new.start, seen.stop - seen.start
-        if count == 1 and read.numel():
-            decoding.append(new.start)
-            lengths_.append(total)
-            blocks_.append(read[seen][::page] // page)
-        elif count:
-            prefills.append(_Prefill(new, read[seen] if total > count else None))
-    everything = len(decoding) == starts_q[-1]
-    device = write.device
-    table = torch.nn.utils.rnn.pad_sequence(blocks_, batch_first=True) if blocks_ else write.new_empty((0, 1))
-    return _Step(
-        write,
-        None if everything else torch.tensor(decoding, dtype=torch.int64, device=device),
-        table.to(torch.int32),
-        torch.tensor(lengths_, dtype=torch.int32, device=device),
-        prefills,
-    )
+    starts, starts_k = cu_seq_lens_q.tolist(), ends_k.tolist()
+    slots, slots_at = (read, starts_k) if read.numel() else (write, starts)  # nothing is read where all is new
+    blocks_ = [slots[begin:end:page] // page for begin, end in pairwise(slots_at)]
+    table = torch.nn.utils.rnn.pad_sequence(blocks_, batch_first=True).to(torch.int32)
+    single = starts == list(range(len(starts)))
+    return _Step(write, None if single else cu_seq_lens_q, table, (ends_k[1:] - ends_k[:-1]).to(torch.int32))
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
