@@ -128,18 +128,16 @@ Tensor run(const Call& call) {
         gpu);
     p.a_rows = dense_rows(a.x.rows.count, a.k);
   }
-  const int64_t bytes = int8_matmul_workspace_bytes(p.a_rows.count, p.n, p.k, gpu);
+  const int64_t bytes = int8_matmul_workspace_bytes(p.a_rows.count, p.n, p.k, p.x != nullptr, gpu);
   Tensor workspace = new_tensor(call.x, {bytes}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   launch_int8_matmul(p, gpu);
   return a.out;
 }
 
-// Weight-only the kernel takes few rows of 16-bit elements.
+// Weight-only the kernels take 16-bit elements.
 bool kernel_scheme(const Tensor& x, const std::string& scheme) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return scheme == "w8a8" || (x.scalar_type() != ScalarType::Float && rows <= kMostStreamedRows);
+  return scheme == "w8a8" || x.scalar_type() != ScalarType::Float;
 }
 
 #else

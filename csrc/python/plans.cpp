@@ -38,9 +38,9 @@ py::dict rows(const std::string& kernel, const Shape& shape, int element_bytes, 
   return plan;
 }
 
-py::dict product(const Shape& shape, const Gpu& gpu) {
+py::dict product(const Shape& shape, int element_bytes, const Gpu& gpu) {
   of_length(shape, 3, "m, n, k");
-  const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], shape[2], gpu);
+  const Int8MatmulPlan p = plan_int8_matmul(shape[0], shape[1], shape[2], element_bytes == 2, gpu);
   const bool decode = p.kernel == Int8MatmulKernel::decode_8 || p.kernel == Int8MatmulKernel::decode_16;
   py::dict plan =
       launched(decode ? "int8_decode" : "int8_matmul", p.blocks * p.parts, p.threads, p.shared_bytes, p.residency, gpu);
@@ -99,7 +99,7 @@ py::dict plan(const std::string& kernel, const Shape& shape, int element_bytes, 
   const int vector = aligned ? 16 / element_bytes : 1;
   if (kernel == "norm" || kernel == "quantize_int8" || kernel == "activate_codes")
     return rows(kernel, shape, element_bytes, aligned, gpu);
-  if (kernel == "int8_matmul") return product(shape, gpu);
+  if (kernel == "int8_matmul") return product(shape, element_bytes, gpu);
   if (kernel == "activate") {
     of_length(shape, 2, "rows, hidden");
     return launched("activate", elementwise_blocks(shape[0], shape[1], vector), kElementwiseThreads, 0, kElementwise,
@@ -147,12 +147,18 @@ py::list kernels() {
   add("activate_codes", "activate_codes_kernel<*, 1, (*>", kRow, codes_residency(1), kRowSharedBytes, 1, kAny);
   add("activate_codes", "activate_codes_kernel<*, [48], (*>", kRow, codes_residency(8), kRowSharedBytes, 1, kAny);
   add("rope", "rope_kernel<*>", "the heads of a position", kRope, 0, 1, kAny);
-  add("int8_matmul", "int8_matmul_kernel<true, *>", "128x128", kLargeTile.residency(), kLargeTile.shared_bytes(),
-      kLargeTile.stages, kAny);
-  add("int8_matmul", "int8_matmul_kernel<false, *>", "64x64", kSmallTile.residency(), kSmallTile.shared_bytes(),
-      kSmallTile.stages, kAny);
+  for (const bool halves : {false, true})
+    for (const Int8MatmulKernel kernel : kProductTiles) {
+      if (!has_product_tile(kernel, halves)) continue;
+      const ProductTile tile = product_tile(kernel, halves);
+      const std::string function = std::string("int8_matmul_kernel<") + (halves ? "*16" : "signed char") +
+                                   ", (llmkern::Int8MatmulKernel)" + std::to_string(static_cast<int>(kernel)) + ", *>";
+      const std::string text = std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n);
+      add(halves ? "int8_matmul_halves" : "int8_matmul", function.c_str(), text.c_str(), tile.residency(),
+          tile.shared_bytes(), tile.stages, kAny);
+    }
   const Gpu gpu{nullptr, 1, 80};
-  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1, gpu), more = plan_int8_matmul(16, 1, 1, gpu);
+  const Int8MatmulPlan few = plan_int8_matmul(8, 1, 1, false, gpu), more = plan_int8_matmul(16, 1, 1, false, gpu);
   add("int8_decode", "int8_decode_kernel<*, 1, *>", "8x16", few.residency, few.shared_bytes, 1, kAny);
   add("int8_decode", "int8_decode_kernel<*, 2, *>", "16x16", more.residency, more.shared_bytes, 1, kAny);
   add("sum_parts", "sum_parts_kernel<*>", "1024 elements", kSumParts, 0, 1, kAny);
@@ -205,7 +211,8 @@ void define_plans(py::module_& m) {
         "rope; m, n, k of int8_matmul; batch, heads, kv_heads, queries, keys, dim, value_dim, masked (by attn_mask: 1, "
         "else 0) of attention; batch, kv_heads, rows (packed queries of a key head), keys, dim of attention_decode; "
         "batch, heads, kv_heads, queries, keys, head_dim of attention_dq and the other parts of attention's backward.\n"
-        "element_bytes: of an element.  aligned: rows begin at multiples of 16 bytes.  sm_count: the GPU's SMs.  "
+        "element_bytes: of an element; of int8_matmul 1 for codes, 2 weight-only.  aligned: rows begin at multiples of "
+        "16 bytes.  sm_count: the GPU's SMs.  "
         "capability: 10 * major + minor.");
   m.def(
       "kernels", &kernels,

@@ -89,6 +89,10 @@ def _int8(m: int, n: int, k: int) -> Call:
     return _case("int8_matmul", "130", rows=(m,), n=n, k=k)
 
 
+def _weight_only(m: int, n: int, k: int) -> Call:
+    return _case("int8_linear", "silu-w8a16", rows=(m,), n=n, k=k)
+
+
 # What is read by every row, or every head, comes from L1 but for the first time; teams of a decoding block merge in
 # shared memory once, at its end.  Of int8_matmul's epilogue each row reads the columns' scales anew, by 16 bytes of 32
 # lanes that are 32 bytes apart.
@@ -141,12 +145,28 @@ BUDGETS = {
         sectors=_MERGE_SECTORS,
         **_MERGE,
     ),
+    "int8-wide": Budget(
+        "int8_matmul",
+        lambda: _int8(128, 256, 512),
+        mma=4096,
+        ldmatrix=1024,
+        reads={"a_scale": 32, "w_scale": 16},
+        **_EPILOGUE,
+    ),
     "int8-large": Budget(
         "int8_matmul",
         lambda: _int8(128, 128, 512),
         mma=2048,
-        ldmatrix=768,
-        reads={"a_scale": 16, "w_scale": 32},
+        ldmatrix=512,
+        reads={"a_scale": 16, "w_scale": 16},
+        **_EPILOGUE,
+    ),
+    "int8-halves": Budget(
+        "int8_linear",
+        lambda: _weight_only(128, 128, 512),
+        mma=4096,
+        ldmatrix=256,
+        reads={"w_scale": 32, "bias": 32},
         **_EPILOGUE,
     ),
     "int8-small": Budget(

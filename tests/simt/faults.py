@@ -143,21 +143,28 @@ def _faults() -> Iterator[Fault]:
 
     file = "int8_matmul.cu"
     wait = "ptx::cp_async_wait_group<kTile.stages - 2>();"
-    every = ("int8-small", "int8-large")
+    every = ("int8-small", "int8-large", "int8-wide", "int8-halves", "int8-halves-small")
     yield dropped("wait", file, f"@{wait}\n", wait, *every)
     yield Fault("wait", file, f"@{wait}\n", wait, "ptx::cp_async_wait_group<kTile.stages - 1>();", every)
     yield dropped("barrier", file, f"@{barrier}  // this step's tiles", barrier, *every)
     yield dropped("barrier", file, f"@{barrier}  // the last tiles", barrier, *every)
     yield dropped("__syncwarp", file, f"@{warp}\n    store_slab", warp, *every)
-    yield dropped("__syncwarp", file, f"i * 16, first_n + warp_n);\n    @{warp}", warp, "int8-large")
-    yield dropped("barrier", file, f"@{barrier}\n  for (int element", barrier, "int8-decode")
-    piece = "swizzled(row_of(i), chunk)"
-    yield Fault("swizzle", file, f"tile + @{piece};", piece, "(row_of(i) * kStepBytes + chunk * kChunk)", every)
+    yield dropped("__syncwarp", file, f"i * 16, first_n + warp_n);\n    @{warp}", warp, "int8-large", "int8-wide")
+    yield dropped("barrier", file, f"@{barrier}\n    for (int element", barrier, "int8-decode")
+    yield dropped("barrier", file, f"@{barrier}  // the sums have been read", barrier, "int8-decode")
+    piece = "swizzled<kRowBytes>(row_of(i), chunk)"
+    yield Fault("swizzle", file, f"tile + @{piece};", piece, "(row_of(i) * kRowBytes + chunk * kChunk)", every)
+    piece = "4 * half + 2 * k + lane % 4 / 2"
+    yield Fault("swizzle", file, f"+ row, @{piece});", piece, "4 * half + 2 * k + lane % 4 % 2", ("int8-halves",))
     yield Fault("stage", file, "stage = shared + @into *", "into", "next(into)", every)
+    piece = "step + i < whole_steps"
+    yield Fault("stage", file, f"if (@{piece}) {{", piece, "step + i <= whole_steps", ("int8-decode-long",))
+    piece = "ahead_n < end_n ? 0 : whole_steps"
+    yield Fault("predicate", file, f"ahead_step = @{piece};", piece, "whole_steps", ("int8-decode-long",))
     piece = "valid < 0 ? 0 : valid < kChunk ? valid : kChunk"
-    yield Fault("predicate", file, f"static_cast<int>(@{piece});", piece, "valid > 0 ? kChunk : 0", ("int8-tail",))
+    yield Fault("predicate", file, f"step), @{piece});", piece, "valid > 0 ? kChunk : 0", ("int8-tail",))
     piece = "m + row >= p.a_rows.count"
-    yield Fault("predicate", file, f"if (@{piece}) return;", piece, "false", every)
+    yield Fault("predicate", file, f"if (@{piece}) break;", piece, "false", every)
     piece = "m >= p.a_rows.count || n >= p.n"
     yield Fault("predicate", file, f"if (@{piece}) continue;", piece, "n >= p.n", ("int8-decode",))
 

@@ -96,6 +96,11 @@ def _int8(m: int, n: int, k: int) -> Call:
     return own.build.func(Make(own.dtype, "cpu", seed=0), **(own.build.keywords | {"rows": (m,), "n": n, "k": k}))
 
 
+def _weight_only(m: int, n: int, k: int) -> Call:
+    own = next(c for c in cases("int8_linear") if c.name.startswith("silu-w8a16") and c.dtype == torch.bfloat16)
+    return own.build.func(Make(own.dtype, "cpu", seed=0), **(own.build.keywords | {"rows": (m,), "n": n, "k": k}))
+
+
 def _int8_tail() -> Call:
     """Rows of 67 codes, 80 apart: what follows them is no zero."""
     call = _int8(20, 33, 67)
@@ -187,7 +192,11 @@ CALLS: dict[str, tuple[str, Callable[[], Call], int]] = {
     "int8-small": ("int8_matmul", lambda: _int8(70, 66, 336), 1000),
     "int8-large": ("int8_matmul", lambda: _int8(130, 66, 336), 1),
     "int8-tail": ("int8_matmul", _int8_tail, 1),
+    "int8-wide": ("int8_matmul", lambda: _int8(120, 246, 336), 1),
+    "int8-halves": ("int8_linear", lambda: _weight_only(120, 126, 208), 1),
+    "int8-halves-small": ("int8_linear", lambda: _weight_only(70, 66, 208), 1000),
     "int8-decode": ("int8_matmul", lambda: _int8(5, 33, 1300), 1),
+    "int8-decode-long": ("int8_matmul", lambda: _int8(5, 33, 2816), 1),
     "layer_norm": ("layer_norm", lambda: _rows("layer_norm", 3, 2504), 4),
     "rms_norm_quant": ("add_rms_norm_quant", lambda: _rows("add_rms_norm_quant", 3, 2504), 4),
     "quantize_int8": ("quantize_int8", lambda: _rows("quantize_int8", 3, 300), 4),

@@ -81,6 +81,40 @@ def test_every_number_of_rows_of_a_product(operators, size: tuple[int, int, int]
     judge(operators, product(size, dtype), sm_count=sm_count)
 
 
+# Tile, and M, N and K for which one SM gets it: with rows aligned to 16 bytes or not, stored by 16 bytes or one by one,
+# and with several blocks.
+CODE_TILES = [((128, 256), size) for size in ((120, 246, 336), (250, 504, 96), (120, 250, 67))]
+CODE_TILES += [((128, 128), size) for size in ((250, 120, 96), (130, 66, 67))]
+HALF_TILES = [((128, 128), size) for size in ((250, 120, 96), (120, 126, 208), (130, 66, 67))]
+HALF_TILES += [((64, 64), size) for size in ((17, 33, 80), (60, 66, 208), (129, 40, 67))]
+
+
+def chosen_tile(size: tuple[int, int, int], element_bytes: int, sm_count: int) -> tuple[int, int]:
+    plans = pytest.importorskip("llmkern._C", reason="llmkern._C was not built")
+    return plans.plan("int8_matmul", list(size), element_bytes, True, sm_count, 90)["tile"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+@pytest.mark.parametrize(("tile", "size"), CODE_TILES)
+def test_tiles_of_codes(operators, tile: tuple[int, int], size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert chosen_tile(size, 1, 1) == tile
+    judge(operators, product(size, dtype), sm_count=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tile", "size"), HALF_TILES)
+def test_tiles_of_weight_only(operators, tile: tuple[int, int], size: tuple[int, int, int], dtype) -> None:
+    assert chosen_tile(size, 2, 1) == tile
+    judge(operators, weight_only(size, dtype), sm_count=1)
+
+
+def test_sections_of_blocks_cover_the_result(operators) -> None:
+    """Seventeen rows of blocks, one more than a section has, each with columns of its own."""
+    size = (17 * 64 - 3, 130, 16)
+    assert chosen_tile(size, 1, 1000) == (64, 64)
+    judge(operators, product(size, torch.int32), sm_count=1000)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sm_count", [1, 1000])
 @pytest.mark.parametrize("size", [(17, 136, 96), (129, 136, 96), (129, 131, 70)], ids=str)
@@ -109,7 +143,7 @@ def test_every_number_of_rows_of_weight_only(operators, size: tuple[int, int, in
     judge(operators, weight_only(size, dtype))
 
 
-@pytest.mark.parametrize("size", [(5, 33, 8300), (16, 48, 12288)], ids=str)
+@pytest.mark.parametrize("size", [(5, 33, 8300), (16, 48, 12288), (17, 66, 2100), (70, 72, 3136)], ids=str)
 def test_parts_of_weight_only_have_the_same_bits_in_every_order(operators, size: tuple[int, int, int]) -> None:
     case = weight_only(size, torch.bfloat16)
     judge(operators, case, sm_count=1000)

@@ -14,14 +14,14 @@ namespace llmkern {
 
 struct Int8MatmulParams {
   const int8_t* a;       // [a_rows.count, k]; rows at a_rows.offset(m), each contiguous
-  const void* x;         // null, or instead of a, x_dtype: at most kMostStreamedRows rows
+  const void* x;         // null, or instead of a, x_dtype; rows like a's
   const int8_t* w;       // [n, k]; row j at j * w_stride, contiguous
   const float* a_scale;  // [m]; null for 1
   const float* w_scale;  // [n]; null for 1
   const void* bias;      // [n], bias_dtype; null for 0
   const void* residual;  // [m, n], residual_dtype; rows at residual_rows.offset(m), each contiguous; null for 0
   void* out;             // [m, n], contiguous: out_dtype, or int32 where `sums`
-  void* workspace;       // int8_matmul_workspace_bytes(m, n, k, gpu), 16-byte aligned
+  void* workspace;       // int8_matmul_workspace_bytes(m, n, k, x != null, gpu), 16-byte aligned
   Rows a_rows, residual_rows;
   int64_t n, k;                                          // k at most 131071, so that s32 cannot overflow
   int64_t w_stride;                                      // elements
@@ -31,8 +31,8 @@ struct Int8MatmulParams {
 };
 
 // The sums of each part of K, where it is shared out.
-constexpr int64_t int8_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  const Int8MatmulPlan plan = plan_int8_matmul(m, n, k, gpu);
+constexpr int64_t int8_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k, bool halves, const Gpu& gpu) {
+  const Int8MatmulPlan plan = plan_int8_matmul(m, n, k, halves, gpu);
   return plan.parts > 1 ? 4 * plan.parts * m * n : 0;
 }
 

@@ -125,20 +125,60 @@ constexpr RopePlan plan_rope(int64_t positions, int64_t heads, int64_t dim, int6
   return {static_cast<int>((each + 31) / 32 * 32), std::min<int64_t>(positions, 0x7fffffff)};
 }
 
-// A block's share of a product: block_m x block_n of the result by warps_m x warps_n warps, in steps of 64 bytes of K,
-// of which `stages` are in shared memory or on their way; `resident` such blocks share an SM.
+// A block's share of a product: block_m x block_n of the result by warps_m x warps_n warps, in steps of 64 of K, of
+// which `stages` are in shared memory or on their way; `resident` such blocks share an SM.  Elements of a have
+// element_bytes: codes 1, halves 2; those of the weight are codes.
 struct ProductTile {
-  int block_m, block_n, warps_m, warps_n, stages, resident;
+  int block_m, block_n, warps_m, warps_n, stages, resident, element_bytes;
 
   LLMKERN_HOST_DEVICE constexpr int threads() const { return 32 * warps_m * warps_n; }
-  LLMKERN_HOST_DEVICE constexpr int stage_bytes() const { return (block_m + block_n) * 64; }
+  LLMKERN_HOST_DEVICE constexpr int stage_bytes() const { return (block_m * element_bytes + block_n) * 64; }
   LLMKERN_HOST_DEVICE constexpr int shared_bytes() const { return stages * stage_bytes(); }
   LLMKERN_HOST_DEVICE constexpr Residency residency() const { return {threads(), resident}; }
 };
 
-constexpr ProductTile kLargeTile{128, 128, 2, 4, 3, 2}, kSmallTile{64, 64, 2, 2, 4, 4};
+// Every tile fits into the 99 KiB of GeForce and RTX cards.
+enum class Int8MatmulKernel : int8_t { wide_tile, large_tile, small_tile, decode_8, decode_16 };
+constexpr Int8MatmulKernel kProductTiles[] = {Int8MatmulKernel::wide_tile, Int8MatmulKernel::large_tile,
+                                              Int8MatmulKernel::small_tile};
 
-enum class Int8MatmulKernel : int8_t { large_tile, small_tile, decode_8, decode_16 };
+// Halves have no wide tile: their sums are floats, as many registers as codes', but their operands take more.
+LLMKERN_HOST_DEVICE constexpr bool has_product_tile(Int8MatmulKernel kernel, bool halves) {
+  return kernel != Int8MatmulKernel::wide_tile || !halves;
+}
+
+// halves: a's elements.
+LLMKERN_HOST_DEVICE constexpr ProductTile product_tile(Int8MatmulKernel kernel, bool halves) {
+  if (kernel == Int8MatmulKernel::small_tile)
+    return halves ? ProductTile{64, 64, 2, 2, 3, 4, 2} : ProductTile{64, 64, 2, 2, 4, 4, 1};
+  if (kernel == Int8MatmulKernel::large_tile)
+    return halves ? ProductTile{128, 128, 2, 4, 4, 1, 2} : ProductTile{128, 128, 2, 2, 3, 2, 1};
+  return {128, 256, 2, 4, 4, 1, 1};
+}
+
+// Clocks of an SM for a step of one block: the longest of tensor cores, which multiply 16x8x32 codes or 16x8x16 halves
+// in two (by mma.sync on Hopper and its like in 1.6), of shared memory, 128 bytes in one, and of L2, of which an SM
+// gets some 32 bytes in one.
+constexpr int64_t step_clocks(const ProductTile& tile, const Gpu& gpu) {
+  const int64_t products = int64_t{tile.block_m / 16} * (tile.block_n / 8) * 2 * tile.element_bytes;
+  const int64_t tensor = gpu.capability >= 90 && gpu.capability < 120 ? products * 8 / 5 : products * 2;
+  const int64_t read =
+      (tile.block_m * tile.warps_n * int64_t{tile.element_bytes} + int64_t{tile.block_n} * tile.warps_m) * 64;
+  return std::max({tensor, (read + tile.stage_bytes()) / 128, int64_t{tile.stage_bytes()} / 32});
+}
+
+constexpr int64_t kLaunchClocks = 1000;  // until a block's first step has landed, and until another kernel begins
+
+// Clocks of the blocks that an SM gets, as many of them at a time as it holds; a step that nothing hides takes 300, and
+// a block's results leave by eight elements in one.
+constexpr int64_t product_clocks(const ProductTile& tile, int64_t blocks, int64_t steps, const Gpu& gpu) {
+  const int64_t resident = resident_blocks(tile.residency(), tile.threads(), tile.shared_bytes(), gpu.sm());
+  const int64_t each = (blocks + gpu.sm_count - 1) / gpu.sm_count, clocks = step_clocks(tile, gpu);
+  auto together = [&](int64_t count) {
+    return steps * std::max<int64_t>(count * clocks, 300) + kLaunchClocks + count * tile.block_m * tile.block_n / 8;
+  };
+  return each / resident * together(resident) + (each % resident > 0 ? together(each % resident) : 0);
+}
 
 struct Int8MatmulPlan {
   Int8MatmulKernel kernel;
@@ -149,58 +189,77 @@ struct Int8MatmulPlan {
   int64_t part;  // so many of K each, whole steps
 };
 
-constexpr int kMostStreamedRows = 16, kDecodeRows = 16;  // of a; of the weight, for each block
+constexpr int kMostStreamedRows = 16, kDecodeRows = 16;  // of a; of the weight, at a time in a block
 constexpr Residency kDecode{256, 2};
+constexpr int64_t kProductStep = 64, kMostParts = 16;
 
-// Split-K of a product whose tiles leave half of the SMs or more without work: K is cut, in
-// parts of at least `least`, since their sums go through memory and a second launch adds them up.
-constexpr Int8MatmulPlan in_parts(Int8MatmulPlan plan, int64_t k, int64_t least, const Gpu& gpu) {
-  constexpr int64_t kStep = 64, kMost = 16;
-  const int64_t steps = std::max<int64_t>((k + kStep - 1) / kStep, 1);
-  const int64_t room = plan.blocks > 0 ? gpu.sm_count / plan.blocks : 1;
-  const int64_t parts = std::clamp<int64_t>(std::min(room, k / least), 1, kMost);
-  plan.part = (steps + parts - 1) / parts * kStep;
-  plan.parts = static_cast<int>((steps * kStep + plan.part - 1) / plan.part);
+// Split-K into `parts`, or fewer where whole steps make fewer; their sums go through memory, and a second launch adds
+// them up.
+constexpr Int8MatmulPlan in_parts(Int8MatmulPlan plan, int64_t k, int64_t parts) {
+  const int64_t steps = std::max<int64_t>((k + kProductStep - 1) / kProductStep, 1);
+  plan.part = (steps + parts - 1) / parts * kProductStep;
+  plan.parts = static_cast<int>((steps * kProductStep + plan.part - 1) / plan.part);
   return plan;
 }
 
 constexpr Residency kSumParts{256, 4};
 
-// Up to 16 rows cannot fill a tile: then what counts is to stream the weights, and a block of few has enough of them on
-// the way for its share of the memory's speed, so that only a long K is worth parts.  Otherwise large tiles, which load
-// least for each product, unless there are too few of them for the SMs.
-constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
-  constexpr int64_t kLeast = 1024, kLeastStreamed = 4096;
-  auto blocks = [&](int block_m, int block_n) { return (m + block_m - 1) / block_m * ((n + block_n - 1) / block_n); };
-  auto tiled = [&](Int8MatmulKernel kernel, const ProductTile& tile) {
-    return Int8MatmulPlan{kernel,
-                          tile.block_m,
-                          tile.block_n,
-                          tile.threads(),
-                          tile.stages,
-                          tile.shared_bytes(),
-                          blocks(tile.block_m, tile.block_n),
-                          tile.residency(),
-                          1,
-                          0};
-  };
-  auto decode = [&](Int8MatmulKernel kernel, int rows) {  // each warp's sums of its share of K are in shared memory
-    return Int8MatmulPlan{kernel,
-                          rows,
-                          kDecodeRows,
-                          kDecode.threads,
-                          1,
-                          kDecode.threads / 32 * rows * kDecodeRows * 4,
-                          blocks(rows, kDecodeRows),
-                          kDecode,
-                          1,
-                          0};
-  };
-  if (m <= 8) return in_parts(decode(Int8MatmulKernel::decode_8, 8), k, kLeastStreamed, gpu);
-  if (m <= kMostStreamedRows) return in_parts(decode(Int8MatmulKernel::decode_16, 16), k, kLeastStreamed, gpu);
-  const Int8MatmulPlan large = tiled(Int8MatmulKernel::large_tile, kLargeTile);
-  const bool enough = large.blocks >= gpu.sm_count;
-  return in_parts(enough ? large : tiled(Int8MatmulKernel::small_tile, kSmallTile), k, kLeast, gpu);
+// Up to 16 rows cannot fill a tile: then what counts is to stream the weights.  As many blocks as the SMs hold take
+// turns at kDecodeRows rows of them, and have enough on the way for their share of the memory's speed, so that only few
+// rows of a long K are worth parts.
+constexpr Int8MatmulPlan plan_decode(int64_t m, int64_t n, int64_t k, const Gpu& gpu) {
+  constexpr int64_t kLeast = 4096;
+  const Int8MatmulKernel kernel = m <= 8 ? Int8MatmulKernel::decode_8 : Int8MatmulKernel::decode_16;
+  const int rows = m <= 8 ? 8 : 16;
+  const int64_t tiles = (n + kDecodeRows - 1) / kDecodeRows;
+  const Int8MatmulPlan plan{kernel,
+                            rows,
+                            kDecodeRows,
+                            kDecode.threads,
+                            1,
+                            kDecode.threads / 32 * rows * kDecodeRows * 4,  // each warp's sums of its share of K
+                            std::min<int64_t>(tiles, int64_t{kDecode.blocks} * gpu.sm_count),
+                            kDecode,
+                            1,
+                            0};
+  const int64_t room = tiles > 0 ? gpu.sm_count / tiles : 1;
+  return in_parts(plan, k, std::clamp<int64_t>(std::min(room, k / kLeast), 1, kMostParts));
+}
+
+// Else tiles: those, with K in so many parts of at least kLeast, that take the fewest clocks.  Parts cost another
+// kernel, and their sums on the way through L2.  halves: a's elements, instead of codes.
+constexpr Int8MatmulPlan plan_int8_matmul(int64_t m, int64_t n, int64_t k, bool halves, const Gpu& gpu) {
+  constexpr int64_t kLeast = 1024;
+  constexpr auto quotient = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  if (m <= kMostStreamedRows) return plan_decode(m, n, k, gpu);
+  const int64_t steps = std::max<int64_t>(quotient(k, kProductStep), 1);
+  Int8MatmulPlan best{};
+  int64_t fewest = 0;
+  for (const Int8MatmulKernel kernel : kProductTiles) {
+    if (!has_product_tile(kernel, halves)) continue;
+    const ProductTile tile = product_tile(kernel, halves);
+    const int64_t blocks = quotient(m, tile.block_m) * quotient(n, tile.block_n);
+    const int64_t room = blocks > 0 ? int64_t{tile.resident} * gpu.sm_count / blocks : 1;
+    const int64_t most = std::clamp<int64_t>(std::min(room, k / kLeast), 1, kMostParts);
+    for (int64_t parts = 1; parts <= most; ++parts) {
+      int64_t clocks = product_clocks(tile, blocks * parts, quotient(steps, parts), gpu);
+      if (parts > 1) clocks += kLaunchClocks + 8 * parts * m * n / (32 * gpu.sm_count);
+      if (fewest > 0 && clocks >= fewest) continue;
+      fewest = clocks;
+      const Int8MatmulPlan plan{kernel,
+                                tile.block_m,
+                                tile.block_n,
+                                tile.threads(),
+                                tile.stages,
+                                tile.shared_bytes(),
+                                blocks,
+                                tile.residency(),
+                                1,
+                                0};
+      best = in_parts(plan, k, parts);
+    }
+  }
+  return best;
 }
 
 // The instantiated head dimensions, to which others are padded with zeros.

@@ -121,8 +121,9 @@ def product(capability: tuple[int, int] | None, *, a_q: Tensor, w_q: Tensor, **_
 
 
 def int8_linear(capability: tuple[int, int] | None, *, x: Tensor, w_q: Tensor, scheme: str, **_: object) -> str:
-    weight_only = _plan("int8_matmul", (x.shape[:-1].numel(), *w_q.shape), x, capability)
-    return weight_only if scheme == "w8a16" else "; ".join(filter(None, [quantize(capability, x=x), weight_only]))
+    codes = scheme == "w8a8"
+    launched = _plan("int8_matmul", (x.shape[:-1].numel(), *w_q.shape), w_q if codes else x, capability)
+    return "; ".join(filter(None, [quantize(capability, x=x) if codes else "", launched]))
 
 
 def attention_decode(

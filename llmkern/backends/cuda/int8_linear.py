@@ -8,19 +8,11 @@ from llmkern.backends.cpu._weights import refuse_vectors, refuse_weight
 from llmkern.backends.cuda import _plan
 from llmkern.backends.cuda._declare import serves
 from llmkern.backends.cuda._newer import many_rows
-from llmkern.checks import row_count
-
-FEW_ROWS = 16
-"""Weight-only; with more, a product that converts each code for every 16 rows loses to one that converts it once."""
 
 
 def _refuse(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str, scheme: str) -> str | None:
-    if scheme == "w8a16":
-        if x.dtype == torch.float32:
-            return "x is torch.float32; with scheme w8a16 bfloat16 and float16 are taken"
-        rows = row_count(x)
-        if rows > FEW_ROWS:
-            return f"x has {rows} rows; with scheme w8a16 at most {FEW_ROWS} are taken"
+    if scheme == "w8a16" and x.dtype == torch.float32:
+        return "x is torch.float32; with scheme w8a16 bfloat16 and float16 are taken"
     return refuse_strided(x=x) or refuse_weight("w_q", w_q) or refuse_vectors(w_scale=w_scale, bias=bias)
 
 
