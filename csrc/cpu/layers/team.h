@@ -6,6 +6,7 @@
 // piece belongs to who asks first.  So a thread that comes late, or never, delays nobody.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <utility>
@@ -30,6 +31,9 @@ class Team {
   // Pieces to claim, in one number: how many pieces the present work has, times this, plus how many are taken.
   // These may be more than there are: a thread counts itself in before it knows.
   static constexpr uint64_t kPieces = uint64_t{1} << 32;
+
+  // Grains are meant for the pool, where sharing work costs several times as much.
+  static constexpr int64_t kPiecesPerGrain = 4;
 
   static constexpr int kPatience = 256;  // turns of a loop before the thread lets others have its core
 
@@ -67,10 +71,10 @@ class Team {
   }
 
   void share(int64_t begin, int64_t end, int64_t grain, Threads::Body body, void* context) {
-    const int64_t most = (end - begin) / (grain > 1 ? grain : 1);
-    const int64_t pieces = most < threads_ ? most : threads_;
+    const int64_t count = end - begin, most = grain > 1 ? count * kPiecesPerGrain / grain : count;
+    const int64_t pieces = std::min({most, count, threads_});
     if (pieces <= 1) return body(begin, end, context);
-    work_ = {begin, end - begin, pieces, body, context};
+    work_ = {begin, count, pieces, body, context};
     finished_.store(0, std::memory_order_relaxed);
     claims_.store(static_cast<uint64_t>(pieces) * kPieces, std::memory_order_release);
     take_pieces();

@@ -9,7 +9,7 @@ namespace llmkern {
 struct Threads {
   using Body = void (*)(int64_t begin, int64_t end, void* context);
 
-  // Calls body over disjoint ranges that cover [begin, end), each of at least `grain` (the last may be shorter).
+  // Call body over disjoint ranges that cover [begin, end); fewer than about `grain` are not worth another thread.
   void (*run)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
   // f(begin, end) over [0, n).  A lambda's instantiation is local to its object file, as code for one ISA must be.
