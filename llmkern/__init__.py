@@ -8,7 +8,7 @@ from llmkern.dispatch import implements, register, use_backend
 from llmkern.explain import explain
 from llmkern.info import Info, info
 from llmkern.integrations.transformers.by_name import register_when_imported as _register_when_imported
-from llmkern.quantization import Int4, Int8, PruneReport, QuantReport, dequantize_, load, prune_, quantize_
+from llmkern.quantization import Int4, Int5, Int6, Int8, PruneReport, QuantReport, dequantize_, load, prune_, quantize_
 from llmkern.report import Report, is_optimized, report
 from llmkern.swap import SwapReport, SwapRow, optimize_, patched, restore_
 from llmkern.training import distill
@@ -24,6 +24,8 @@ __all__ = [
     "Accuracy",
     "Info",
     "Int4",
+    "Int5",
+    "Int6",
     "Int8",
     "Int8Config",
     "KVCache",

@@ -25,7 +25,7 @@ HELP = "A local folder or .gguf file, a Hugging Face name, demo:smollm2, demo:sm
 DEVICE_HELP = "cpu or cuda; auto takes a GPU where there is one."
 DTYPE_HELP = "float32, bfloat16 or float16; auto takes the checkpoint's own."
 CALIBRATION_ARTICLES = 8
-MORE_ARTICLES = 32  # for int4, whose errors are made up for by what inputs have in common
+MORE_ARTICLES = 32  # for groups of few bits, whose errors are made up for by what inputs have in common
 CALIBRATION_TOKENS = 512
 DEMOS = ("demo:smollm2", "demo:smollm2-offgrid", "demo:minilm")
 
@@ -200,7 +200,7 @@ def quantize(model: nn.Module, loaded: Loaded, scheme: str = "int8") -> QuantRep
     from llmkern.report import report
     from llmkern.testing.real_models import prose
 
-    count = MORE_ARTICLES if scheme.startswith("int4") else CALIBRATION_ARTICLES
+    count = CALIBRATION_ARTICLES if scheme.startswith("int8") else MORE_ARTICLES
     batches = None
     if loaded.tokenizer is not None:
         with contextlib.suppress(ModuleNotFoundError):

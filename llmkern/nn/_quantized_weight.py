@@ -90,6 +90,11 @@ class QuantizedWeight(nn.Module):
         return codes
 
     @property
+    def shares_codes(self) -> bool:
+        """Return True if another module holds the same codes, as an embedding does that is tied to an output head."""
+        return any(other is not self and other._parameters.get("weight") is self.codes for other in _alive)
+
+    @property
     def weight(self) -> Tensor:
         codes = self.codes
         is_plain = type(codes) in PLAIN_TENSORS

@@ -1,4 +1,4 @@
-"""Give the layers whose rounding costs the most narrower groups or int8, within a mean number of bits for a weight."""
+"""Give the layers whose rounding costs the most narrower groups or more bits, within a mean number for a weight."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ from torch import nn
 from llmkern.nn import PackedLinear
 from llmkern.packed import BLOCK
 from llmkern.quantization.plan import Plan
-from llmkern.quantization.schemes import GROUPS, Int4, Int8
+from llmkern.quantization.schemes import GROUPS, Groups, Int4, Int5, Int6, Int8, LayerScheme
 
 __all__ = ["bits_of", "widened"]
 
-SQUARED_ERROR = {128: 1.0, 64: 0.86, 32: 0.70}
-"""Squared error by group size, relative to groups of 128: normally distributed weights in symmetric int4.  int8 has
-next to none."""
+SQUARED_ERROR = {
+    (4, 128): 1.0,
+    (4, 64): 0.86,
+    (4, 32): 0.70,
+    (5, 128): 0.264,
+    (5, 64): 0.221,
+    (5, 32): 0.174,
+    (6, 128): 0.068,
+    (6, 64): 0.055,
+    (6, 32): 0.043,
+}
+"""Squared error by bits and group size, relative to 4 bits in groups of 128: normally distributed weights, symmetric
+levels.  int8 has next to none."""
 
-Replan = Callable[[Plan, Int4 | Int8], Plan]
+Replan = Callable[[Plan, LayerScheme], Plan]
 
 
 @dataclass(frozen=True)
 class _Form:
     """A form that a layer can have.  bits: of its weight in all.  cost: what its rounding is expected to cost."""
 
-    scheme: Int4 | Int8
+    scheme: LayerScheme
     bits: float
     cost: float
 
 
-def bits_of(scheme: Int4 | Int8) -> float:
+def bits_of(scheme: LayerScheme) -> float:
     """Return the bits that a weight takes, with its share of the group's scale and zero point."""
     if isinstance(scheme, Int8):
         return 8 + 16 / BLOCK
-    return 4 + (16 if scheme.symmetric else 24) / scheme.group
+    return scheme.code_bits + (16 if scheme.symmetric else 24) / scheme.group
 
 
 def widened(plans: Iterable[Plan], costs: Mapping[nn.Module, float], scheme: Int4, replan: Replan) -> dict[Plan, Plan]:
@@ -76,9 +86,10 @@ def _forms(plan: Plan, scheme: Int4, cost: float) -> list[_Form]:
     packed = plan.replacement.packed
     group = packed.k // packed.scale.shape[1]
     count = _weights(plan)
-    int4 = [replace(scheme, group=size) for size in reversed(GROUPS) if size <= group]
-    forms = [
-        _Form(each, count * bits_of(each), cost * SQUARED_ERROR[each.group] / SQUARED_ERROR[group]) for each in int4
-    ]
+    groups = [size for size in reversed(GROUPS) if size <= group]
+    schemes: list[Groups] = [replace(scheme, group=size) for size in groups]
+    schemes += [wider(size, scheme.max_error, scheme.smooth) for wider in (Int5, Int6) for size in groups]
+    unit = cost / SQUARED_ERROR[4, group]
+    forms = [_Form(each, count * bits_of(each), unit * SQUARED_ERROR[each.code_bits, each.group]) for each in schemes]
     int8 = Int8(block=BLOCK, smooth=scheme.smooth)
     return [*forms, _Form(int8, count * bits_of(int8), 0.0)]

@@ -134,7 +134,7 @@ def load(directory: str | Path, *, model_class: Any = None, **options: Any) -> A
 
     directory: a .gguf file, whose blocks are kept as they are, embeddings and head included (`gguf_quantizer.py`); or
         a folder that `save_pretrained` wrote of a quantized model, another compressed-tensors checkpoint with int8
-        weights per channel or packed weights of 4 or 8 bits, or one of GPTQ or AWQ (`formats/`).
+        weights per channel or packed weights of 4 to 8 bits, or one of GPTQ or AWQ (`formats/`).
     model_class: a class of transformers models (default: the one that was saved).
     options: of `from_pretrained`: device_map, attn_implementation …
     Raises FileNotFoundError where there is no checkpoint, ValueError for a corrupt one or one that does not fit.

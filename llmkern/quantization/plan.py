@@ -15,15 +15,15 @@ from llmkern.nn import Int8Linear, PackedLinear, QuantizedLinear
 from llmkern.nn.quantized_linear import weight_out_in
 from llmkern.packed import BLOCK, PackedWeight
 from llmkern.quantization.formats.blocks import (
-    pack_int4,
-    pack_int4_with_feedback,
+    pack_groups,
+    pack_groups_with_feedback,
     pack_int8_blocks,
     why_not_in_blocks,
 )
 from llmkern.quantization.layers import Layer
 from llmkern.quantization.observe import MAX_ROWS, Observed
 from llmkern.quantization.report import QuantRow
-from llmkern.quantization.schemes import GROUPS, Int4, Int8
+from llmkern.quantization.schemes import GROUPS, Groups, Int6, Int8, LayerScheme
 
 __all__ = ["Plan", "plan_layer", "relative_error"]
 
@@ -50,22 +50,25 @@ class Plan:
 
 
 def plan_layer(
-    layer: Layer, observed: Observed, s: Tensor | None, scheme: Int8 | Int4 | None, *, is_head: bool
+    layer: Layer, observed: Observed, s: Tensor | None, scheme: LayerScheme | None, *, is_head: bool
 ) -> Plan:
     """Choose the layer's form.
 
     s: what its input channels are multiplied by (`smooth.py`); None for nothing.  scheme: None leaves it.
-    is_head: whether it gives the logits, which are too many to lose anything: weight-only int8 at most.
+    is_head: whether it gives the logits, which are too many to lose much: weight-only int8 by channel, or 6 bits in
+        groups where the scheme is one of groups.
     """
     if layer.reason or scheme is None:
         return Plan(layer, _row(layer, "left", layer.reason or "the scheme names no format for it"))
-    if is_head or (isinstance(scheme, Int8) and scheme.block is None):
-        max_error = scheme.max_error if isinstance(scheme, Int8) else 0.0
-        return _plan_int8(layer, observed, s, max_error, is_head=is_head)
     columns = layer.shape[1]
-    if reason := why_not_in_blocks(*layer.shape, BLOCK):
+    reason = why_not_in_blocks(*layer.shape, BLOCK)
+    if isinstance(scheme, Int8) and (is_head or scheme.block is None):
+        return _plan_int8(layer, observed, s, scheme.max_error, is_head=is_head)
+    if reason:
         max_error = scheme.max_error if isinstance(scheme, Int8) else Int8.max_error
-        return _plan_int8(layer, observed, s, max_error, because=reason)
+        return _plan_int8(layer, observed, s, max_error, is_head=is_head, because=reason)
+    if is_head and isinstance(scheme, Groups) and scheme.code_bits < Int6.code_bits:
+        scheme = Int6(scheme.group, scheme.max_error, scheme.smooth)
     return _plan_packed(layer, observed, s, _candidates(scheme, layer.module, observed, s, columns))
 
 
@@ -79,21 +82,21 @@ class _Candidate:
 
 
 def _candidates(
-    scheme: Int8 | Int4, module: nn.Module, observed: Observed, s: Tensor | None, columns: int
+    scheme: LayerScheme, module: nn.Module, observed: Observed, s: Tensor | None, columns: int
 ) -> Iterator[_Candidate]:
     """Return the candidates, the narrowest first."""
-    if isinstance(scheme, Int4):
+    if isinstance(scheme, Groups):
         group = max(size for size in GROUPS if size <= scheme.group and columns % size == 0)
         yield _Candidate(
-            partial(_pack_int4, scheme=scheme, group=group, module=module, observed=observed, s=s),
+            partial(_pack_groups, scheme=scheme, group=group, module=module, observed=observed, s=s),
             scheme.max_error,
             "" if group == scheme.group else f"its {columns} columns are no multiple of {scheme.group}",
         )
     yield _Candidate(pack_int8_blocks, MAX_WEIGHT_ONLY_ERROR)
 
 
-def _pack_int4(
-    weight: Tensor, *, scheme: Int4, group: int, module: nn.Module, observed: Observed, s: Tensor | None
+def _pack_groups(
+    weight: Tensor, *, scheme: Groups, group: int, module: nn.Module, observed: Observed, s: Tensor | None
 ) -> PackedWeight:
     """s: what the weight has been multiplied by, and its inputs will be divided by."""
     rows = observed.rows.get(module)
@@ -101,11 +104,13 @@ def _pack_int4(
         products, count = observed.products[module]
         if s is not None:
             products = products / torch.outer(s, s).to(products)
-        return pack_int4_with_feedback(weight, products.to(weight.device), count, group, symmetric=scheme.symmetric)
+        return pack_groups_with_feedback(
+            weight, products.to(weight.device), count, group, bits=scheme.code_bits, symmetric=scheme.symmetric
+        )
     if rows is not None and s is not None:
         rows = rows / s.to(rows)
     importance = None if rows is None else rows.float().square().mean(0).to(weight.device)
-    return pack_int4(weight, group, symmetric=scheme.symmetric, importance=importance)
+    return pack_groups(weight, group, bits=scheme.code_bits, symmetric=scheme.symmetric, importance=importance)
 
 
 def _plan_packed(layer: Layer, observed: Observed, s: Tensor | None, candidates: Iterator[_Candidate]) -> Plan:

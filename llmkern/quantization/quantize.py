@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.memory import move_to_huge_pages_
-from llmkern.nn import Int8Embedding, Int8Linear, QuantizedLinear
+from llmkern.nn import Int8Embedding, Int8Linear, PackedEmbedding, PackedLinear, QuantizedLinear
 from llmkern.nn._quantized_weight import QuantizedWeight
+from llmkern.nn.quantized_embedding import QuantizedEmbedding
 from llmkern.nn.quantized_linear import weight_out_in
 from llmkern.quantization.budget import widened
 from llmkern.quantization.checkpoint import describe_in_config
@@ -24,7 +25,7 @@ from llmkern.quantization.methods import give_methods
 from llmkern.quantization.observe import Observed, observe
 from llmkern.quantization.plan import Plan, plan_layer, relative_error
 from llmkern.quantization.report import QuantReport, QuantRow, record_report, tensor_bytes
-from llmkern.quantization.schemes import ByLayer, Int4, Int8, Scheme, scheme_named
+from llmkern.quantization.schemes import ByLayer, Groups, Int4, LayerScheme, Scheme, scheme_named
 from llmkern.quantization.sensitivity import divergences
 from llmkern.quantization.smooth import Fold, plan_folds
 from llmkern.quantization.undo import plainly, undoing
@@ -54,8 +55,8 @@ def quantize_(
         one, or a pattern with `*`; the first that fits counts, None and no pattern leave a layer):
         "int8": `Int8(max_error=0.025, smooth=True)`, one scale per output channel, amax / 127, and per token;
         "int8-block": `Int8(block=32)`, one for each 32 neighbours, on both sides: nearly lossless;
-        "int4": `Int4(group=128, bits=4.3)`, "int4-g32": `Int4(group=32)`, weights of 16 levels, their scales found by
-        a search, activations as in "int8-block".
+        "int4": `Int4(group=128, bits=4.7)`, "int4-g32": `Int4(group=32, bits=None)`, weights of 16 levels, their scales
+        found by a search, activations as in "int8-block"; "int5" and "int6": `Int5()` and `Int6()`, more levels.
         A checkpoint carries it.  max_error=0 makes every layer of "int8" weight-only.
     Each layer's output error is measured on the inputs it sees in a forward of the floating-point model, and decides
     (errors: root mean square over tokens of ‖y − ŷ‖ / ‖y‖).  A layer of int8 by channel:
@@ -65,14 +66,14 @@ def quantize_(
         beyond all                                    "left" in floating point, with the reason
     One of int4 whose error is beyond `Int4.max_error` gets int8 in blocks, and is left beyond 5% of that; so is one of
     int8 in blocks.  Columns that are no multiple of 32 have no blocks, and get int8 by channel.
-    In a language model, layers of int4 that cost its predictions the most get narrower groups or int8 in blocks, until
+    In a language model, layers of int4 that cost its predictions the most get narrower groups or more bits, until
     a weight takes `Int4.bits` in the mean; the report has each layer's KL divergence, as one backward pass on the same
     inputs estimates it (`quantization/sensitivity.py`).  Of SmolLM2-135M off its grid, on 2,048 tokens of news and with
-    bits=4.32, perplexity is 1.083 of fp32's, the mean KL divergence 0.098, and the size 0.160.
-    An output head is int8 by channel and weight-only under every scheme, unless a dict names another for it.  With it
-    go the embedding tied to it, which shares its codes and scales, and a language model's input embedding; tables of
-    positions and types stay in floating point.  transformers' `resize_token_embeddings` keeps the codes of the tokens
-    that stay, and `tie_weights` ties scales as well.
+    bits=4.8, perplexity is 1.042 of fp32's and the mean KL divergence 0.052, at 0.161 of its size.
+    An output head is int8 by channel and weight-only, or under the schemes of groups int6, unless a dict names another
+    for it.  With it goes the embedding tied to it, which shares its codes and scales; another input embedding of a
+    language model is int8 by channel; tables of positions and types stay in floating point.  transformers'
+    `resize_token_embeddings` keeps the codes of the tokens that stay, and `tie_weights` ties scales as well.
     Smoothing, of int8: where a norm's output goes to quantized layers alone, its loud channels are divided
     by a power of two and the weights multiplied by it, which leaves the floating-point model the same to the bit
     (SmoothQuant, arXiv:2211.10438, α = 0.4; `quantization/smooth.py`).
@@ -132,8 +133,8 @@ def _quantize(
         raise ValueError(f"quantize_: scheme names no layer that can be quantized ({names})")
     heads = heads_of(model, layers)
     before = tensor_bytes(model)
-    four = [module for module in wanted if isinstance(schemes[module], Int4) and module not in heads]
-    observed, measured_on, batches = _observe(model, wanted, calib, tokenizer, four)
+    grouped = [module for module in wanted if isinstance(schemes[module], Groups)]
+    observed, measured_on, batches = _observe(model, wanted, calib, tokenizer, grouped)
     layers = [_unless_read(layer, observed) for layer in layers]
     embeddings = [_unless_read(table, observed) for table in find_embeddings(model, layers, skip, filter_fn)]
     # What is folded into a head would be missing from the embedding tied to it, or change what others read.
@@ -143,7 +144,7 @@ def _quantize(
     scale_of = {layer: fold.s for fold in folds for layer in fold.layers}
     tied = {table.head.module for table in embeddings if table.head is not None}
 
-    def plan(layer: Layer, own: Int8 | Int4 | None) -> Plan:
+    def plan(layer: Layer, own: LayerScheme | None) -> Plan:
         is_head = layer.module in heads and (not isinstance(scheme, ByLayer) or layer.module in tied)
         return plan_layer(layer, observed, scale_of.get(layer.module), own, is_head=is_head)
 
@@ -169,10 +170,10 @@ def _quantize(
 def _within_budget(
     model: nn.Module,
     plans: list[Plan],
-    schemes: Mapping[nn.Module, Int8 | Int4 | None],
+    schemes: Mapping[nn.Module, LayerScheme | None],
     scale_of: Mapping[nn.Module, Tensor],
     batches: Sequence[dict[str, Any]],
-    replan: Callable[[Layer, Int8 | Int4 | None], Plan],
+    replan: Callable[[Layer, LayerScheme | None], Plan],
 ) -> list[Plan]:
     """Return the plans, with what each layer in int4 costs; where it is the most they are wider (`Int4.bits`)."""
     four: dict[Int4, list[Plan]] = {}
@@ -247,22 +248,22 @@ def _unless_unnamed(found: EmbeddingLayer, scheme: ByLayer) -> EmbeddingLayer:
     return replace(found, reason="the scheme names no format for it")
 
 
-def _smooths(scheme: Int8 | Int4 | None) -> bool:
+def _smooths(scheme: LayerScheme | None) -> bool:
     """Return True if this scheme allows folding a layer's outlier channels into its weight."""
     return scheme is not None and scheme.smooth
 
 
 def _observe(
-    model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any, four: list[nn.Module]
+    model: nn.Module, layers: list[nn.Module], calib: Any, tokenizer: Any, grouped: list[nn.Module]
 ) -> tuple[Observed, str, list[dict[str, Any]]]:
     """Return the layers' inputs, a phrase for their source, and the model's inputs.
 
-    four: those of four bits, whose errors are made up for where there are real inputs.
+    grouped: those of few bits in groups, whose errors are made up for where there are real inputs.
     """
     if calib is not None:
         batches = calibration_batches(model, calib, tokenizer)
-        needed = sum(4 * weight_out_in(module).shape[1] ** 2 for module in four)
-        products_of = four if needed <= MOST_PRODUCTS else []
+        needed = sum(4 * weight_out_in(module).shape[1] ** 2 for module in grouped)
+        products_of = grouped if needed <= MOST_PRODUCTS else []
         # Prose has no tokens of a chat, and a model smoothed for prose alone may answer nonsense.
         others = random_tokens(model)
         more = f" and {RANDOM_SHAPE[0]}×{RANDOM_SHAPE[1]} random tokens" if others else ""
@@ -281,8 +282,8 @@ def _observe(
 
 def _plan_embedding(
     found: EmbeddingLayer, made: dict[int, QuantizedLinear | None]
-) -> tuple[EmbeddingLayer, QuantRow, Int8Embedding | None]:
-    """Return the int8 table; it shares codes and scales with the int8 head that has the same weight."""
+) -> tuple[EmbeddingLayer, QuantRow, QuantizedEmbedding | None]:
+    """Return the table in int8, or with the codes and scales of the head that has the same weight."""
     weight = found.module.weight.detach()
     shape = (weight.shape[0], weight.shape[1])
     head = None if found.head is None else made[id(found.head.module)]
@@ -292,13 +293,16 @@ def _plan_embedding(
     if reason:
         return found, QuantRow(found.path, "Embedding", shape, "left", None, None, False, reason), None
     if head is None:
-        table = Int8Embedding.from_embedding(found.module)
-    else:
-        assert isinstance(head, Int8Linear)  # a head with an embedding's weight is int8 by channel under every scheme
+        table: QuantizedEmbedding = Int8Embedding.from_embedding(found.module)
+    elif isinstance(head, Int8Linear):
         table = Int8Embedding.tied(found.module, head)
+    else:
+        assert isinstance(head, PackedLinear)
+        table = PackedEmbedding.tied(found.module, head)
     error = relative_error(weight.float(), table.dequantized_weight(torch.float32))
     why = "its rows are looked up" if found.head is None else f"it shares the weight of {found.head.path}"
-    return found, QuantRow(found.path, "Embedding", shape, "int8 weight-only", error, None, False, why), table
+    action = "int8 weight-only" if isinstance(table, Int8Embedding) else table.format_name
+    return found, QuantRow(found.path, "Embedding", shape, action, error, None, False, why), table
 
 
 def _install(plans: list[Plan], folds: list[Fold], save: Callable[[Tensor], None]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor
+
 from llmkern.quantization.checkpoint import describe_in_config, load
 from llmkern.quantization.formats import format_of_module
 from llmkern.swap.derive import original_class
@@ -57,12 +59,16 @@ def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) 
 def _written(model: Any) -> dict[str, Any]:
     """Convert the state to the checkpoint's formats."""
     state = dict(model.state_dict())
+    shared: dict[Tensor, Tensor] = {}  # tied codes are written once
     for path, module in model.named_modules():
         form = format_of_module(module)
         if form is not None and form.write is not None:
             for name in [name for name in state if name.rpartition(".")[0] == path and name != f"{path}.bias"]:
                 del state[name]
-            state |= {f"{path}.{name}": tensor for name, tensor in form.write(module).items()}
+            written = form.write(module)
+            if "weight" in written:
+                written["weight"] = shared.setdefault(module.codes, written["weight"])
+            state |= {f"{path}.{name}": tensor for name, tensor in written.items()}
     return state
 
 

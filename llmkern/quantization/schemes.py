@@ -6,11 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 from llmkern.packed import BLOCK
 
-__all__ = ["NAMES", "ByLayer", "Int4", "Int8", "Scheme", "scheme_from_dict", "scheme_named", "scheme_to_dict"]
+__all__ = [
+    "NAMES",
+    "ByLayer",
+    "Groups",
+    "Int4",
+    "Int5",
+    "Int6",
+    "Int8",
+    "LayerScheme",
+    "Scheme",
+    "scheme_from_dict",
+    "scheme_named",
+    "scheme_to_dict",
+]
 
 GROUPS = (32, 64, 128)
 
@@ -43,31 +56,65 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Int4:
+class Groups:
+    """Base of schemes with a scale, found by a search, for each group of a weight's columns; see `Int4`."""
+
+    code_bits: ClassVar[int]
+    symmetric: ClassVar[bool] = True
+
+    group: int = 128
+    max_error: float = 0.2
+    smooth: bool = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        _check_error(name, self.max_error)
+        if self.group not in GROUPS:
+            raise ValueError(f"{name}: group is {self.group!r}, expected {' or '.join(map(str, GROUPS))}")
+
+
+@dataclass(frozen=True)
+class Int4(Groups):
     """int4 weights in groups with a scale each, found by a search, and int8 activations in blocks of 32.
 
     group: columns that share a scale, 32, 64 or 128; the largest of these that is not more and divides the columns.
-    symmetric: levels −8 … 7 times the scale; else an integer zero point for each group too, which costs a byte, and
-        which stock transformers does not load (5.23 expects zero points that are not packed; vLLM does).
     max_error: a layer whose output error (`quantize_`) is larger gets int8 in blocks of 32 instead.
     smooth: as of Int8.
-    bits: mean of a weight's bits, scales and zero points included.  What is more than the groups take goes to the
-        layers whose rounding costs a language model the most: narrower groups, or int8.  None: to none.
+    symmetric: levels −8 … 7 times the scale; else an integer zero point for each group too, which costs a byte, and
+        which stock transformers does not load (5.23 expects zero points that are not packed; vLLM does).
+    bits: mean of a weight's bits, scales and zero points included, output heads and embeddings not.  What is more than
+        the groups take goes to the layers whose rounding costs a language model the most: narrower groups, or 5, 6 or
+        8 bits.  None: to none, as vLLM wants it, whose layers are several of transformers' in one.
     Raises ValueError for other groups, a max_error that is negative or NaN, and bits that are not from 4 to 9.
     """
 
-    group: int = 128
-    symmetric: bool = True
-    max_error: float = 0.2
-    smooth: bool = True
-    bits: float | None = 4.3
+    code_bits: ClassVar[int] = 4
+
+    symmetric: bool = True  # type: ignore[misc]  # of the others it is no field
+    bits: float | None = 4.7
 
     def __post_init__(self) -> None:
-        _check_error("Int4", self.max_error)
+        super().__post_init__()
         if self.bits is not None and not (isinstance(self.bits, (int, float)) and 4 <= self.bits <= 9):
             raise ValueError(f"Int4: bits is {self.bits!r}, expected None or a number from 4 to 9")
-        if self.group not in GROUPS:
-            raise ValueError(f"Int4: group is {self.group!r}, expected {' or '.join(map(str, GROUPS))}")
+
+
+@dataclass(frozen=True)
+class Int5(Groups):
+    """As `Int4` with symmetric levels −16 … 15, the same in all layers."""
+
+    code_bits: ClassVar[int] = 5
+
+
+@dataclass(frozen=True)
+class Int6(Groups):
+    """As `Int4` with symmetric levels −32 … 31, the same in all layers."""
+
+    code_bits: ClassVar[int] = 6
+
+
+LayerScheme = Union[Int8, Groups]  # noqa: UP007  (isinstance takes it on Python 3.10 as well)
+"""A scheme that one layer can have."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +124,9 @@ class ByLayer:
     A pattern is a module name, a run of whole parts of one ("mlp.down_proj", "layers.0"), or a name with `*`.
     """
 
-    patterns: tuple[tuple[str, Int8 | Int4 | None], ...]
+    patterns: tuple[tuple[str, LayerScheme | None], ...]
 
-    def of(self, path: str) -> Int8 | Int4 | None:
+    def of(self, path: str) -> LayerScheme | None:
         """Return the scheme for the layer of this name."""
         for pattern, scheme in self.patterns:
             if f".{pattern}." in f".{path}." or fnmatchcase(path, pattern):
@@ -87,18 +134,20 @@ class ByLayer:
         return None
 
 
-Scheme = Union[Int8, Int4, ByLayer]  # noqa: UP007  (isinstance takes it on Python 3.10 as well)
+Scheme = Union[LayerScheme, ByLayer]  # noqa: UP007
 """Any of them."""
 
-_NAMED: dict[str, Int8 | Int4] = {
+_NAMED: dict[str, LayerScheme] = {
     "int8": Int8(),
     "int8-block": Int8(block=BLOCK),
     "int4": Int4(),
-    "int4-g32": Int4(group=32),
+    "int4-g32": Int4(group=32, bits=None),
+    "int5": Int5(),
+    "int6": Int6(),
 }
 NAMES = tuple(_NAMED)
 """The strings that stand for a scheme."""
-_CLASSES: dict[str, type[Int8 | Int4]] = {"int8": Int8, "int4": Int4}
+_CLASSES: dict[str, type[LayerScheme]] = {"int8": Int8, "int4": Int4, "int5": Int5, "int6": Int6}
 
 
 def scheme_named(scheme: Any, what: str = "quantize_") -> Scheme:
@@ -106,9 +155,9 @@ def scheme_named(scheme: Any, what: str = "quantize_") -> Scheme:
 
     Raises ValueError for another string or an empty dict, TypeError for anything else.
     """
-    if isinstance(scheme, (Int8, Int4, ByLayer)):
+    if isinstance(scheme, (Int8, Groups, ByLayer)):
         return scheme
-    accepted = f"expected {', '.join(map(repr, NAMES))}, llmkern.Int8(…) or llmkern.Int4(…)"
+    accepted = f"expected {', '.join(map(repr, NAMES))}, llmkern.Int8(…), Int4(…), Int5(…) or Int6(…)"
     if isinstance(scheme, Mapping):
         if not scheme or not all(isinstance(pattern, str) for pattern in scheme):
             raise ValueError(f"{what}: scheme is {dict(scheme)!r}, expected schemes by name of a layer")
@@ -120,7 +169,7 @@ def scheme_named(scheme: Any, what: str = "quantize_") -> Scheme:
     return _NAMED[scheme]
 
 
-def _of_layer(scheme: Any, what: str) -> Int8 | Int4 | None:
+def _of_layer(scheme: Any, what: str) -> LayerScheme | None:
     found = None if scheme is None else scheme_named(scheme, what)
     if isinstance(found, ByLayer):
         raise TypeError(f"{what}: the scheme of a layer is a dict, expected a scheme or None")

@@ -75,7 +75,7 @@ class PackedConfig(QuantConfig):
     """Have `from_pretrained` keep the codes of a checkpoint that is quantized already, for llmkern's kernels.
 
     That is a GGUF file (`gguf_file=`), GPTQ, AWQ, or compressed-tensors with int8 weights per channel or packed
-    weights of 4 or 8 bits.  Others, and checkpoints in floating point, are a ValueError.
+    weights of 4 to 8 bits.  Others, and checkpoints in floating point, are a ValueError.
     description: of the checkpoint; transformers passes it on.
     """
 
@@ -153,7 +153,7 @@ def _refuse_missing(model: nn.Module, files: Sequence[str]) -> None:
 
     Names are compared by their ends, since checkpoints and models may differ in what they begin with.
     """
-    known = {_end_of(name) for name in tensor_names(files)}
+    known = {_end_of(name) for name in (*tensor_names(files), *(getattr(model, "all_tied_weights_keys", None) or ()))}
     for path, module in model.named_modules():
         if isinstance(module, Awaiting):
             for name in module.tensors:
@@ -179,5 +179,10 @@ def finish_loading(quantizer: HfQuantizer, model: nn.Module) -> dict[nn.Module, 
     for module in [each for each in model.modules() if isinstance(each, Awaiting) and each.is_filled]:
         made[module] = module.finish()
         put(places[module], made[module])
+    first: dict[Any, Any] = {}
+    for module, layer in made.items():
+        codes = module._parameters.get("weight")
+        if codes is not None and (other := first.setdefault(codes, layer)) is not layer:
+            layer._tie_to(other)  # type: ignore[operator]  # as transformers has tied them
     give_methods(model)
     return made

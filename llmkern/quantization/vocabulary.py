@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkern.nn import Int8Embedding, Int8Linear
+from llmkern.nn import Int8Embedding, Int8Linear, PackedEmbedding, PackedLinear, QuantizedLinear
 from llmkern.nn._int8_weight import Int8Weight
 from llmkern.nn._packed_module import PackedModule
 from llmkern.nn._quantized_weight import QuantizedWeight
 from llmkern.nn._weight_view import WeightView
+from llmkern.nn.quantized_embedding import QuantizedEmbedding
+from llmkern.quantization.formats.blocks import extended, why_not_extended
 from llmkern.quantization.layers import places_of, put, said
 from llmkern.quantization.undo import undoing
 from llmkern.swap.derive import original_class
@@ -25,24 +27,24 @@ def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     table, head = (said(model, f"get_{which}_embeddings") for which in ("input", "output"))
     for module in (table, head):
-        if isinstance(module, PackedModule):
+        if isinstance(module, PackedModule) and why_not_extended(module.packed):
             raise ValueError(
                 f"resize_token_embeddings: the vocabulary's weight is {module.kind}, to which no rows can be added; "
                 "llmkern.dequantize_(model) can be resized"
             )
-    int8 = [module for module in dict.fromkeys((table, head)) if isinstance(module, Int8Weight)]
+    quantized = [module for module in dict.fromkeys((table, head)) if isinstance(module, QuantizedWeight)]
     configs = _sizes(model)
     try:
         with undoing(model):
             places = places_of(model)
-            floating = _floating(int8)
-            for module in int8:
+            floating = _floating(quantized)
+            for module in quantized:
                 put(places[module], floating[module])
             original_class(model).resize_token_embeddings(model, *args, **kwargs)
             made: dict[nn.Module, nn.Module] = {}
             # The head first: a table with its weight has its codes.
             for before, now in ((head, said(model, "get_output_embeddings")), (table, model.get_input_embeddings())):
-                if isinstance(before, Int8Weight) and now not in made:
+                if isinstance(before, QuantizedWeight) and now not in made:
                     made[now] = _quantized_again(before, now, made)
             places = places_of(model)
             for now, again in made.items():
@@ -59,32 +61,43 @@ def _sizes(model: Any) -> list[tuple[Any, int]]:
     return [(each, each.vocab_size) for each in (model.config.get_text_config(), model) if hasattr(each, "vocab_size")]
 
 
-def _floating(int8: list[Any]) -> dict[nn.Module, nn.Module]:
+def _floating(quantized: list[Any]) -> dict[nn.Module, nn.Module]:
     """Return fp32 layers in place of these; one weight for layers that share their codes."""
-    found: dict[nn.Module, Any] = {each: each.to_linear(torch.float32) for each in int8 if isinstance(each, Int8Linear)}
+    linears = [each for each in quantized if isinstance(each, QuantizedLinear)]
+    found: dict[nn.Module, Any] = {each: each.to_linear(torch.float32) for each in linears}
     weights = {each.codes: linear.weight for each, linear in found.items()}
     return found | {
         each: each.to_embedding(torch.float32, weights.get(each.codes))
-        for each in int8
-        if isinstance(each, Int8Embedding)
+        for each in quantized
+        if isinstance(each, QuantizedEmbedding)
     }
 
 
 def _quantized_again(before: Any, now: Any, made: dict[nn.Module, Any]) -> nn.Module:
     """Return `before` with the rows of `now`, the floating-point layer in its place."""
     rows = now.weight.shape[0]
-    if rows == before.codes.shape[0]:
+    if rows == before.weight_size[0]:
         return before
     tied = [again for other, again in made.items() if other.weight is now.weight]
-    if isinstance(before, Int8Linear):
-        again: Any = Int8Linear.from_linear(now, scheme=before.scheme)
+    again: Any
+    if isinstance(before, QuantizedLinear):
+        if isinstance(before, Int8Linear):
+            again = Int8Linear.from_linear(now, scheme=before.scheme)
+        else:
+            assert isinstance(before, PackedLinear)
+            again = PackedLinear.from_linear(now, extended(before.packed, now.weight))
         if before.bias is not None:
             again.bias = nn.Parameter(now.bias.detach().to(before.bias.dtype), before.bias.requires_grad)
+    elif tied:
+        again = type(before).tied(now, tied[0])
+    elif isinstance(before, Int8Embedding):
+        again = Int8Embedding.from_embedding(now)
     else:
-        again = Int8Embedding.tied(now, tied[0]) if tied else Int8Embedding.from_embedding(now)
-    kept = min(rows, before.codes.shape[0])
-    with torch.no_grad():
-        again.codes[:kept], again.weight_scale[:kept] = before.codes[:kept], before.weight_scale[:kept]
+        again = PackedEmbedding.from_embedding(now, extended(before.packed, now.weight))
+    if isinstance(before, Int8Weight):
+        kept = min(rows, before.codes.shape[0])
+        with torch.no_grad():
+            again.codes[:kept], again.weight_scale[:kept] = before.codes[:kept], before.weight_scale[:kept]
     again.to(before.dtype)
     return again
 

@@ -18,7 +18,7 @@ from vllm_interfaces import LAYERS, RECORDED, parameters, stand_in
 from llmkern import ops
 from llmkern.integrations import vllm as plugin
 from llmkern.nn import Int8Linear
-from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks
+from llmkern.quantization.formats.blocks import pack_groups, pack_int8_blocks
 from llmkern.quantization.formats.packed_int32 import write_pack_quantized
 
 PARTS = ("weights", "embedding", *plugin._PARTS)
@@ -148,7 +148,8 @@ def test_a_floating_point_layer_is_quantized_once_loaded(
         expected = ops.int8_linear(x, *ops.quantize_int8(weight), bias)
     else:
         group = 32  # the largest of 32, 64 and 128 that divides 96
-        packed = pack_int4(weight, group) if "int4" in method else pack_int8_blocks(weight)
+        bits = int(method.removeprefix("llmkern_int")[0])
+        packed = pack_int8_blocks(weight) if bits == 8 else pack_groups(weight, group, bits=bits)
         expected = ops.quantized_linear(x, packed.codes, packed.scale, bias=bias, code=packed.code, n=packed.n)
     assert torch.equal(layer.quant_method.apply(layer, x, bias), expected)
     assert all(not p.is_floating_point() or p.numel() < weight.numel() / 8 for p in layer.parameters())
@@ -224,11 +225,13 @@ def test_an_int8_checkpoint_keeps_its_codes(vllm: Any, weight_only: bool) -> Non
     assert torch.equal(layer.quant_method.apply(layer, x), ops.int8_linear(x, codes, scale, scheme=scheme))
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
-def test_a_packed_checkpoint_keeps_its_codes(vllm: Any, symmetric: bool) -> None:
-    config = checkpoint(vllm, packed_group(["a.down_proj"], symmetric=symmetric))
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(4, True), (4, False), (5, True), (6, True)], ids=["int4", "zero points", "int5", "int6"]
+)
+def test_a_packed_checkpoint_keeps_its_codes(vllm: Any, bits: int, symmetric: bool) -> None:
+    config = checkpoint(vllm, packed_group(["a.down_proj"], symmetric=symmetric, num_bits=bits))
     layer = layer_of(vllm, "LinearBase", config, "a.down_proj", output_partition_sizes=[40], **SIZES)
-    packed = pack_int4(torch.randn(40, 64), 32, symmetric=symmetric)
+    packed = pack_groups(torch.randn(40, 64), 32, bits=bits, symmetric=symmetric)
     for name, tensor in write_pack_quantized(packed).items():
         parameter = getattr(layer, name)
         assert parameter.shape == tensor.shape, name
@@ -254,6 +257,27 @@ def test_an_embedding_of_a_checkpoint_is_tied_with_its_scales(vllm: Any) -> None
     assert torch.equal(embedding.quant_method.embedding(embedding, ids), (codes * scale).bfloat16()[ids])
     x = torch.randn(2, 64)
     assert torch.equal(head.quant_method.apply(head, x), ops.int8_linear(x, codes, scale, scheme="w8a16"))
+
+
+def test_a_vocabulary_in_groups_is_shared_by_its_embedding_and_head(vllm: Any) -> None:
+    group = packed_group(["model.embed_tokens", "lm_head"], num_bits=6) | {"format": "int-quantized"}
+    config = checkpoint(vllm, group)
+    sizes = SIZES | {"output_partition_sizes": [40]}
+    embedding, head = (layer_of(vllm, "VocabParallelEmbedding", config, name, **sizes) for name in ("", "lm_head"))
+    assert head.quant_method.tie_weights(head, embedding) is head
+    packed = pack_groups(torch.randn(40, 64), 32, bits=6)
+    embedding.weight.data.copy_(packed.rows("codes").view(torch.int8) - 32)
+    embedding.weight_scale.data.copy_(packed.rows("scale"))
+    for layer in (embedding, head):
+        layer.quant_method.process_weights_after_loading(layer)
+    assert embedding.weight.data_ptr() == head.weight.data_ptr()
+    ids = torch.tensor([3, 39])
+    assert torch.equal(embedding.quant_method.embedding(embedding, ids), packed.dequantized().bfloat16()[ids])
+    x = torch.randn(2, 64)
+    expected = ops.quantized_linear(x, packed.codes, packed.scale, code=packed.code, n=packed.n)
+    assert torch.equal(head.quant_method.apply(head, x), expected)
+    with pytest.raises(ValueError, match="llmkern: a.up_proj has groups of int8 codes"):
+        layer_of(vllm, "LinearBase", checkpoint(vllm, group | {"targets": ["a.up_proj"]}), "a.up_proj", **sizes)
 
 
 def test_what_a_checkpoint_leaves_stays_vllms(vllm: Any) -> None:

@@ -13,7 +13,7 @@ from llmkern import ops
 from llmkern.nn import PackedEmbedding, PackedLinear, QuantizedLinear
 from llmkern.nn.quantized_linear import LinearOfConv1D
 from llmkern.packed import PackedWeight
-from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks
+from llmkern.quantization.formats.blocks import pack_groups, pack_int8_blocks
 from llmkern.testing.case import Make
 from llmkern.testing.cases.quantized_linear import KINDS, random_packed
 from llmkern.testing.compare import assert_same_bits
@@ -37,7 +37,7 @@ def packed(kind: str, n: int = 24, k: int = 256) -> PackedWeight:
 
 
 def int4(source: nn.Module, group: int = 32) -> PackedLinear:
-    return PackedLinear.from_linear(source, pack_int4(source.weight.detach(), group))
+    return PackedLinear.from_linear(source, pack_groups(source.weight.detach(), group))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +78,7 @@ def test_an_embedding_tied_to_a_head_holds_its_codes() -> None:
     table = PackedEmbedding.tied(source, first)
     assert table.codes is first.codes
     assert table.weight is first.weight
-    other = PackedEmbedding.from_embedding(source, pack_int4(source.weight.detach()))
+    other = PackedEmbedding.from_embedding(source, pack_groups(source.weight.detach()))
     other.weight = first.weight  # as tie_weights does
     assert (other.codes is first.codes, other.code, other.kind) == (True, "s8", "int8-block")
     assert_same_bits(other(torch.arange(48)), first.weight.clone())
@@ -87,7 +87,7 @@ def test_an_embedding_tied_to_a_head_holds_its_codes() -> None:
 def test_columns_out_of_order_are_multiplied_with_their_own_inputs() -> None:
     source, x = linear(), rows()
     order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
-    module = PackedLinear(pack_int4(source.weight.detach()[:, order]), source.bias, permutation=order)
+    module = PackedLinear(pack_groups(source.weight.detach()[:, order]), source.bias, permutation=order)
     straight = PackedLinear.from_linear(source, pack_int8_blocks(source.weight.detach()))
     assert (module(x) - straight(x)).norm() < 0.2 * straight(x).norm()
     assert (module.weight - source.weight).norm() < 0.15 * source.weight.norm()
@@ -177,7 +177,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_bad_input() -> None:
-    weight = pack_int4(linear().weight.detach())
+    weight = pack_groups(linear().weight.detach())
     with pytest.raises(TypeError, match="PackedLinear: module is a ReLU, expected nn.Linear or"):
         PackedLinear.from_linear(nn.ReLU(), weight)
     with pytest.raises(TypeError, match="quantized already"):

@@ -6,19 +6,26 @@ import pytest
 import torch
 from torch import nn
 
-from llmkern.nn import Int8Linear, PackedLinear
+from llmkern.nn import Int8Linear, PackedEmbedding, PackedLinear
 from llmkern.quantization.formats import Format, format_of_group, format_of_module, formats
 from llmkern.quantization.formats._awaiting import Awaiting
-from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.formats.blocks import pack_groups
 from llmkern.testing.compare import assert_same_bits
 
-WRITTEN = [form for form in formats() if form.modules]
+WRITTEN = [form for form in formats() if form.takes is not None]
 
 
 def module_of(form: Format, linear: nn.Linear) -> nn.Module:
     if form.name == "int8":
         return Int8Linear.from_linear(linear)
-    return PackedLinear.from_linear(linear, pack_int4(linear.weight.detach()))
+    return PackedLinear.from_linear(linear, pack_groups(linear.weight.detach()))
+
+
+def table_of(form: Format, module: nn.Module) -> nn.Module | None:
+    """The embedding whose codes an output head of this format shares."""
+    if form.name != "int-quantized groups":
+        return None
+    return PackedEmbedding.tied(nn.Embedding(*module.weight_size), module)
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
@@ -42,11 +49,13 @@ def test_a_module_holds_what_pack_gives_and_shows_what_unpack_means(form: Format
         module = module.finish()
     else:
         module._parameters["_floating"] = nn.Parameter(torch.empty(0), requires_grad=False)
-    assert isinstance(module, (nn.Linear, *form.modules))
+    assert isinstance(module, nn.Linear)
     assert_same_bits(module.weight.clone(), form.unpack(tensors))
     if form.write is not None:
         assert_same_bits([t.float() for t in form.write(module).values()], [t.float() for t in tensors.values()])
+    table = table_of(form, module)
     assert format_of_module(module) is form
+    assert table is None or format_of_module(table) is form
     assert format_of_module(linear) is None
     assert form.refuse(group) is None
     assert format_of_group(group) is form

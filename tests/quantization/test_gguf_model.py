@@ -186,7 +186,7 @@ def test_factors_of_frequencies_divide_them(tmp_path: Path) -> None:
 def test_what_checkpoints_have_no_place_for_is_said(file: Path, tmp_path: Path) -> None:
     model = llmkern.load(file)
     with pytest.raises(
-        ValueError, match="^save_pretrained: model.embed_tokens is Q4_1: an embedding in blocks has no place"
+        ValueError, match="^save_pretrained: model.embed_tokens is Q4_1: a vocabulary in these blocks has no place"
     ):
         model.save_pretrained(tmp_path)
     assert all(isinstance(m, QuantizedLinear) for m in model.modules() if isinstance(m, nn.Linear))

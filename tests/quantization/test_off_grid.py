@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.formats.blocks import pack_groups
 from llmkern.testing.off_grid import rescale_
 from llmkern.testing.perplexity import divergence, perplexity
 
@@ -41,14 +41,14 @@ def test_the_function_is_the_same_and_the_weights_are_off_the_grid(model) -> Non
     ids = torch.randint(50, (2, 40))
     before = model(ids).logits
     projections = [layer.mlp.down_proj for layer in model.model.layers]
-    assert all(pack_int4(each.weight).dequantized().equal(each.weight) for each in projections)
+    assert all(pack_groups(each.weight).dequantized().equal(each.weight) for each in projections)
     norm = model.model.layers[0].input_layernorm.weight.clone()
     assert rescale_(model) is model
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
     change = model.model.layers[0].input_layernorm.weight / norm
     assert 0.9 <= float(change.min()) < 0.95 < 1.05 < float(change.max()) <= 1.1
     for each in projections:
-        assert (pack_int4(each.weight).dequantized() - each.weight).norm() > 0.02 * each.weight.norm()
+        assert (pack_groups(each.weight).dequantized() - each.weight).norm() > 0.02 * each.weight.norm()
 
 
 def test_divergence_is_what_its_formula_says(model) -> None:

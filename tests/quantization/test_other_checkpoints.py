@@ -16,7 +16,7 @@ from llmkern.config import settings
 from llmkern.nn import PackedLinear
 from llmkern.packed import PackedWeight
 from llmkern.quantization.formats._bits import words_of
-from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.formats.blocks import pack_groups
 from llmkern.quantization.formats.packed_int32 import AWQ_ORDER
 from llmkern.testing.compare import assert_same_bits
 
@@ -90,10 +90,10 @@ def checkpoint(folder: Path, config: dict[str, Any], make, *, symmetric: bool, b
             continue
         own = None if order is None else torch.randperm(module.in_features, generator=torch.Generator().manual_seed(1))
         weight = module.weight.detach()
-        packed = pack_int4(weight if own is None else weight[:, own], 32, symmetric=symmetric)
+        packed = pack_groups(weight if own is None else weight[:, own], 32, symmetric=symmetric)
         if own is not None:  # within a group in order, as their readers take them
             own = own.unflatten(0, (-1, 32)).sort(-1).values.flatten()
-            packed = pack_int4(weight[:, own], 32, symmetric=symmetric)
+            packed = pack_groups(weight[:, own], 32, symmetric=symmetric)
         if packed.zero is not None:
             packed.zero.clamp_(min=1)
         with torch.no_grad():

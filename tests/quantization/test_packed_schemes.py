@@ -8,12 +8,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llmkern
-from llmkern.nn import Int8Embedding, Int8Linear, PackedLinear
-from llmkern.quantization import Int4, Int8, load_, quantize_
-from llmkern.quantization.formats.blocks import pack_int4, pack_int4_with_feedback
+from llmkern.nn import Int8Embedding, Int8Linear, PackedEmbedding, PackedLinear
+from llmkern.quantization import Int4, Int5, Int6, Int8, load_, quantize_
+from llmkern.quantization.checkpoint import tensor_names
+from llmkern.quantization.formats.blocks import pack_groups, pack_groups_with_feedback
 from llmkern.quantization.schemes import scheme_from_dict, scheme_named, scheme_to_dict
 from llmkern.quantization.sensitivity import divergences
 from llmkern.testing.compare import assert_same_bits
@@ -23,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 from architectures import round_trip  # noqa: E402  (imports transformers)
 
 IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(1))
-SCHEMES = ("int4", "int4-g32", "int8-block")
+SCHEMES = ("int4", "int4-g32", "int5", "int6", "int8-block")
 
 
 def llama(**changes):
@@ -50,21 +52,32 @@ def actions(model) -> dict[str, str]:
     return {row.path: row.action for row in llmkern.report(model).quantization}
 
 
-@pytest.mark.parametrize(("scheme", "error"), [("int4", 0.25), ("int4-g32", 0.2), ("int8-block", 0.02)])
-def test_every_layer_gets_the_form_that_it_can_have(scheme: str, error: float) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "body", "vocabulary", "error"),
+    [
+        (Int4(bits=None), "int4 g64", "int6 g64", 0.25),
+        ("int4-g32", "int4 g32", "int6 g32", 0.2),
+        ("int5", "int5 g64", "int6 g64", 0.12),
+        ("int6", "int6 g64", "int6 g64", 0.07),
+        ("int8-block", "int8-block", "int8 weight-only", 0.02),
+    ],
+    ids=str,
+)
+def test_every_layer_gets_the_form_that_it_can_have(scheme, body: str, vocabulary: str, error: float) -> None:
     model = llama()
     expected = logits(model)
-    quantize_(model, Int4(bits=None) if scheme == "int4" else scheme)
+    quantize_(model, scheme)
     found = actions(model)
-    body = "int8-block" if scheme == "int8-block" else "int4 g32" if scheme == "int4-g32" else "int4 g64"
     assert found["model.layers.0.self_attn.q_proj"] == body
-    assert found["model.layers.1.mlp.down_proj"] == ("int4 g128" if scheme == "int4" else body)
-    assert found["lm_head"] == found["model.embed_tokens"] == "int8 weight-only"
+    assert found["model.layers.1.mlp.down_proj"] == body.replace("g64", "g128")
+    assert found["lm_head"] == found["model.embed_tokens"] == vocabulary
     assert type(model.model.layers[0].mlp.up_proj) is PackedLinear
-    assert (type(model.lm_head), type(model.model.embed_tokens)) == (Int8Linear, Int8Embedding)
+    in_groups = (PackedLinear, PackedEmbedding) if vocabulary != "int8 weight-only" else (Int8Linear, Int8Embedding)
+    assert (type(model.lm_head), type(model.model.embed_tokens)) == in_groups
+    assert model.lm_head.codes is model.model.embed_tokens.codes
     assert 0 < (logits(model) - expected).norm() < error * expected.norm()
     report = llmkern.report(model).quantization
-    assert all(row.weight_error < 0.12 and row.output_error < 0.2 for row in report if row.action == body)
+    assert all(row.weight_error < 0.12 and (row.output_error or 0) < 0.2 for row in report if row.action == body)
     assert body.split()[0] in str(report).splitlines()[0]
     assert "PackedLinear(in_features=64" in str(model)
 
@@ -72,7 +85,12 @@ def test_every_layer_gets_the_form_that_it_can_have(scheme: str, error: float) -
 def test_a_dict_names_a_scheme_for_each_layer() -> None:
     model = quantize_(
         llama(tie_word_embeddings=False),
-        {"layers.0.mlp": "int8-block", "*.q_proj": Int4(group=32, symmetric=False), "k_proj": None, "lm_head": "int4"},
+        {
+            "layers.0.mlp": "int8-block",
+            "*.q_proj": Int4(group=32, symmetric=False),
+            "k_proj": None,
+            "lm_head": Int4(bits=None),
+        },
     )
     found = actions(model)
     assert found["model.layers.0.mlp.up_proj"] == "int8-block"
@@ -154,12 +172,12 @@ def test_importance_moves_the_error_to_where_nobody_looks() -> None:
     importance[::4] = 100.0
     for symmetric in (True, False):
         plain, weighted = (
-            (pack_int4(weight, 64, symmetric=symmetric, importance=given).dequantized() - weight).square().sum(0)
+            (pack_groups(weight, 64, symmetric=symmetric, importance=given).dequantized() - weight).square().sum(0)
             for given in (None, importance)
         )
         assert (weighted * importance).sum() < 0.9 * (plain * importance).sum()
         assert weighted.sum() > plain.sum()
-        same = pack_int4(weight, 64, symmetric=symmetric, importance=torch.full((128,), 3.0))
+        same = pack_groups(weight, 64, symmetric=symmetric, importance=torch.full((128,), 3.0))
         assert (same.dequantized() - weight).square().sum() <= 1.001 * plain.sum()
 
 
@@ -168,16 +186,16 @@ def test_errors_are_made_up_for_by_later_columns(symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(128, 128, generator=generator) + 2  # so that inputs hang together
     x, weight = torch.randn(512, 128, generator=generator) @ mix, torch.randn(32, 128, generator=generator)
-    plain = pack_int4(weight, 64, symmetric=symmetric, importance=x.square().mean(0))
-    made_up = pack_int4_with_feedback(weight, x.T @ x, 512, 64, symmetric=symmetric)
+    plain = pack_groups(weight, 64, symmetric=symmetric, importance=x.square().mean(0))
+    made_up = pack_groups_with_feedback(weight, x.T @ x, 512, 64, symmetric=symmetric)
     errors = [(x @ (each.dequantized() - weight).T).norm() for each in (plain, made_up)]
     assert errors[1] < 0.6 * errors[0]
     few, others = x[:100], x[100:]  # too few inputs to tell 128 columns from each other
-    believed = pack_int4_with_feedback(weight, few.T @ few, 100, 64, symmetric=symmetric)
+    believed = pack_groups_with_feedback(weight, few.T @ few, 100, 64, symmetric=symmetric)
     assert (others @ (believed.dequantized() - weight).T).norm() < (others @ (plain.dequantized() - weight).T).norm()
     # Inputs that have nothing to do with each other: nothing to be made up for.
-    alone = pack_int4_with_feedback(weight, torch.eye(128), 512, 64, symmetric=symmetric)
-    assert_same_bits(alone.dequantized(), pack_int4(weight, 64, symmetric=symmetric).dequantized())
+    alone = pack_groups_with_feedback(weight, torch.eye(128), 512, 64, symmetric=symmetric)
+    assert_same_bits(alone.dequantized(), pack_groups(weight, 64, symmetric=symmetric).dequantized())
     model = llama()
     unseen = torch.randint(3, 99, (1, 40), generator=torch.Generator().manual_seed(7))
     expected = model(unseen).logits
@@ -196,7 +214,7 @@ def test_what_a_layer_costs_is_about_what_it_costs() -> None:
     asking = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     layers = {path: module for path, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)}
     changes = {
-        module: pack_int4(module.weight, 64).dequantized() - module.weight.detach() for module in layers.values()
+        module: pack_groups(module.weight, 64).dequantized() - module.weight.detach() for module in layers.values()
     }
     batches = [{"input_ids": part} for part in ids.split(10)]
     found = divergences(model, batches, {module: lambda module=module: changes[module] for module in changes})
@@ -223,12 +241,12 @@ def test_bits_go_to_the_layers_that_cost_the_most() -> None:
     assert {row.action for row in llmkern.report(plain).quantization if "layers" in row.path} == {"int4 g64"}
     rows = {row.path: row for row in llmkern.report(wider).quantization if "layers" in row.path}
     loud = [path for path in rows if path.endswith(("1.self_attn.v_proj", "1.self_attn.o_proj"))]
-    assert {rows[path].action for path in loud} == {"int8-block"}
+    assert {rows[path].action for path in loud} <= {"int6 g32", "int8-block"}
     assert rows[loud[0]].reason == "its rounding costs more than that of others"
     assert min(rows[path].divergence for path in loud) > max(
         row.divergence for path, row in rows.items() if row.action == "int4 g64"
     )
-    layers = [module for module in wider.modules() if isinstance(module, PackedLinear)]
+    layers = [module for module in wider.model.modules() if isinstance(module, PackedLinear)]
     bits = sum(8 * module.packed.nbytes for module in layers) / sum(math.prod(module.weight_size) for module in layers)
     assert 4.6 < bits <= 4.75
     assert "KL in int4" in str(llmkern.report(wider).quantization)
@@ -282,6 +300,7 @@ def test_saved_and_loaded_is_the_same_model_to_the_bit(scheme: str, tmp_path) ->
         assert torch.equal(value, got[name]), name
     assert_same_bits(logits(loaded), logits(model))
     assert actions(loaded) == {path: action for path, action in actions(model).items() if action != "left"}
+    assert loaded.lm_head.codes is loaded.model.embed_tokens.codes
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert_same_bits(logits(load_(llama(), tmp_path)), logits(model))
@@ -299,6 +318,31 @@ def test_stock_transformers_loads_it(scheme, dtype: torch.dtype, tmp_path) -> No
     weight = dict(stock.named_parameters())["model.layers.0.mlp.up_proj.weight"]
     own = model.model.layers[0].mlp.up_proj.weight
     assert (weight - own).abs().max() <= torch.finfo(dtype).eps * own.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int6"])
+def test_an_output_head_of_its_own_is_packed(scheme: str, tmp_path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = quantize_(llama(tie_word_embeddings=False), scheme)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight_packed" in tensor_names([tmp_path / "model.safetensors"])
+    assert_same_bits(logits(llmkern.load(tmp_path)), logits(model))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (logits(stock) - logits(model)).norm() < 0.05 * logits(model).norm()
+
+
+def test_a_tied_vocabulary_is_written_once_and_read_with_care(tmp_path) -> None:
+    model = quantize_(llama(), "int6")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert not {"lm_head.weight", "lm_head.weight_packed"} & tensor_names([file])
+    kept = type(model).from_pretrained(tmp_path, quantization_config=llmkern.PackedConfig())
+    assert_same_bits(logits(kept), logits(model))
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][3, 3] = 32
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="weight has levels beyond -32 … 31, those of 6 bits"):
+        llmkern.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bart"])
@@ -358,6 +402,8 @@ def test_schemes_are_values_that_json_carries() -> None:
     for scheme in (
         Int4(group=64, symmetric=False),
         Int4(bits=None),
+        Int5(group=32, max_error=0.1),
+        Int6(smooth=False),
         Int8(block=32),
         scheme_named({"a": "int4", "b*": None}),
     ):
@@ -365,12 +411,16 @@ def test_schemes_are_values_that_json_carries() -> None:
     assert scheme_named("int8-block") == Int8(block=32)
     for wrong, message in (
         (lambda: Int4(group=48), "Int4: group is 48, expected 32 or 64 or 128"),
+        (lambda: Int6(group=16), "Int6: group is 16, expected 32 or 64 or 128"),
         (lambda: Int4(bits=3), "Int4: bits is 3, expected None or a number from 4 to 9"),
         (lambda: Int4(max_error=-1), "Int4: max_error is -1, expected a number that is 0 or more"),
         (lambda: Int8(block=64), "Int8: block is 64, expected None or 32"),
         (lambda: scheme_named({}), "scheme is {}, expected schemes by name of a layer"),
         (lambda: scheme_named({"a": {"b": "int4"}}), "the scheme of a layer is a dict"),
-        (lambda: scheme_named("int2"), "scheme is 'int2', expected 'int8', 'int8-block', 'int4', 'int4-g32', llmkern"),
+        (
+            lambda: scheme_named("int2"),
+            "scheme is 'int2', expected 'int8', 'int8-block', 'int4', 'int4-g32', 'int5', 'int6', llmkern",
+        ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             wrong()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmkern.packed import BLOCK, CODES, PANEL, from_panels, to_panels
-from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks
+from llmkern.quantization.formats import blocks
+from llmkern.quantization.formats.blocks import pack_groups, pack_int8_blocks
 from llmkern.quantization.formats.gguf import GGUF_TYPES
 from llmkern.quantization.formats.packed_int32 import (
     read_awq,
@@ -63,7 +64,7 @@ def test_rows_come_back(kind: str) -> None:
     assert_same_bits(torch.cat([packed.panels(i, i + 1).dequantized() for i in range(3)]), packed.dequantized())
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (5, True), (6, True), (8, True)])
 @pytest.mark.parametrize("actorder", [False, True])
 def test_pack_quantized_means_what_compressed_tensors_says(bits: int, symmetric: bool, actorder: bool) -> None:
     pytest.importorskip("compressed_tensors")
@@ -223,44 +224,52 @@ def test_int8_blocks_are_ggufs() -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_searched_scales_beat_those_of_the_largest_value(group: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (5, True), (6, True)])
+def test_searched_scales_beat_those_of_the_largest_value(group: int, bits: int, symmetric: bool) -> None:
+    half = 1 << bits - 1
     weight = weights()
     groups = weight.unflatten(1, (-1, group))
     if symmetric:
-        scale = groups.abs().amax(-1, keepdim=True) / 7
-        plain = (groups / scale).round().clamp(-8, 7) * scale
+        scale = groups.abs().amax(-1, keepdim=True) / (half - 1)
+        plain = (groups / scale).round().clamp(-half, half - 1) * scale
     else:
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = (high - low) / 15
         zero = (-low / scale).round()
         plain = ((groups / scale + zero).round().clamp(0, 15) - zero) * scale
-    packed = pack_int4(weight, group, symmetric=symmetric)
+    packed = pack_groups(weight, group, bits=bits, symmetric=symmetric)
     assert packed.scale.shape == (3, 256 // group, PANEL)
     assert error(packed.dequantized(), weight) < 0.97 * error(plain.flatten(1), weight)
 
 
-def test_a_grid_of_four_bits_is_found_again() -> None:
-    grid = torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(0)).float()
-    grid[:, ::32] = -8
-    packed = pack_int4(grid * 0.25)
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_a_grid_is_found_again(bits: int, monkeypatch) -> None:
+    half = 1 << bits - 1
+    grid = torch.randint(-half, half, (16, 64), generator=torch.Generator().manual_seed(0)).float()
+    grid[:, ::32] = -half
+    packed = pack_groups(grid * 0.25, bits=bits)
     assert_same_bits(packed.dequantized(), grid * 0.25)
-    assert pack_int4(torch.zeros(4, 32)).dequantized().eq(0).all()
+    monkeypatch.setattr(blocks, "AT_ONCE", 192)  # three rows at a time
+    assert_same_bits(pack_groups(grid * 0.25, bits=bits).codes, packed.codes)
+
+
+def test_zeros_stay_zeros() -> None:
+    assert pack_groups(torch.zeros(4, 32)).dequantized().eq(0).all()
     assert pack_int8_blocks(torch.zeros(4, 32)).dequantized().eq(0).all()
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e9])
-@pytest.mark.parametrize("pack", [pack_int8_blocks, pack_int4, lambda w: pack_int4(w, symmetric=False)])
+@pytest.mark.parametrize("pack", [pack_int8_blocks, pack_groups, lambda w: pack_groups(w, symmetric=False)])
 def test_the_size_of_a_weight_does_not_matter(pack, size: float) -> None:
     scaled = error(pack(weights() * size).dequantized() / size, weights())
     assert abs(scaled - error(pack(weights()).dequantized(), weights())) < 1e-3
 
 
-@pytest.mark.parametrize("pack", [pack_int8_blocks, pack_int4, lambda w: pack_int4(w, symmetric=False)])
+@pytest.mark.parametrize("pack", [pack_int8_blocks, pack_groups, lambda w: pack_groups(w, symmetric=False)])
 def test_weights_that_cannot_be_packed_are_refused(pack) -> None:
     with pytest.raises(ValueError, match=r"weight of shape \[4, 48\]: its 48 columns are no multiple of 32"):
         pack(torch.ones(4, 48))
     with pytest.raises(ValueError, match="weight has NaN or infinite values, expected finite ones"):
         pack(torch.full((4, 32), float("nan")))
     with pytest.raises(ValueError, match="group is 48, expected 32, 64 or 128"):
-        pack_int4(torch.ones(4, 48), 48)
+        pack_groups(torch.ones(4, 48), 48)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import llmkern
-from llmkern.nn import Int8Embedding, Int8Linear
+from llmkern.nn import Int8Embedding, Int8Linear, PackedEmbedding, PackedLinear
 from llmkern.quantization import dequantize_, load_, quantize_
 
 hf = pytest.importorskip("transformers")
@@ -29,6 +29,26 @@ def untied(model: nn.Module) -> Any:
     model.config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(torch.randn(128, 32))
     return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_tokens_that_stay_keep_their_codes_in_groups(tied: bool, size: int | None, tiny_llama, ids) -> None:
+    model = quantize_(tiny_llama if tied else untied(tiny_llama), "int6")
+    ids = ids % 100
+    before, head = model(ids).logits, model.lm_head
+    model.resize_token_embeddings(size)
+    rows = size or 128
+    table = model.get_input_embeddings()
+    assert (type(table), type(model.lm_head)) == (PackedEmbedding if tied else Int8Embedding, PackedLinear)
+    assert (table.weight is model.lm_head.weight) == tied
+    assert (table.num_embeddings, model.lm_head.out_features, model.config.vocab_size) == (rows, rows, rows)
+    assert (model.lm_head is head) == (rows == 128)
+    after = model(ids).logits
+    kept = min(rows, 128)
+    assert after.shape[-1] == rows
+    assert torch.equal(after[..., :kept], before[..., :kept])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,10 +76,11 @@ def test_tokens_that_stay_give_the_same_bits(tied: bool, dtype: torch.dtype, siz
     assert torch.equal(after[..., :kept], before[..., :kept])
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int6"])
 @torch.no_grad()
-def test_new_tokens_are_those_of_the_floating_point_model(tiny_llama) -> None:
+def test_new_tokens_are_those_of_the_floating_point_model(scheme: str, tiny_llama) -> None:
     other = copy.deepcopy(tiny_llama)
-    quantize_(tiny_llama)
+    quantize_(tiny_llama, scheme)
     for model in (tiny_llama, other):
         torch.manual_seed(3)
         model.resize_token_embeddings(200)

@@ -6,6 +6,7 @@ one of several (q, k and v; gate and up) may differ in whether their inputs are 
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class StoredInt8(LinearMethodBase):
 
 @register_weight_loader_v2_supported_method
 class StoredPacked(LinearMethodBase):
-    """Linear layer with codes of 4 or 8 bits in int32 words.  weights: of a compressed-tensors config group."""
+    """Linear layer with codes of 4, 5, 6 or 8 bits in int32 words.  weights: of a compressed-tensors config group."""
 
     def __init__(self, weights: dict[str, Any]) -> None:
         super().__init__()
@@ -96,11 +97,11 @@ class StoredPacked(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         n, k, load = sum(output_partition_sizes), input_size_per_partition, extra_weight_attrs["weight_loader"]
-        group, per_word = (k if self._group == -1 else self._group), 32 // self._bits
-        if k % group or k % per_word or (group == k and k != input_size):
+        group, per_word = (k if self._group == -1 else self._group), Fraction(32, self._bits)
+        if k % group or k * self._bits % 32 or (group == k and k != input_size):
             raise ValueError(f"{METHOD}: {k} of {input_size} columns on a rank are not whole groups of {group}")
         words: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "packed_factor": per_word, "weight_loader": load}
-        codes = torch.empty(n, k // per_word, dtype=torch.int32)
+        codes = torch.empty(n, k * self._bits // 32, dtype=torch.int32)
         layer.register_parameter("weight_packed", PackedvLLMParameter(data=codes, packed_dim=1, **words))
         scale = torch.empty(
             n, k // group
@@ -110,7 +111,7 @@ class StoredPacked(LinearMethodBase):
         shape = torch.empty(2, dtype=torch.int64)
         layer.register_parameter("weight_shape", BasevLLMParameter(data=shape, weight_loader=load))
         if not self._symmetric:
-            zero = torch.empty(n // per_word, k // group, dtype=torch.int32)
+            zero = torch.empty(n * self._bits // 32, k // group, dtype=torch.int32)
             layer.register_parameter("weight_zero_point", PackedvLLMParameter(data=zero, packed_dim=0, **words))
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -169,10 +170,15 @@ class CheckpointConfig(AnyDeviceConfig):
         weights = [group["weights"] for group in groups]
         if len(groups) != len(parts) or any(each != weights[0] for each in weights):
             raise ValueError(f"{METHOD}: {' and '.join(parts)} are one layer in vLLM, and quantized differently")
-        if format_of_group(groups[0]).name != "int8":
+        form = format_of_group(groups[0]).name
+        if is_embedding and form in ("int8", "int-quantized groups"):
+            return StoredEmbedding(weights[0])
+        if form == "int-quantized groups":
+            raise ValueError(
+                f"{METHOD}: {prefix} has groups of int8 codes, which are read of embeddings and heads alone"
+            )
+        if form != "int8":
             return StoredPacked(weights[0])
-        if is_embedding:
-            return StoredEmbedding()
         return StoredInt8("auto" if all(group.get("input_activations") for group in groups) else "w8a16")
 
 

@@ -1,7 +1,7 @@
-"""Embeddings and heads with an int8 weight, a scale for each row.
+"""Embeddings and heads with an int8 weight, a scale for each row, or codes in groups, as a checkpoint has them.
 
-A head's inputs are not rounded: logits are too many to lose anything.  The classes are none of vLLM's own methods for
-floating-point embeddings, whose rows vLLM may read without asking the method.
+The inputs of an int8 head are not rounded: logits are too many to lose anything.  The classes are none of vLLM's own
+methods for floating-point embeddings, whose rows vLLM may read without asking the method.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
-from llmkern.integrations.vllm.weights import empty_int8, hold_int8, product, rows
+from llmkern.integrations.vllm.weights import empty_int8, hold_int8, hold_packed, product, rows
 from llmkern.nn._int8_weight import quantized
+from llmkern.quantization.formats._awaiting import narrowest
+from llmkern.quantization.formats.int_groups import packed_levels
 
 __all__ = ["QuantizedEmbedding", "StoredEmbedding"]
 
@@ -44,7 +46,14 @@ class QuantizedEmbedding(_Int8Embedding):
 
 
 class StoredEmbedding(_Int8Embedding):
-    """Embedding or head whose codes and scales come from a checkpoint."""
+    """Embedding or head whose codes and scales come from a checkpoint.  weights: of a compressed-tensors config group,
+    int8 by channel or `int-quantized` in groups.
+    """
+
+    def __init__(self, weights: dict[str, Any]) -> None:
+        super().__init__()
+        self._bits: int = weights["num_bits"]
+        self._group: int | None = weights["group_size"] if weights["strategy"] == "group" else None
 
     def create_weights(
         self,
@@ -56,7 +65,7 @@ class StoredEmbedding(_Int8Embedding):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        codes, scale = empty_int8(sum(output_partition_sizes), input_size_per_partition)
+        codes, scale = empty_int8(sum(output_partition_sizes), input_size_per_partition, self._group)
         for name, tensor in (("weight", codes), ("weight_scale", scale)):
             parameter = nn.Parameter(tensor, requires_grad=False)
             set_weight_attrs(parameter, {"output_dim": 0, **extra_weight_attrs})
@@ -68,4 +77,14 @@ class StoredEmbedding(_Int8Embedding):
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        hold_int8(layer, layer.weight.data, layer.weight_scale.data)
+        codes, scale = layer.weight.data, layer.weight_scale.data
+        if self._group is None:
+            hold_int8(layer, codes, scale)
+            return
+        shared = layer.weight
+        if not hasattr(shared, "llmkern_packed"):
+            shared.llmkern_packed = packed_levels(codes, narrowest(scale), self._bits)
+        hold_packed(layer, shared.llmkern_packed)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return product(layer, x, bias, "w8a16" if self._group is None else "auto")

@@ -17,7 +17,7 @@ from llmkern.integrations.vllm import METHODS
 from llmkern.integrations.vllm.config import AnyDeviceConfig
 from llmkern.integrations.vllm.embedding import QuantizedEmbedding
 from llmkern.integrations.vllm.weights import hold_quantized, product
-from llmkern.quantization.schemes import Int4, Int8, scheme_named
+from llmkern.quantization.schemes import LayerScheme, scheme_named
 
 __all__ = ["QuantizedLinear", "SchemeConfig", "register"]
 
@@ -27,7 +27,7 @@ class QuantizedLinear(UnquantizedLinearMethod):
 
     supports_pre_processed_weights = False
 
-    def __init__(self, scheme: Int8 | Int4) -> None:
+    def __init__(self, scheme: LayerScheme) -> None:
         super().__init__()
         self._scheme = scheme
 
@@ -42,7 +42,7 @@ class SchemeConfig(AnyDeviceConfig):
     """Config of a quantization method that stands for a scheme."""
 
     method: str
-    scheme: Int8 | Int4
+    scheme: LayerScheme
 
     def get_name(self) -> str:
         return self.method

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from llmkern import ops
 from llmkern.nn._int8_weight import quantized
 from llmkern.packed import BLOCK, PackedWeight
-from llmkern.quantization.formats.blocks import pack_int4, pack_int8_blocks, why_not_in_blocks
-from llmkern.quantization.schemes import GROUPS, Int4, Int8
+from llmkern.quantization.formats.blocks import pack_groups, pack_int8_blocks, why_not_in_blocks
+from llmkern.quantization.schemes import GROUPS, Int8, LayerScheme
 
 __all__ = ["empty_int8", "hold_int8", "hold_packed", "hold_quantized", "product", "rows"]
 
 _GROUPS = ("scale", "zero", "offset", "super_scale", "super_offset")
 
 
-def hold_quantized(layer: Any, scheme: Int8 | Int4) -> None:
+def hold_quantized(layer: Any, scheme: LayerScheme) -> None:
     """Replace a layer's floating-point `weight` [out, in] by its codes and scales.
 
     Nothing is measured, as `quantize_` does with inputs of the model: int4 is the nearest of each group, and a weight
@@ -32,12 +32,12 @@ def hold_quantized(layer: Any, scheme: Int8 | Int4) -> None:
         hold_packed(layer, pack_int8_blocks(weight))
     else:
         group = max(size for size in GROUPS if size <= scheme.group and columns % size == 0)
-        hold_packed(layer, pack_int4(weight, group, symmetric=scheme.symmetric))
+        hold_packed(layer, pack_groups(weight, group, bits=scheme.code_bits, symmetric=scheme.symmetric))
 
 
-def empty_int8(out: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales for `hold_int8`, to be loaded."""
-    return torch.empty(out, columns, dtype=torch.int8), torch.empty(out, 1)
+def empty_int8(out: int, columns: int, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """int8 codes [out, columns] to be loaded, and fp32 scales for each row, or for each group of columns."""
+    return torch.empty(out, columns, dtype=torch.int8), torch.empty(out, columns // group if group else 1)
 
 
 def hold_int8(layer: Any, codes: Tensor, scale: Tensor) -> None:
@@ -62,12 +62,19 @@ def product(layer: Any, x: Tensor, bias: Tensor | None, scheme: str) -> Tensor:
     """`x · weightᵀ + bias`, [..., out].  scheme: of `int8_linear`; packed weights round x in blocks of 32."""
     if layer.llmkern_code is None:
         return ops.int8_linear(x, layer.weight, layer.weight_scale, bias, scheme=scheme)
-    groups = {name: getattr(layer, f"weight_{name}") for name in _GROUPS}
-    code, n = layer.llmkern_code, layer.llmkern_rows
-    return ops.quantized_linear(x, layer.weight, **groups, bias=bias, code=code, n=n)
+    packed = _packed(layer)
+    groups = {name: getattr(packed, name) for name in _GROUPS}
+    return ops.quantized_linear(x, packed.codes, **groups, bias=bias, code=packed.code, n=packed.n)
 
 
 def rows(layer: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Look up rows of an int8 weight, [..., in]."""
+    """Look up rows of a held weight, [..., in]."""
+    if layer.llmkern_code is not None:
+        return _packed(layer).take(ids).to(dtype)
     found: Tensor = layer.weight[ids] * layer.weight_scale[ids]
     return found.to(dtype)
+
+
+def _packed(layer: Any) -> PackedWeight:
+    groups = {name: getattr(layer, f"weight_{name}") for name in _GROUPS}
+    return PackedWeight(layer.llmkern_code, layer.llmkern_rows, layer.weight, **groups)

@@ -24,7 +24,7 @@ class Format:
     empty: given a path, a floating-point module and a config group, the module without values in its place, on the
         meta device, which a loader fills.  Raises ValueError where there is none.
     Of formats that are written too:
-    modules: the classes of modules whose weight is in it.
+    takes: whether a module's weight is written in it.
     group: what a compressed-tensors config says of such a module: a config group without its targets.  Raises
         ValueError for a module that cannot be written.
     pack: a floating-point weight [rows, columns] to the tensors that checkpoints hold, by their names.
@@ -35,7 +35,7 @@ class Format:
     name: str
     refuse: Callable[[Mapping[str, Any]], str | None]
     empty: Callable[[str, nn.Module, Mapping[str, Any]], nn.Module]
-    modules: tuple[type[nn.Module], ...] = ()
+    takes: Callable[[nn.Module], bool] | None = None
     group: Callable[[Any], dict[str, Any]] | None = None
     pack: Callable[[Tensor], dict[str, Tensor]] | None = None
     unpack: Callable[[Mapping[str, Tensor]], Tensor] | None = None
@@ -49,7 +49,7 @@ def formats() -> list[Format]:
 
 def format_of_module(module: nn.Module) -> Format | None:
     """Return the format of the module's weight, or None for floating point."""
-    return next((each for each in formats() if isinstance(module, each.modules)), None)
+    return next((each for each in formats() if each.takes is not None and each.takes(module)), None)
 
 
 def format_of_group(group: Mapping[str, Any]) -> Format:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,29 @@ def nibbles(packed: Tensor, width: int) -> Tensor:
 
 
 def words_of(fields: Tensor, bits: int) -> Tensor:
-    """Invert `fields_of`: pack [rows, m] uint8 into [rows, m · bits / 32] int32; m is a multiple of 32 / bits."""
-    words = torch.zeros(fields.shape[0], fields.shape[1] * bits // 32, dtype=torch.int32, device=fields.device)
-    for i, part in enumerate(fields.unflatten(1, (-1, 32 // bits)).to(torch.int32).unbind(-1)):
-        words |= part << i * bits
-    return words
+    """Invert `fields_of`: pack [rows, m] uint8 into [rows, m · bits / 32] int32; m fills whole words."""
+    per_part = 32 // math.gcd(bits, 32)
+    parts = fields.unflatten(1, (-1, per_part)).to(torch.int32)
+    words = torch.zeros(*parts.shape[:2], per_part * bits // 32, dtype=torch.int32, device=fields.device)
+    for i, part in enumerate(parts.unbind(-1)):
+        word, at = divmod(i * bits, 32)
+        words[..., word] |= part << at
+        if at + bits > 32:
+            words[..., word + 1] |= part >> 32 - at
+    return words.flatten(1)
 
 
 def fields_of(words: Tensor, bits: int) -> Tensor:
-    """[rows, m] int32 as [rows, m · 32 / bits] uint8, the lowest bits first; bits divides 32."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2)
+    """[rows, m] int32 as [rows, m · 32 / bits] uint8, the lowest bits first; a field may begin in one word and end in
+    the next.
+    """
+    per_part = 32 // math.gcd(bits, 32)
+    parts = words.unflatten(-1, (-1, per_part * bits // 32))
+    fields = torch.empty(*parts.shape[:-1], per_part, dtype=torch.uint8, device=words.device)
+    for i in range(per_part):
+        word, at = divmod(i * bits, 32)
+        field = parts[..., word] >> at & (1 << min(bits, 32 - at)) - 1
+        if at + bits > 32:
+            field = field | parts[..., word + 1] << 32 - at & (1 << bits) - 1
+        fields[..., i] = field
+    return fields.flatten(-2)

@@ -64,4 +64,8 @@ def _empty(path: str, module: nn.Module, group: Mapping[str, Any]) -> nn.Module:
     return with_hooks(linear, module)
 
 
-FORMAT = Format("int8", _refuse, _empty, (Int8Linear, Int8Embedding), _group, _pack, _unpack)
+def _takes(module: nn.Module) -> bool:
+    return isinstance(module, (Int8Linear, Int8Embedding))
+
+
+FORMAT = Format("int8", _refuse, _empty, _takes, _group, _pack, _unpack)

@@ -1,7 +1,8 @@
-"""compressed-tensors' `pack-quantized`: codes of 4 or 8 bits in int32 words, with a scale for each group of columns.
+"""compressed-tensors' `pack-quantized`: codes of 4, 5, 6 or 8 bits in int32 words, with scales for groups of columns.
 
 `weight_packed` int32 [rows, columns · bits / 32], `weight_scale` [rows, groups], `weight_shape` int64 [2], and of
-asymmetric schemes `weight_zero_point` int32 [rows · bits / 32, groups].
+asymmetric schemes `weight_zero_point` int32 [rows · bits / 32, groups].  A vocabulary's weight that an embedding shares
+with the output head is in `int_groups.py`'s form.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.nn import PackedEmbedding, PackedLinear
+from llmkern.nn import PackedLinear
 from llmkern.nn._packed_module import PackedModule
 from llmkern.nn.quantized_linear import is_conv1d, weight_out_in
-from llmkern.packed import BLOCK, PackedWeight
+from llmkern.packed import BLOCK, CODES, PackedWeight
 from llmkern.quantization.formats import Format
 from llmkern.quantization.formats._awaiting import awaiting_linear, group_size_of, narrowest
-from llmkern.quantization.formats.blocks import pack_int4
+from llmkern.quantization.formats.blocks import pack_groups
 from llmkern.quantization.formats.packed_int32 import (
     read_pack_quantized,
     why_not_pack_quantized,
@@ -40,14 +41,12 @@ def _bits(tensors: Mapping[str, Tensor]) -> int:
 
 def _group(module: PackedModule) -> dict[str, Any]:
     packed = module.packed
-    if isinstance(module, PackedEmbedding):
-        raise ValueError(f"{module.kind}: an embedding in blocks has no place in a compressed-tensors checkpoint")
     if reason := why_not_pack_quantized(packed):
         raise ValueError(f"{module.kind}: {reason}")
     if module.permutation is not None:
         raise ValueError(f"{module.kind}: its groups are not of neighbouring columns, as compressed-tensors' are")
     weights = {
-        "num_bits": 8 if packed.code == "s8" else 4,
+        "num_bits": CODES[packed.code].bits,
         "type": "int",
         "symmetric": packed.zero is None,
         "strategy": "group",
@@ -60,7 +59,7 @@ def _group(module: PackedModule) -> dict[str, Any]:
 def _refuse(group: Mapping[str, Any]) -> str | None:
     weights: Mapping[str, Any] = group.get("weights") or {}
     accepted: dict[str, tuple[Any, ...]] = {
-        "num_bits": (4, 8),
+        "num_bits": (4, 5, 6, 8),
         "type": ("int",),
         "strategy": ("group", "channel"),
         "dynamic": (False, None),
@@ -69,6 +68,8 @@ def _refuse(group: Mapping[str, Any]) -> str | None:
         if weights.get(key) not in values:
             wanted = " or ".join(repr(value) for value in values if value is not None)
             return f"its weights have {key} {weights.get(key)!r}, expected {wanted}"
+    if weights["num_bits"] in (5, 6) and not weights.get("symmetric", True):
+        return f"its weights have {weights['num_bits']} bits and zero points, expected symmetric ones"
     if weights["strategy"] == "channel" and weights["num_bits"] == 8 and group.get("format") != "pack-quantized":
         return "its codes are one to an int8"
     if weights["strategy"] == "group":
@@ -111,9 +112,11 @@ def _write(module: PackedModule) -> dict[str, Tensor]:
 
 
 def _pack(weight: Tensor) -> dict[str, Tensor]:
-    return write_pack_quantized(pack_int4(weight, BLOCK))
+    return write_pack_quantized(pack_groups(weight, BLOCK))
 
 
-FORMAT = Format(
-    "pack-quantized", _refuse, _empty, (PackedLinear, PackedEmbedding), _group, _pack, _unpack, write=_write
-)
+def _takes(module: nn.Module) -> bool:
+    return isinstance(module, PackedLinear) and not module.shares_codes
+
+
+FORMAT = Format("pack-quantized", _refuse, _empty, _takes, _group, _pack, _unpack, write=_write)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmkern.packed import BLOCK, PackedWeight
+from llmkern.packed import BLOCK, CODES, PackedWeight
 from llmkern.quantization.formats._bits import fields_of, words_of
 
 __all__ = ["read_awq", "read_gptq", "read_pack_quantized", "why_not_pack_quantized", "write_pack_quantized"]
@@ -31,14 +31,15 @@ def read_pack_quantized(tensors: Tensors, bits: int) -> tuple[PackedWeight, Tens
     """
     n, k = (int(size) for size in _tensor(tensors, "weight_shape", 1))
     packed, scale = _tensor(tensors, "weight_packed", 2), _tensor(tensors, "weight_scale", 2)
-    _check_bits(bits)
+    _check_bits(bits, (4, 5, 6, 8))
     _check(packed.shape == (n, k * bits // 32) and k * bits % 32 == 0, "weight_packed", packed, (n, k * bits // 32))
     _check(scale.shape[0] == n, "weight_scale", scale, (n, "groups"))
     codes = fields_of(packed, bits)
     zeros = None
     if (zero := tensors.get("weight_zero_point")) is not None:
-        per_word = 32 // bits
-        expected = (-(-n // per_word), scale.shape[1])
+        if 32 % bits:
+            raise ValueError(f"weight_zero_point of codes of {bits} bits, expected none")
+        expected = (-(-n // (32 // bits)), scale.shape[1])
         _check(zero.shape == expected, "weight_zero_point", zero, expected)
         zeros = fields_of(zero.T, bits).T[:n]
     return _packed(codes, scale, zeros, bits, tensors.get("weight_g_idx"), "weight_g_idx")
@@ -46,7 +47,7 @@ def read_pack_quantized(tensors: Tensors, bits: int) -> tuple[PackedWeight, Tens
 
 def why_not_pack_quantized(packed: PackedWeight) -> str | None:
     """Return why `write_pack_quantized` does not take a weight, or None."""
-    if packed.code not in ("s4", "s8", "u4"):
+    if packed.code not in ("s4", "s5", "s6", "s8", "u4"):
         return f"codes {packed.code!r} have no place in compressed-tensors' format"
     if packed.offset is not None or packed.super_scale is not None:
         return "its blocks have offsets or scales of scales, for which compressed-tensors' format has no place"
@@ -59,7 +60,7 @@ def write_pack_quantized(packed: PackedWeight) -> dict[str, Tensor]:
     """The tensors that `read_pack_quantized` reads.  Raises ValueError with the reason where there are none."""
     if reason := why_not_pack_quantized(packed):
         raise ValueError(reason)
-    bits = 8 if packed.code == "s8" else 4
+    bits = CODES[packed.code].bits
     codes, scale, zero = (packed.rows(name) for name in ("codes", "scale", "zero"))
     assert codes is not None
     assert scale is not None
@@ -123,10 +124,10 @@ def _packed(
         codes = codes[:, permutation]
     half = 1 << bits - 1
     if zeros is None or bool((zeros == half).all()):  # symmetric
-        codes = codes if bits == 4 else (codes ^ 128).view(torch.int8)
-        return PackedWeight.from_rows("s4" if bits == 4 else "s8", codes.contiguous(), scale.contiguous()), permutation
-    if bits == 8:
-        raise ValueError("zero points of 8-bit codes are not all 128; symmetric ones are accepted")
+        codes = (codes ^ 128).view(torch.int8) if bits == 8 else codes
+        return PackedWeight.from_rows(f"s{bits}", codes.contiguous(), scale.contiguous()), permutation
+    if bits != 4:
+        raise ValueError(f"zero points of {bits}-bit codes are not all {half}; symmetric ones are accepted")
     return PackedWeight.from_rows("u4", codes.contiguous(), scale.contiguous(), zero=zeros.contiguous()), permutation
 
 
@@ -148,9 +149,9 @@ def _tensor(tensors: Tensors, name: str, dims: int) -> Tensor:
     return tensors[name]
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"codes have {bits} bits, expected 4 or 8")
+def _check_bits(bits: int, accepted: tuple[int, ...] = (4, 8)) -> None:
+    if bits not in accepted:
+        raise ValueError(f"codes have {bits} bits, expected {', '.join(map(str, accepted[:-1]))} or {accepted[-1]}")
 
 
 def _check(right: bool, name: str, tensor: Tensor, expected: tuple[object, ...]) -> None:
