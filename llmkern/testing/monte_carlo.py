@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from llmkern.testing.float64 import Float64, WidenCalls, is_view, written_by
+from llmkern.testing.float64 import Float64, WidenCalls, is_view, mapped, written_by
 
 __all__ = ["DRAWS", "MonteCarlo", "draws_of"]
 
@@ -74,33 +73,33 @@ class MonteCarlo(Float64):
         if func is _aten.promote_types.default:
             return func(*args)
         dtype = self._dtype_of_result(args, kwargs)
-        if is_view(func._schema) or func.overloadpacket in _MOVES:
-            return self._mark(super().__torch_dispatch__(func, types, args, kwargs), dtype)
+        if is_view(func) or func.overloadpacket in _MOVES:
+            return self._mark(self.widened(func, args, kwargs), dtype)
         written = written_by(func._schema, args, kwargs) if func._schema.is_mutable else []
 
         def rounded(value: Any) -> Any:
             return value if any(value is w for w in written) else self._rounded(value)
 
-        args, kwargs = tree_map(rounded, args), tree_map(rounded, kwargs)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        args, kwargs = mapped(rounded, args), mapped(rounded, kwargs)
+        out = self.widened(func, args, kwargs)
         if written:
             return out
         if func.overloadpacket in _PRODUCTS and out.is_floating_point():
-            magnitude = super().__torch_dispatch__(func, types, *tree_map(_magnitude, (args, kwargs)))
+            magnitude = self.widened(func, *mapped(_magnitude, (args, kwargs)))
             unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
             out = out + self._noise(magnitude * unit)
         return self._mark(out, dtype)
 
     def _dtype_of_result(self, args: Any, kwargs: Any) -> torch.dtype:
         """Return the floating dtype that the operator's result would have had."""
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves((args, kwargs))
         asked = [v for v in leaves if isinstance(v, torch.dtype) and v.is_floating_point]
         tensors = [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
         of_tensors = [self._dtypes.get(t, t.dtype) for t in [t for t in tensors if t.dim()] or tensors]
         return reduce(torch.promote_types, asked or of_tensors or [torch.get_default_dtype()])
 
     def _mark(self, out: Any, dtype: torch.dtype) -> Any:
-        for value in tree_leaves(out):
+        for value in _leaves(out):
             if isinstance(value, Tensor) and value.dtype == torch.float64:
                 self._dtypes[value] = dtype
         return out
@@ -116,8 +115,14 @@ class MonteCarlo(Float64):
 
     def _noise(self, largest: Tensor) -> Tensor:
         uniform = torch.rand(largest.shape, generator=self._generator, dtype=torch.float64).to(largest.device)
-        return (largest * (2 * uniform - 1)).nan_to_num(0.0, 0.0, 0.0)
+        return uniform.mul_(2).sub_(1).mul_(largest).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _magnitude(value: Any) -> Any:
     return value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    mapped(found.append, value)
+    return found
