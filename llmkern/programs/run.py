@@ -27,8 +27,10 @@ __all__ = [
     "Experts",
     "Kept",
     "Weights",
+    "activated",
     "attend",
     "dispatched",
+    "mixed",
     "reference",
     "routed",
     "run",
@@ -156,9 +158,9 @@ class _Layer:
             found.append(_rows(products[place.path], place))
         activation = step.option("activation")
         if activation in GATES:
-            found = [self.activation_of(GATES[str(activation)], found[0]) * found[1]]
+            found = [activated(GATES[str(activation)], found[0], self.call) * found[1]]
         elif activation is not None:
-            found = [self.activation_of(str(activation), y) for y in found]
+            found = [activated(str(activation), y, self.call) for y in found]
         if (multiplier := _number(step, "multiplier")) is not None:
             found = [y * multiplier for y in found]
         if residual is not None:
@@ -173,30 +175,9 @@ class _Layer:
         return routed(step, logits, added).to(x.dtype)
 
     def experts(self, step: Step, x: Tensor, weights: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        for number in range(weights.shape[-1]):
-            weight = weights[..., number : number + 1]
-            total = total + torch.where(weight != 0, weight * self.expert(step, number, x), 0)
-        return total.to(x.dtype)
-
-    def expert(self, step: Step, number: int, x: Tensor) -> Tensor:
-        """Return one expert's output for every row."""
-
-        def linear(place: Place, x: Tensor) -> Tensor:
-            if not isinstance(self.weights, Experts):
-                raise ValueError(f"{place}: the layer has no experts")
-            return _rows(self.weights.expert(place.path, number, x, self.call), place)
-
-        *inner, down = step.places
-        made = [linear(place, x) for place in inner]
-        limit, offset = _number(step, "limit"), _number(step, "offset")
-        if limit is not None:
-            made = [made[0].clamp(max=limit), *[up.clamp(-limit, limit) for up in made[1:]]]
-        kind = str(step.option("activation"))
-        activated = self.activation_of(GATES.get(kind, kind), made[0])
-        for up in made[1:]:
-            activated = activated * (up if offset is None else up + offset)
-        return linear(down, activated)
+        if not isinstance(self.weights, Experts):
+            raise ValueError(f"{step.places[0]}: the layer has no experts")
+        return mixed(step, x, weights, self.weights, self.call)
 
     def rope(self, step: Step, *values: Tensor) -> Any:
         *rows, cos, sin = values
@@ -275,14 +256,41 @@ class _Layer:
         return x.clamp(_number(step, "low"), _number(step, "high"))
 
     def activation(self, step: Step, x: Tensor) -> Tensor:
-        return self.activation_of(step.op, x)
+        return activated(step.op, x, self.call)
 
-    def activation_of(self, kind: str, x: Tensor) -> Tensor:
-        if kind in ("gelu", "gelu_tanh"):
-            y: Tensor = self.call("gelu", x=x, approximate="tanh" if kind == "gelu_tanh" else "none")
-            return y
-        wide = x if x.dtype == torch.float64 else x.float()
-        return ACTIVATION_FUNCTIONS[kind](wide).to(x.dtype)
+
+def activated(kind: str, x: Tensor, call: Call) -> Tensor:
+    """Return one of `ACTIVATIONS` of x."""
+    if kind in ("gelu", "gelu_tanh"):
+        y: Tensor = call("gelu", x=x, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return y
+    wide = x if x.dtype == torch.float64 else x.float()
+    return ACTIVATION_FUNCTIONS[kind](wide).to(x.dtype)
+
+
+def mixed(step: Step, x: Tensor, weights: Tensor, experts: Experts, call: Call = reference) -> Tensor:
+    """Return the result of an `experts` step for x [..., columns] and the experts' weights [..., experts]."""
+
+    def output(number: int) -> Tensor:
+        def linear(place: Place, x: Tensor) -> Tensor:
+            return _rows(experts.expert(place.path, number, x, call), place)
+
+        *inner, down = step.places
+        made = [linear(place, x) for place in inner]
+        limit, offset = _number(step, "limit"), _number(step, "offset")
+        if limit is not None:
+            made = [made[0].clamp(max=limit), *[up.clamp(-limit, limit) for up in made[1:]]]
+        kind = str(step.option("activation"))
+        y = activated(GATES.get(kind, kind), made[0], call)
+        for up in made[1:]:
+            y = y * (up if offset is None else up + offset)
+        return linear(down, y)
+
+    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    for number in range(weights.shape[-1]):
+        weight = weights[..., number : number + 1]
+        total = total + torch.where(weight != 0, weight * output(number), 0)
+    return total.to(x.dtype)
 
 
 def routed(step: Step, logits: Tensor, correction: Tensor | None) -> Tensor:

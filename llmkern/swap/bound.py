@@ -23,7 +23,7 @@ from llmkern.swap.derive import as_before, original_class
 from llmkern.swap.guard import Path, why_hooks
 from llmkern.swap.match import agrees, probe, why_elsewhere
 from llmkern.swap.packed_experts import layout_of
-from llmkern.swap.parts import norm_of
+from llmkern.swap.stand_ins import norm_of
 from llmkern.swap.whole_layer import NotServed, at
 
 __all__ = ["Bound", "steps_of"]

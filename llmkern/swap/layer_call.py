@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.swap.derive import as_before
-from llmkern.swap.parts import StandIns, attentions
+from llmkern.swap.parts import attentions
 from llmkern.swap.record import Recorder
 from llmkern.swap.recorded_caches import Caches
+from llmkern.swap.stand_ins import StandIns
 from llmkern.swap.whole_layer import ALIASES
 
 __all__ = [

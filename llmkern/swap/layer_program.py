@@ -23,9 +23,10 @@ from llmkern.swap.guard import UNSEEN, Part, Path, merged, noted
 from llmkern.swap.layer_call import INPUTS, KEPT_NAMES, LayerCall, NoProgram, Probe, bias_dims_of, table_widths
 from llmkern.swap.match import PROBE_SCALE
 from llmkern.swap.observe import Sources
-from llmkern.swap.parts import StandIns, copied, linear_sizes
+from llmkern.swap.parts import copied
 from llmkern.swap.record import Functions, Recorder
 from llmkern.swap.recorded_caches import FAR_POSITION
+from llmkern.swap.stand_ins import StandIns, linear_sizes
 from llmkern.swap.track import Refused
 from llmkern.swap.whole_layer import ALIASES, BIAS
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from llmkern.programs.program import ACTIVATIONS, GATES, Option, Place, Program, Step
-from llmkern.programs.run import Call, run
+from llmkern.programs.program import ACTIVATIONS, GATES, Option, Place, Step
+from llmkern.programs.run import Call, mixed
 from llmkern.swap.derive import wrapped_functions
 from llmkern.swap.guard import UNSEEN, Part, noted
 from llmkern.swap.match import PROBE_SCALE, agrees, stand_in
@@ -188,7 +188,7 @@ def _expert_steps(module: nn.Module, layout: Layout) -> Iterator[tuple[Step, boo
 
 
 class _SmallExperts:
-    """Random weights of as many experts, smaller ones; implements what `run` asks of weights."""
+    """Random weights of as many experts, smaller ones; implements `Experts` of llmkern/programs/run.py."""
 
     def __init__(self, layout: Layout) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -214,21 +214,12 @@ class _SmallExperts:
 
     def expected(self, step: Step, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         dense = x.new_zeros(x.shape[0], self.layout.experts).scatter(-1, index, weights)
-        return run(Program(("x", "r"), (step,), "u"), {"x": x, "r": dense}, self)
+        return mixed(step, x, dense, self)
 
     def expert(self, path: str, number: int, x: Tensor, call: Call) -> Tensor:
         name = path.removeprefix("e.")
         bias = None if self.layout.bias is None else self.parameters[name + self.layout.bias][number]
         return F.linear(x, self.layout.weight(self.parameters[name])[number], bias)
-
-    def linear(self, path: str, x: Tensor, call: Call) -> Tensor:
-        raise NotImplementedError
-
-    def norm(self, path: str) -> tuple[Tensor | None, Tensor | None]:
-        raise NotImplementedError
-
-    def tensor(self, path: str) -> Tensor:
-        raise NotImplementedError
 
 
 class Operators(TorchDispatchMode):

@@ -21,8 +21,8 @@ from llmkern.swap.bound import Bound
 from llmkern.swap.layer_call import LayerCall, NoProgram, Probe, table_widths
 from llmkern.swap.layer_program import layer_program
 from llmkern.swap.observe import settled
-from llmkern.swap.parts import StandIns
 from llmkern.swap.record import Recorder
+from llmkern.swap.stand_ins import StandIns
 
 LAYERS = dict(layers())
 WRITTEN = dict(re.findall(r"^## (.+)\n\n(?:```\n)?((?:.|\n)*?)(?:\n```)?\n(?=\n##|\Z)", TEXT.read_text(), re.MULTILINE))

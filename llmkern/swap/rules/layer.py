@@ -32,8 +32,8 @@ from llmkern.swap.layer_program import NoProgram, Reading, layer_program
 from llmkern.swap.layer_stack import FORGETTING
 from llmkern.swap.match import Match, linear_like, remembered
 from llmkern.swap.packed_experts import layout_of, registered_experts
-from llmkern.swap.parts import is_linear, linear_sizes
 from llmkern.swap.rules import attention as attention_rule
+from llmkern.swap.stand_ins import is_linear, linear_sizes
 from llmkern.swap.surroundings import classes_within
 from llmkern.swap.whole_layer import ALIASES, OP, WholeLayer
 
