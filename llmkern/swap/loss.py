@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmkern import dispatch, ops
 from llmkern.checks import PLAIN_TENSORS
-from llmkern.nn import Int8Linear
+from llmkern.nn import Int8Linear, PackedLinear
 from llmkern.swap.derive import original_class
 
 __all__ = ["CHANGED", "ChangedLogits", "on_shell", "why_not", "wrap"]
@@ -96,13 +96,13 @@ def why_not(model: Any, head: Any) -> str | None:
     """Return the reason why the model's loss is left to it, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if original_class(head) not in (nn.Linear, Int8Linear):
+    if original_class(head) not in (nn.Linear, Int8Linear, PackedLinear):
         return f"the output head is a {type(head).__name__}, not a plain linear layer"
     if not any(child is head for child in model._modules.values()):
         return "the output head is not the model's own child"
     if any(vars(head).get(hooks) for hooks in _HOOKS) or "forward" in vars(head):
         return "the output head has hooks or a forward of its own"
-    if not isinstance(head, Int8Linear) and type(head.weight) not in PLAIN_TENSORS:
+    if not isinstance(head, (Int8Linear, PackedLinear)) and type(head.weight) not in PLAIN_TENSORS:
         return f"the output head's weight is a {type(head.weight).__name__}"
     if _loss_function(model) is not ForCausalLMLoss:
         return "the model has a loss function of its own"
@@ -146,9 +146,13 @@ def _loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     is_int8 = isinstance(head, Int8Linear)
+    if is_int8:
+        weight = head.codes
+    else:  # the op has no packed weights: theirs is unpacked for the call, which is less than the logits are
+        weight = head.dequantized_weight(logits.dtype) if isinstance(head, PackedLinear) else head.weight
     return ops.linear_cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
-        head.codes if is_int8 else head.weight,
+        weight,
         shift_labels.reshape(-1).to(logits.device),
         head.bias,
         weight_scale=head.weight_scale if is_int8 else None,

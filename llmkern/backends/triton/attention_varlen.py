@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from llmkern.backends.triton._attention import MAX_DIM, features, head_dims, shape_class
@@ -54,6 +55,8 @@ def attention_varlen(
     del switches["ADDITIVE"]
     chosen = dict(config("attention", shape_class(q.dtype, dims), target_of(q)))
     chosen["BLOCK_M"] = max(chosen["BLOCK_M"], next_power_of_2(group))
+    if q.dtype == torch.float32 and max(dims["PADDED"], dims["PADDED_V"]) > 128:
+        chosen["BLOCK_N"] //= 2  # keys' addresses take registers that `attention` has for a tile
     block_q = chosen["BLOCK_M"] // group
     slots = k.shape[-3]
     launch(

@@ -40,9 +40,11 @@ def sequence_of(cu_seqlens_ptr, tile, batch, BLOCK_Q: tl.constexpr):
 def slots_of(column, keys, table_ptr, table_stride, block_size, blocks):
     """(block, slot) of each key in a paged cache; without a table (0, key)."""
     if table_ptr is None:
-        return (column * 0).to(tl.int64), column.to(tl.int64)
-    entry = tl.load(table_ptr + (column // block_size).to(tl.int64) * table_stride, column < keys, other=0)
-    return within(entry, 0, blocks - 1).to(tl.int64), (column % block_size).to(tl.int64)
+        block, slot = column * 0, column
+    else:  # the compiler reads on behind a return
+        entry = tl.load(table_ptr + (column // block_size).to(tl.int64) * table_stride, column < keys, other=0)
+        block, slot = within(entry, 0, blocks - 1), column % block_size
+    return block.to(tl.int64), slot.to(tl.int64)
 
 
 @triton.jit
