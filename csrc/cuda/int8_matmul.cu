@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(kDecode.threads, kDecode.blocks)
   const int64_t end_k = (blockIdx.y + 1) * part < p.k ? (blockIdx.y + 1) * part : p.k;
   const int64_t end_n = (p.n + kDecodeRows - 1) / kDecodeRows * kDecodeRows;
   const int64_t stride_n = static_cast<int64_t>(gridDim.x) * kDecodeRows;
-  // Of this warp, with all their bytes, by which each row has the same.
+  // The warp's steps that lie within K and need no mask: as many for every row.
   const int whole_steps = kAligned && first_k + kStep <= end_k ? (end_k - kStep - first_k) / kStride + 1 : 0;
 
   // Rows beyond the last are the last once more: nobody stores their sums.

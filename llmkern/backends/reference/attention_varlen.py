@@ -15,7 +15,7 @@ from llmkern.ops.attention_varlen import varlen_like
 
 
 class Tokens(NamedTuple):
-    """Of each token [T]: its sequence, B where it is in none, and its position among the sequence's tokens."""
+    """Hold each token's sequence [T], B for a token in none, and its position among the sequence's tokens [T]."""
 
     owner: Tensor
     position: Tensor

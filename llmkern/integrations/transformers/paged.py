@@ -35,8 +35,8 @@ class _Step:
     """Cache positions that one forward reads and writes, for every layer of an allocator.
 
     write: int64 [T], the slot of each new token.  starts: int32 [B + 1], where each sequence's new tokens begin in the
-    packed row, and the end; None where each has one.  table: int32 [B, max_blocks] and lengths: int32 [B] of what each
-    sequence sees, its new tokens included.
+    packed row, and the end; None if each has one token.  table: int32 [B, max_blocks], the pages of each sequence.
+    lengths: int32 [B], the keys of each sequence, its new tokens included.
     """
 
     write: Tensor

@@ -19,6 +19,7 @@ from llmkern.packed import BLOCK, CODES, PackedWeight
 from llmkern.quantization.formats import Format
 from llmkern.quantization.formats._awaiting import awaiting_embedding, awaiting_linear, group_size_of, narrowest
 from llmkern.quantization.formats.blocks import pack_groups
+from llmkern.quantization.formats.pack_quantized import described
 
 __all__ = ["FORMAT", "packed_levels"]
 
@@ -81,15 +82,7 @@ def _group(module: PackedModule) -> dict[str, Any]:
     packed = module.packed
     if f"s{CODES[packed.code].bits}" != packed.code or packed.super_scale is not None:
         raise ValueError(f"{module.kind}: a vocabulary in these blocks has no place in a compressed-tensors checkpoint")
-    weights = {
-        "num_bits": CODES[packed.code].bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": packed.k // packed.scale.shape[1],
-        "dynamic": False,
-    }
-    return {"weights": weights, "input_activations": None, "format": "int-quantized"}
+    return described(module, "int-quantized")
 
 
 def _write(module: PackedModule) -> dict[str, Tensor]:

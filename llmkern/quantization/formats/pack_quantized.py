@@ -26,7 +26,7 @@ from llmkern.quantization.formats.packed_int32 import (
     write_pack_quantized,
 )
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "described"]
 
 
 def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -40,9 +40,17 @@ def _bits(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _group(module: PackedModule) -> dict[str, Any]:
-    packed = module.packed
-    if reason := why_not_pack_quantized(packed):
+    if reason := why_not_pack_quantized(module.packed):
         raise ValueError(f"{module.kind}: {reason}")
+    return described(module, "pack-quantized")
+
+
+def described(module: PackedModule, form: str) -> dict[str, Any]:
+    """Return a weight-only config group for a packed weight in groups.  form: the compressed-tensors format.
+
+    Raises ValueError where the groups are not of neighbouring columns.
+    """
+    packed = module.packed
     if module.permutation is not None:
         raise ValueError(f"{module.kind}: its groups are not of neighbouring columns, as compressed-tensors' are")
     weights = {
@@ -53,7 +61,7 @@ def _group(module: PackedModule) -> dict[str, Any]:
         "group_size": packed.k // packed.scale.shape[1],
         "dynamic": False,
     }
-    return {"weights": weights, "input_activations": None, "format": "pack-quantized"}
+    return {"weights": weights, "input_activations": None, "format": form}
 
 
 def _refuse(group: Mapping[str, Any]) -> str | None:
